@@ -1,0 +1,344 @@
+"""The `fastvlm` command: one small function a subcommand."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .hub import NANO
+from .version import __version__
+
+app = typer.Typer(
+    name="fastvlm",
+    help="FastVLM, the vision language model, native in MLX.",
+    epilog="Start with `fastvlm generate`: it describes a bundled image with the bundled model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+SAMPLE_IMAGE = NANO / "images" / "penguins.png"
+DESCRIBE = "Describe the image."
+CHAT_HELP = """\
+/image PATH  show an image (a path or URL) with the next question
+/reset       forget the conversation
+/help        this list
+/quit        leave, as Ctrl-D does; Ctrl-C stops an answer"""
+
+Model = Annotated[
+    str | None,
+    typer.Option(
+        help="Folder or Hub id, for instance apple/FastVLM-0.5B. "
+        "By default the bundled nano model, which only names emoji, counts and reads handwriting."
+    ),
+]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        help="float32, float16 or bfloat16; by default the checkpoint's own, float32 on the CPU."
+    ),
+]
+QuantizeBits = Annotated[int | None, typer.Option(help="Bits a weight: 2, 3, 4, 5, 6 or 8.")]
+Images = Annotated[
+    list[str] | None,
+    typer.Option(help="Path, URL or data: URI. Repeat it for several images."),
+]
+ImageSize = Annotated[
+    int | None,
+    typer.Option(help="Side in pixels, a multiple of 64; smaller is faster and coarser."),
+]
+System = Annotated[str | None, typer.Option(help="System prompt, if not the model's own.")]
+MaxTokens = Annotated[int, typer.Option(help="Most tokens to generate.")]
+Temperature = Annotated[float, typer.Option(help="0 is greedy; above, answers vary.")]
+TopP = Annotated[float, typer.Option(help="Sample from the likeliest tokens of this total.")]
+TopK = Annotated[int, typer.Option(help="Sample from this many tokens; 0 is all.")]
+MinP = Annotated[float, typer.Option(help="Drop tokens less likely than this times the best.")]
+RepetitionPenalty = Annotated[
+    float | None, typer.Option(help="Above 1 makes recent tokens less likely.")
+]
+Seed = Annotated[int | None, typer.Option(help="Makes sampled answers repeatable.")]
+Stop = Annotated[
+    list[str] | None, typer.Option(help="Text that ends the answer. Repeat it for several.")
+]
+MaxKvSize = Annotated[int | None, typer.Option(help="Positions that the KV cache keeps.")]
+KvBits = Annotated[int | None, typer.Option(help="Bits of a quantized KV cache: 2 to 8.")]
+PrefillStepSize = Annotated[int, typer.Option(help="Prompt tokens processed at a time.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"fastvlm-mlx {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Say the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def generate(
+    model: Model = None,
+    image: Images = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option(
+            help="The question; `<image>` in it marks an image's place, which is otherwise first. "
+            f'By default "{DESCRIBE}"'
+        ),
+    ] = None,
+    system: System = None,
+    max_tokens: MaxTokens = 256,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    min_p: MinP = 0.0,
+    repetition_penalty: RepetitionPenalty = None,
+    seed: Seed = None,
+    stop: Stop = None,
+    image_size: ImageSize = None,
+    max_kv_size: MaxKvSize = None,
+    kv_bits: KvBits = None,
+    prefill_step_size: PrefillStepSize = 2048,
+    conv_mode: Annotated[
+        str | None, typer.Option(help="Conversation template, such as qwen_2 or plain.")
+    ] = None,
+    revision: Revision = None,
+    dtype: Dtype = None,
+    quantize: QuantizeBits = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print answer and timings as one JSON object.")
+    ] = False,
+    verbose: Annotated[
+        bool, typer.Option(help="Print a table of timings after the answer.")
+    ] = False,
+) -> None:
+    """Answer a question about images; with nothing else, describe a bundled one.
+
+    fastvlm generate --model apple/FastVLM-0.5B --image photo.jpg --prompt "What is this?"
+    """
+    from .generate import Options, stream_generate
+    from .weights import load
+
+    images = list(image or [])
+    if not images and prompt is None:
+        images = [str(SAMPLE_IMAGE)]
+        typer.echo(f"No --image and no --prompt: describing {SAMPLE_IMAGE}.", err=True)
+    options = Options(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        stop=tuple(stop or ()),
+        max_kv_size=max_kv_size,
+        kv_bits=kv_bits,
+        prefill_step_size=prefill_step_size,
+    )
+    loaded, processor = load(model, revision=revision, dtype=dtype, quantize=quantize)
+    parts = stream_generate(
+        loaded,
+        processor,
+        DESCRIBE if prompt is None else prompt,
+        image=images,
+        system=system,
+        image_size=image_size,
+        conv_mode=conv_mode,
+        **vars(options),
+    )
+    text, last = show(parts, quiet=as_json)
+    if as_json:
+        result = {**asdict(last), "text": text}
+        del result["token"]
+        typer.echo(json.dumps(result, ensure_ascii=False))
+    elif verbose:
+        print_timings(last)
+
+
+def show(parts: Iterator[Any], *, quiet: bool = False) -> tuple[str, Any]:
+    """Print an answer as it appears; the whole text and the last part."""
+    text = ""
+    for part in parts:  # there is always one, since max_tokens is at least 1
+        text += part.text
+        if not quiet:
+            typer.echo(part.text, nl=False)
+            sys.stdout.flush()
+    if not quiet:
+        typer.echo()
+    return text, part
+
+
+def print_timings(part: Any) -> None:
+    """A table of where the time of an answer went, on standard error."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None)
+    for name, seconds in (
+        ("Read and resize", part.preprocess_time),
+        ("Encode image", part.encode_time),
+        ("Prefill", part.prefill_time),
+        ("Time to first token", part.ttft),
+    ):
+        table.add_row(name, f"{1000 * seconds:.1f} ms")
+    table.add_row("Prompt", f"{part.prompt_tokens} tokens")
+    table.add_row("Answer", f"{part.generation_tokens} tokens, {part.generation_tps:.1f} a second")
+    table.add_row("Peak memory", f"{part.peak_memory:.3f} GB")
+    table.add_row("Ended by", str(part.finish_reason))
+    Console(stderr=True).print(table)
+
+
+@app.command()
+def chat(
+    model: Model = None,
+    image: Images = None,
+    system: System = None,
+    max_tokens: MaxTokens = 256,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: Seed = None,
+    image_size: ImageSize = None,
+    max_kv_size: MaxKvSize = None,
+    kv_bits: KvBits = None,
+    revision: Revision = None,
+    dtype: Dtype = None,
+    quantize: QuantizeBits = None,
+) -> None:
+    """Talk about images, turn by turn.
+
+    Commands in the chat: /image PATH, /reset, /help, /quit. Ctrl-C stops an answer, Ctrl-D leaves.
+    """
+    from .chat import Chat
+    from .weights import load
+
+    loaded, processor = load(model, revision=revision, dtype=dtype, quantize=quantize)
+    conversation = Chat(
+        loaded,
+        processor,
+        system=system,
+        image_size=image_size,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        max_kv_size=max_kv_size,
+        kv_bits=kv_bits,
+    )
+    pending = [check_image(path) for path in image or []]
+    typer.echo("Ask away; /help lists the commands.", err=True)
+    while (line := read_line()) is not None:
+        command, _, argument = line.partition(" ")
+        if command in ("/quit", "/exit"):
+            break
+        elif command == "/help":
+            typer.echo(CHAT_HELP)
+        elif command == "/reset":
+            conversation.reset()
+            pending.clear()
+        elif command == "/image":
+            add_image(pending, argument.strip())
+        elif line.startswith("/"):
+            typer.echo(f"There is no command {command}; /help lists those there are.", err=True)
+        elif line:
+            answer(conversation, line, pending)
+
+
+def read_line() -> str | None:
+    """A line typed in the chat, without spaces around it; None at the end of input."""
+    while True:
+        try:
+            return input("> ").strip()
+        except EOFError:
+            typer.echo()
+            return None
+        except KeyboardInterrupt:
+            typer.echo("\nCtrl-D or /quit leaves.", err=True)
+
+
+def check_image(path: str) -> str:
+    """The path itself, if an image can be read there; else the error that says why not."""
+    from .image import load_image
+
+    load_image(path)
+    return path
+
+
+def add_image(pending: list[str], path: str) -> None:
+    """Put an image before the next question, or say why it can't be."""
+    if not path:
+        typer.echo("Name an image: /image PATH.", err=True)
+        return
+    try:
+        pending.append(check_image(path))
+    except (ValueError, OSError) as error:
+        typer.echo(f"Error: {describe(error)}", err=True)
+
+
+def answer(conversation: Any, question: str, pending: list[str]) -> None:
+    """Print the answer to a question about the pending images, which are then used up."""
+    try:
+        show(conversation.ask(question, image=list(pending), stream=True))
+        pending.clear()
+    except KeyboardInterrupt:
+        typer.echo(" [stopped]")
+        pending.clear()
+    except (ValueError, OSError) as error:
+        typer.echo(f"Error: {describe(error)}", err=True)
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="Folder or Hub id of a checkpoint, in any layout.")],
+    target: Annotated[Path, typer.Argument(help="The folder to write.")],
+    revision: Revision = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="float32, float16 or bfloat16; by default the checkpoint's own."),
+    ] = None,
+    quantize: QuantizeBits = None,
+    group_size: Annotated[
+        int, typer.Option(help="Weights that share a scale: 32, 64 or 128.")
+    ] = 64,
+    overwrite: Annotated[bool, typer.Option(help="Replace the target if it exists.")] = False,
+) -> None:
+    """Turn a checkpoint into an MLX folder, which mlx-vlm and mlx-swift read too.
+
+    fastvlm convert apple/FastVLM-0.5B fastvlm-0.5b-4bit --quantize 4
+    """
+    from .convert import convert as run
+
+    settings = None if quantize is None else {"bits": quantize, "group_size": group_size}
+    run(source, target, revision=revision, dtype=dtype, quantize=settings, overwrite=overwrite)
+    typer.echo(f"Wrote {target}.")
+
+
+def describe(error: BaseException) -> str:
+    """An error as one sentence; the system's own errors name their file."""
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}."
+    return str(error) or type(error).__name__
+
+
+def main() -> None:
+    """Run the command; bad input ends it with a sentence and exit code 2."""
+    try:
+        app()
+    except (ValueError, OSError, ImportError) as error:
+        typer.echo(f"Error: {describe(error)}", err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

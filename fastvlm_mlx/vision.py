@@ -1,0 +1,263 @@
+"""FastViTHD, the vision encoder, in the folded form in which it runs.
+
+BatchNorm, layer scales and parallel branches are gone (`convert.fold` does the arithmetic), every
+1x1 convolution is a matrix product on channels-last data, and what remains are depthwise
+convolutions, matrix products, GELU and attention. Comments name the modules of the original
+`mci.py`. Shapes: B images, H x W positions, C channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .config import VisionConfig
+
+CONV_FFN_KERNEL = 7
+STEM_KERNEL = 3
+SE_REDUCTION = 16
+
+
+def on_cpu() -> bool:
+    """Whether arrays are computed on the CPU, where MLX has other fast forms than on a GPU."""
+    return mx.default_device().type == mx.DeviceType.cpu
+
+
+@mx.compile
+def _erf_rational(x: mx.array) -> mx.array:
+    # Minimax rational x P(x^2) / Q(x^2), within 3e-7 of erf: MLX's CPU erf is a scalar loop.
+    x = mx.clip(x, -4.0, 4.0)
+    t = x * x
+    p = -2.72614225801306e-10 * t + 2.77068142495902e-08
+    p = p * t - 2.10102402082508e-06
+    p = p * t - 5.69250639462346e-05
+    p = p * t - 7.34990630326855e-04
+    p = p * t - 2.95459980854025e-03
+    p = p * t - 1.60960333262415e-02
+    q = -1.45660718464996e-05 * t - 2.13374055278905e-04
+    q = q * t - 1.68282697438203e-03
+    q = q * t - 7.37332916720468e-03
+    q = q * t - 1.42647390514189e-02
+    return x * p / q
+
+
+@mx.compile
+def _gelu_rational(x: mx.array) -> mx.array:
+    return 0.5 * x * (1 + _erf_rational(x * 0.5**0.5))
+
+
+def gelu(x: mx.array) -> mx.array:
+    """The exact GELU, x times the normal distribution function, elementwise."""
+    if on_cpu() and x.dtype == mx.float32:
+        return _gelu_rational(x)
+    return nn.gelu(x)
+
+
+@mx.compile
+def _add_taps(total: mx.array, shifted: list[mx.array], taps: list[mx.array]) -> mx.array:
+    for x, tap in zip(shifted, taps, strict=True):
+        total = total + x * tap
+    return total
+
+
+def _shifted_conv(x: mx.array, weight: mx.array, bias: mx.array, stride: int) -> mx.array:
+    """A depthwise convolution as a sum of shifted slices, one compiled row of taps at a time."""
+    kernel, (B, H, W, C) = weight.shape[1], x.shape
+    pad = kernel // 2
+    height, width = (H - 1) // stride + 1, (W - 1) // stride + 1
+    rows = slice_ends = range(kernel)
+    x = mx.pad(x, [(0, 0), (pad, pad), (pad, pad), (0, 0)])
+    taps = mx.contiguous(weight.reshape(C, kernel, kernel).transpose(1, 2, 0))
+    total = mx.broadcast_to(bias, (B, height, width, C))
+    for i in rows:
+        strip = x[:, i : i + (height - 1) * stride + 1 : stride]
+        shifted = [strip[:, :, j : j + (width - 1) * stride + 1 : stride] for j in slice_ends]
+        total = _add_taps(total, shifted, [taps[i, j] for j in slice_ends])
+    return total
+
+
+class DepthwiseConv(nn.Module):
+    """A convolution of each channel with itself, zero-padded by half the kernel.
+
+    One output channel an input channel, at most 7x7 and stride at most 2: the form for which
+    MLX's Metal backend has a fast kernel (with channels in multiples of 16).
+    """
+
+    def __init__(self, channels: int, kernel_size: int, stride: int = 1):
+        super().__init__()
+        self.weight = mx.zeros((channels, kernel_size, kernel_size, 1))
+        self.bias = mx.zeros((channels,))
+        self.stride = stride
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """[B, H, W, C] → [B, ceil(H/stride), ceil(W/stride), C]."""
+        if on_cpu():
+            return _shifted_conv(x, self.weight, self.bias, self.stride)
+        channels, kernel = self.weight.shape[:2]
+        y = mx.conv2d(x, self.weight, self.stride, kernel // 2, groups=channels)
+        return y + self.bias
+
+
+class ConvFFN(nn.Module):
+    """Depthwise 7x7 (BatchNorm folded in), expand, GELU, project (layer scale folded in)."""
+
+    def __init__(self, dim: int, mlp_ratio: float):
+        super().__init__()
+        hidden = int(dim * mlp_ratio)
+        self.conv = DepthwiseConv(dim, CONV_FFN_KERNEL)
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.fc2(gelu(self.fc1(self.conv(x))))
+
+
+class RepMixerBlock(nn.Module):
+    """Token mixing by one depthwise convolution, then a ConvFFN (FastViT paper, section 3.1)."""
+
+    def __init__(self, dim: int, mlp_ratio: float, kernel_size: int):
+        super().__init__()
+        self.token_mixer = DepthwiseConv(dim, kernel_size)
+        self.convffn = ConvFFN(dim, mlp_ratio)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        x = self.token_mixer(x)
+        return x + self.convffn(x)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over all positions (`MHSA`); layer scale folded into `proj`."""
+
+    def __init__(self, dim: int, head_dim: int):
+        super().__init__()
+        self.num_heads = dim // head_dim
+        self.scale = head_dim**-0.5
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.proj = nn.Linear(dim, dim)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        B, H, W, C = x.shape
+        qkv = self.qkv(x).reshape(B, H * W, 3, self.num_heads, -1).transpose(2, 0, 3, 1, 4)
+        x = mx.fast.scaled_dot_product_attention(qkv[0], qkv[1], qkv[2], scale=self.scale)
+        return self.proj(x.transpose(0, 2, 1, 3).reshape(B, H, W, C))
+
+
+class AttentionBlock(nn.Module):
+    """Attention on normalised channels, then a ConvFFN."""
+
+    def __init__(self, dim: int, mlp_ratio: float, head_dim: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(dim, eps=1e-5)
+        self.token_mixer = Attention(dim, head_dim)
+        self.convffn = ConvFFN(dim, mlp_ratio)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        x = x + self.token_mixer(self.norm(x))
+        return x + self.convffn(x)
+
+
+class Stem(nn.Module):
+    """Pixels to stage 0 at a quarter of the resolution (`convolutional_stem`)."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.conv = nn.Conv2d(3, dim, STEM_KERNEL, stride=2, padding=1)
+        self.depthwise = DepthwiseConv(dim, STEM_KERNEL, stride=2)
+        self.pointwise = nn.Linear(dim, dim)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return gelu(self.pointwise(gelu(self.depthwise(gelu(self.conv(x))))))
+
+
+class Downsample(nn.Module):
+    """Half the resolution, wider channels (`PatchEmbed`).
+
+    The original's grouped convolution makes several outputs of each input channel. Here it is
+    one depthwise convolution for each; `pointwise` has its inputs permuted to match.
+    """
+
+    def __init__(self, in_dim: int, out_dim: int, kernel_size: int, stride: int):
+        super().__init__()
+        self.convs = [DepthwiseConv(in_dim, kernel_size, stride) for _ in range(out_dim // in_dim)]
+        self.pointwise = nn.Linear(out_dim, out_dim)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        x = mx.concatenate([conv(x) for conv in self.convs], axis=-1)
+        return gelu(self.pointwise(gelu(x)))
+
+
+class Expand(nn.Module):
+    """The last widening (`conv_exp`), with squeeze-and-excitation.
+
+    Split as in `Downsample`, and interleaved again, since its channels leave the encoder.
+    """
+
+    def __init__(self, in_dim: int, out_dim: int):
+        super().__init__()
+        self.convs = [DepthwiseConv(in_dim, STEM_KERNEL) for _ in range(out_dim // in_dim)]
+        self.reduce = nn.Linear(out_dim, out_dim // SE_REDUCTION)
+        self.expand = nn.Linear(out_dim // SE_REDUCTION, out_dim)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        B, H, W, _ = x.shape
+        x = mx.stack([conv(x) for conv in self.convs], axis=-1).reshape(B, H, W, -1)
+        squeezed = x.mean(axis=(1, 2), keepdims=True)
+        gate = mx.sigmoid(self.expand(nn.relu(self.reduce(squeezed))))
+        return gelu(x * gate)
+
+
+class FastViTHD(nn.Module):
+    """The encoder: pixels in, visual tokens out (FastVLM paper, section 3.2)."""
+
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.config = config
+        self.stem = Stem(config.embed_dims[0])
+        self.network = build_network(config)
+        self.conv_exp = Expand(config.embed_dims[-1], config.hidden_size)
+
+    def __call__(self, pixel_values: mx.array) -> mx.array:
+        """Encode images.
+
+        Args:
+            pixel_values: [B, S, S, 3] in [0, 1], float; S any multiple of the patch size (64).
+
+        Returns:
+            [B, (S/64)², C] features, row by row; C = `config.hidden_size`.
+
+        Raises:
+            ValueError: the shape is not that of channels-last images of such a size.
+        """
+        self._check(pixel_values)
+        x = self.stem(pixel_values.astype(self.stem.conv.weight.dtype))
+        for layer in self.network:
+            x = layer(x)
+        return self.conv_exp(x).flatten(1, 2)
+
+    def _check(self, pixel_values: mx.array) -> None:
+        shape, patch = pixel_values.shape, self.config.patch_size
+        if len(shape) != 4 or shape[3] != 3:
+            raise ValueError(f"pixel_values must be [B, S, S, 3] (channels last), found {shape}.")
+        if shape[1] % patch or shape[2] % patch or not shape[1] or not shape[2]:
+            raise ValueError(f"image size must be a multiple of {patch}, found {shape[1:3]}.")
+
+
+def build_network(config: VisionConfig) -> list[Callable[[mx.array], mx.array]]:
+    """The stages, flat: position encodings (`RepCPE`), blocks and downsampling in order."""
+    network: list[Callable[[mx.array], mx.array]] = []
+    for i, (depth, dim, ratio) in enumerate(
+        zip(config.layers, config.embed_dims, config.mlp_ratios, strict=True)
+    ):
+        if (shape := config.pos_embs_shapes[i]) is not None:
+            network.append(DepthwiseConv(dim, shape[0]))
+        for _ in range(depth):
+            if config.token_mixers[i] == "attention":
+                network.append(AttentionBlock(dim, ratio, config.head_dim))
+            else:
+                network.append(RepMixerBlock(dim, ratio, config.repmixer_kernel_size))
+        if i + 1 < len(config.layers) and config.has_downsample(i):
+            kernel, stride = config.down_patch_size, config.down_stride
+            network.append(Downsample(dim, config.embed_dims[i + 1], kernel, stride))
+    return network

@@ -1,0 +1,519 @@
+"""A checkpoint folder ↔ a model.
+
+On disk a model has the names and axes of the mlx-vlm layout; the modules of `convert` map other
+layouts to it. In memory the encoder is folded and the decoder's projections are fused.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from . import hub
+from .config import CheckpointError, FastVLMConfig, load_config, read_json
+from .convert import fold, llava, mlx_vlm
+from .convert.fold import Weights
+from .model import FastVLM
+from .prompt import Processor, Tokenizer
+from .vision import on_cpu
+
+LAYOUTS: tuple[ModuleType, ...] = (mlx_vlm, llava)
+VISION = "vision_tower.vision_model."
+HEAD = f"{VISION}head.proj"
+DECODER = "language_model.model."
+LM_HEAD = "language_model.lm_head."
+FUSED = {
+    "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
+}
+DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+BITS = (2, 3, 4, 5, 6, 8)
+GROUP_SIZES = (32, 64, 128)
+MAX_NAMED = 10
+MAX_SHARD_BYTES = 5 * 10**9
+
+Quantize = int | Mapping[str, Any]
+
+
+def load(
+    source: str | os.PathLike[str] | None = None,
+    *,
+    revision: str | None = None,
+    dtype: mx.Dtype | str | None = None,
+    quantize: Quantize | None = None,
+) -> tuple[FastVLM, Processor]:
+    """Load a model and what reads its images and prompts.
+
+    Args:
+        source: a folder or a Hub id (`apple/FastVLM-0.5B`), in any known layout, converted on the
+            fly; the bundled nano model by default.
+        revision: branch, tag or commit on the Hub.
+        dtype, quantize: as `load_model`.
+
+    Raises:
+        FileNotFoundError: no such folder or repository.
+        CheckpointError: not a whole FastVLM.
+        OSError: the download failed.
+    """
+    folder = hub.resolve(source, revision=revision)
+    processor = load_processor(folder)
+    return load_model(folder, dtype=dtype, quantize=quantize), processor
+
+
+def load_processor(folder: str | Path) -> Processor:
+    """Read the tokenizer and the image settings of a folder; errors as `load`."""
+    folder = Path(folder)
+    config = load_config(folder)
+    generation = folder / "generation_config.json"
+    eos = read_json(generation).get("eos_token_id") if generation.is_file() else None
+    eos_token_ids = [*config.eos_token_ids, *(eos if isinstance(eos, list) else [eos])]
+    return Processor(
+        tokenizer=Tokenizer.from_folder(folder, [i for i in eos_token_ids if i is not None]),
+        image_size=config.vision.image_size,
+        mode=config.image_aspect_ratio,
+        grid_pinpoints=config.image_grid_pinpoints,
+        patch_size=config.vision.patch_size,
+        max_length=min(config.max_length, config.text.max_position_embeddings),
+    )
+
+
+def load_model(
+    folder: str | Path, *, dtype: mx.Dtype | str | None = None, quantize: Quantize | None = None
+) -> FastVLM:
+    """Read a model from a folder in any known layout; the folder needs no tokenizer.
+
+    Tensors are read when their place in the model is known, one module at a time.
+
+    Args:
+        folder: holds config.json and the weights.
+        dtype: of the weights that are not quantized. By default the checkpoint's own, but float32
+            where arrays are computed on the CPU, which is slow at half precision.
+        quantize: bits a weight, or arguments of `quantize_model`, for projector and decoder.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        CheckpointError: a file, a field or a tensor is missing, surplus or wrong.
+        ValueError: `dtype` or `quantize` is not one that exists.
+    """
+    folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        raise FileNotFoundError(f"There is no model folder {folder}.")
+    config = load_config(folder)
+    weights, layout = read_checkpoint(folder)
+    config = trust_tensors(config, weights)
+    model = FastVLM(config)
+    check_tensors(weights, model, layout, folder)
+    target = resolve_dtype(dtype, weights)
+    _quantize_like(model, weights)
+    parameters = to_memory(weights, config)
+    model.load_weights([(name, cast(value, target)) for name, value in parameters.items()])
+    parameters.clear()
+    if quantize is not None:
+        quantize_model(model, quantize)
+    for _, module in tree_flatten(model.leaf_modules(), is_leaf=nn.Module.is_module):
+        mx.eval(module.parameters())
+    mx.eval(model.parameters())
+    model.eval()
+    return model
+
+
+def read_checkpoint(folder: Path) -> tuple[Weights, ModuleType]:
+    """The tensors of a folder in the names of the mlx-vlm layout, and the layout they came in.
+
+    Training form is merged to inference form. Nothing is read from disk yet.
+
+    Raises:
+        CheckpointError: no weights, a broken file, or tensors of an unknown layout.
+    """
+    tensors = read_tensors(folder)
+    layout = next((layout for layout in LAYOUTS if layout.matches(set(tensors))), None)
+    if layout is None:
+        found = ", ".join(sorted(tensors)[:3])
+        raise CheckpointError(
+            f"{folder} holds tensors of an unknown layout ({found}, …); supported are the original "
+            "PyTorch layout (model.vision_tower.…) and the MLX layout (vision_tower.…)."
+        )
+    weights = layout.to_mlx(tensors)
+    if fold.is_training_form(weights):
+        try:
+            weights = fold.merge_branches(weights)
+        except KeyError as error:
+            raise CheckpointError(
+                f"{folder} lacks a tensor of a parallel branch: {error.args[0]}."
+            ) from None
+    return weights, layout
+
+
+def read_tensors(folder: Path) -> Weights:
+    """The tensors in a folder's files, lazily, under the names they have there.
+
+    Takes safetensors (one file or shards with an index); without any, PyTorch's `.bin` or `.pth`,
+    which needs the optional torch.
+
+    Raises:
+        CheckpointError: no weights, a shard that the index names is missing, or a broken file.
+    """
+    files = weight_files(folder)
+    tensors: Weights = {}
+    for file in files:
+        tensors |= _read_safetensors(file) if file.suffix == ".safetensors" else _read_torch(file)
+    if not tensors:
+        raise CheckpointError(f"{folder} holds weight files without tensors.")
+    return tensors
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold the weights of a folder; see `read_tensors`."""
+    for index_name in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
+        if (folder / index_name).is_file():
+            shards = read_json(folder / index_name).get("weight_map")
+            if not isinstance(shards, dict) or not shards:
+                raise CheckpointError(f"{folder / index_name} has no weight_map.")
+            files = [folder / name for name in sorted(set(map(str, shards.values())))]
+            missing = [file.name for file in files if not file.is_file()]
+            if missing:
+                raise CheckpointError(
+                    f"{folder / index_name} names {', '.join(missing[:MAX_NAMED])}, "
+                    "which is not in the folder; download it again."
+                )
+            return files
+    for pattern in ("model*.safetensors", "*.safetensors", "pytorch_model*.bin", "*.pth"):
+        if files := sorted(folder.glob(pattern)):
+            return files
+    raise CheckpointError(
+        f"{folder} holds no weights: expected model.safetensors, its index, or pytorch_model.bin."
+    )
+
+
+def _read_safetensors(file: Path) -> Weights:
+    try:
+        return mx.load(str(file))
+    except (RuntimeError, ValueError) as error:
+        raise CheckpointError(
+            f"{file} is not a whole safetensors file ({error}); download it again."
+        ) from None
+
+
+def _read_torch(file: Path) -> Weights:
+    try:
+        import torch
+    except ImportError:
+        raise CheckpointError(
+            f"{file} is a PyTorch file and torch is not installed; "
+            "pip install 'fastvlm-mlx[torch]' or use the safetensors checkpoint."
+        ) from None
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(
+            f"{file} is not a PyTorch file of plain tensors ({reason})."
+        ) from None
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{file} must hold a dict of tensors, found {type(state).__name__}.")
+    return {
+        name: _from_torch(tensor, torch)
+        for name, tensor in state.get("state_dict", state).items()
+        if isinstance(tensor, torch.Tensor)
+    }
+
+
+def _from_torch(tensor: Any, torch: ModuleType) -> mx.array:
+    if tensor.dtype == torch.bfloat16:  # which numpy has not
+        return mx.array(tensor.contiguous().view(torch.int16).numpy()).view(mx.bfloat16)
+    return mx.array(tensor.numpy())
+
+
+def trust_tensors(config: FastVLMConfig, weights: Weights) -> FastVLMConfig:
+    """Correct what config.json says wrongly: an untied head is there exactly if its tensor is."""
+    tied = f"{LM_HEAD}weight" not in weights
+    return replace(config, text=replace(config.text, tie_word_embeddings=tied))
+
+
+def check_tensors(weights: Weights, model: FastVLM, layout: ModuleType, folder: Path) -> None:
+    """Compare a checkpoint with what the model needs, in the names that the files use.
+
+    Raises:
+        CheckpointError: naming up to ten missing, surplus and misshapen tensors.
+    """
+    expected = to_checkpoint(model)
+    weights.setdefault(HEAD, expected[HEAD])  # carried for other readers, never computed with
+    shapes = {name: tensor.shape for name, tensor in expected.items()}
+    for linear, settings in quantized_linears(weights, model.config):
+        shapes |= _packed_shapes(linear, shapes, settings)
+    if shapes == {name: tensor.shape for name, tensor in weights.items()}:
+        return
+    wanted = layout.from_mlx({name: mx.zeros(shape) for name, shape in shapes.items()})
+    found = layout.from_mlx(weights)
+    problems = [
+        *(f"{n} {wanted[n].shape} is missing" for n in wanted if n not in found),
+        *(f"{n} {found[n].shape} is surplus" for n in found if n not in wanted),
+        *(
+            f"{n} is {found[n].shape} where {tensor.shape} is expected"
+            for n, tensor in wanted.items()
+            if n in found and found[n].shape != tensor.shape
+        ),
+    ]
+    more = f"; and {len(problems) - MAX_NAMED} more" if len(problems) > MAX_NAMED else ""
+    raise CheckpointError(
+        f"{folder} does not fit its config.json: {'; '.join(problems[:MAX_NAMED])}{more}."
+    )
+
+
+def quantized_linears(weights: Weights, config: FastVLMConfig) -> Iterator[tuple[str, dict]]:
+    """(name, quantization settings) of each quantized layer of a checkpoint."""
+    defaults = {"group_size": 64, "bits": 4, "mode": "affine"}
+    defaults |= {k: v for k, v in config.quantization.items() if k in defaults}
+    for name in weights:
+        if name.endswith(".scales"):
+            linear = name.removesuffix(".scales")
+            own = config.quantization.get(linear)
+            settings = defaults | own if isinstance(own, dict) else defaults
+            yield linear, {key: settings[key] for key in defaults}
+
+
+def _packed_shapes(
+    linear: str, shapes: dict[str, tuple[int, ...]], settings: dict
+) -> dict[str, tuple[int, ...]]:
+    if f"{linear}.weight" not in shapes:
+        return {}
+    rows, columns = shapes[f"{linear}.weight"]
+    groups = (rows, columns // settings["group_size"])
+    packed = {
+        f"{linear}.weight": (rows, columns * settings["bits"] // 32),
+        f"{linear}.scales": groups,
+    }
+    return packed | ({f"{linear}.biases": groups} if settings["mode"] == "affine" else {})
+
+
+def to_memory(weights: Weights, config: FastVLMConfig) -> Weights:
+    """A checkpoint in the mlx-vlm layout → the parameters of `FastVLM`; empties `weights`."""
+    encoder = fold.fold_encoder(lambda name: weights.pop(VISION + name), config.vision)
+    parameters = {f"vision_tower.{name}": value for name, value in encoder.items()}
+    weights.pop(HEAD, None)
+    for i in range(config.projector_depth):
+        source = projector_name(config, i)
+        for key in _keys_of(weights, source):
+            parameters[f"mm_projector.layers.{i}.{key}"] = weights.pop(f"{source}.{key}")
+    for i in range(config.text.num_hidden_layers):
+        for whole, parts in FUSED.items():
+            for key in _keys_of(weights, f"{DECODER}layers.{i}.{parts[0]}"):
+                tensors = [weights.pop(f"{DECODER}layers.{i}.{part}.{key}") for part in parts]
+                parameters[f"language_model.layers.{i}.{whole}.{key}"] = mx.concatenate(tensors)
+    for name in list(weights):
+        parameters[name.replace(DECODER, "language_model.", 1)] = weights.pop(name)
+    return parameters
+
+
+def to_checkpoint(model: FastVLM) -> Weights:
+    """The inverse of `to_memory`, with neutral BatchNorms, layer scales and head."""
+    config = model.config
+    parameters: Weights = dict(tree_flatten(model.parameters()))
+    encoder = fold.unfold_encoder(lambda name: parameters[f"vision_tower.{name}"], config.vision)
+    weights = {VISION + name: value for name, value in encoder.items()}
+    weights[HEAD] = mx.zeros((config.vision.hidden_size, config.vision.projection_dim))
+    for name, value in parameters.items():
+        if name.startswith("mm_projector.layers."):
+            _, _, i, key = name.split(".")
+            weights[f"{projector_name(config, int(i))}.{key}"] = value
+        elif name.startswith("language_model.lm_head.") or name == "image_newline":
+            weights[name] = value
+        elif name.startswith("language_model."):
+            weights |= _split_fused(name.replace("language_model.", DECODER, 1), value, config)
+    return weights
+
+
+def _split_fused(name: str, value: mx.array, config: FastVLMConfig) -> Weights:
+    text = config.text
+    heads = (text.num_attention_heads, text.num_key_value_heads, text.num_key_value_heads)
+    rows = {
+        "self_attn.qkv_proj": [n * text.head_dim for n in heads],
+        "mlp.gate_up_proj": [text.intermediate_size] * 2,
+    }
+    for whole, parts in FUSED.items():
+        if f".{whole}." in name:
+            ends = [sum(rows[whole][: i + 1]) for i in range(len(parts) - 1)]
+            pieces = mx.split(value, ends)
+            return {name.replace(whole, part): p for part, p in zip(parts, pieces, strict=True)}
+    return {name: value}
+
+
+def projector_name(config: FastVLMConfig, layer: int) -> str:
+    """The projector's layers are numbered as in the original's Sequential, GELUs counted."""
+    linear = config.mm_projector_type == "linear"
+    return "mm_projector" if linear else f"mm_projector.{2 * layer}"
+
+
+def _keys_of(weights: Weights, module: str) -> list[str]:
+    keys = ("weight", "bias", "scales", "biases")
+    return [key for key in keys if f"{module}.{key}" in weights]
+
+
+def _quantize_like(model: FastVLM, weights: Weights) -> None:
+    """Make those layers of the model quantized that are so in the checkpoint."""
+    settings = dict(quantized_linears(weights, model.config))
+
+    def settings_of(path: str, _: nn.Module) -> bool | dict:
+        sources = _sources_of(path, model.config)
+        found = [settings.get(source) for source in sources]
+        if any(other != found[0] for other in found):
+            raise CheckpointError(f"{', '.join(sources)} must be quantized alike.")
+        return found[0] or False
+
+    if settings:
+        nn.quantize(model, class_predicate=settings_of)
+
+
+def _sources_of(path: str, config: FastVLMConfig) -> list[str]:
+    """The checkpoint's names of a linear layer or embedding in memory."""
+    if path.startswith("mm_projector.layers."):
+        return [projector_name(config, int(path.rsplit(".", 1)[1]))]
+    path = path if path.startswith(LM_HEAD[:-1]) else path.replace("language_model.", DECODER, 1)
+    for whole, parts in FUSED.items():
+        if path.endswith(whole):
+            return [path.replace(whole, part) for part in parts]
+    return [path]
+
+
+def quantization_settings(quantize: Quantize) -> dict[str, Any]:
+    """Complete and check quantization settings: bits, or a mapping of bits, group_size and mode."""
+    settings = {"group_size": 64, "bits": 4, "mode": "affine"}
+    settings |= {"bits": quantize} if isinstance(quantize, int) else dict(quantize)
+    if settings["bits"] not in BITS:
+        raise ValueError(f"quantize: bits must be one of {BITS}, found {settings['bits']!r}.")
+    if settings["group_size"] not in GROUP_SIZES:
+        raise ValueError(f"quantize: group_size must be one of {GROUP_SIZES}.")
+    if settings["mode"] != "affine" or len(settings) > 3:
+        raise ValueError("quantize: settings are bits, group_size and mode, and mode is affine.")
+    return settings
+
+
+def quantize_model(model: FastVLM, quantize: Quantize) -> None:
+    """Quantize projector and decoder in place; layers the group size does not divide stay."""
+    settings = quantization_settings(quantize)
+
+    def wanted(path: str, module: nn.Module) -> bool:
+        return (
+            path.startswith(("mm_projector.", "language_model."))
+            and isinstance(module, (nn.Linear, nn.Embedding))
+            and module.weight.shape[-1] % settings["group_size"] == 0
+        )
+
+    nn.quantize(model, **settings, class_predicate=wanted)
+    model.config = replace(model.config, quantization=settings)
+
+
+def quantize_weights(weights: Weights, quantize: Quantize) -> Weights:
+    """As `quantize_model`, on tensors in the mlx-vlm layout."""
+    settings = quantization_settings(quantize)
+    quantized = dict(weights)
+    for name, tensor in weights.items():
+        if not name.startswith(("mm_projector.", "language_model.")) or tensor.ndim != 2:
+            continue
+        if name.endswith(".weight") and tensor.shape[-1] % settings["group_size"] == 0:
+            linear = name.removesuffix(".weight")
+            packed = mx.quantize(tensor, **settings)
+            quantized |= zip(
+                (f"{linear}.weight", f"{linear}.scales", f"{linear}.biases"), packed, strict=True
+            )
+    return quantized
+
+
+def resolve_dtype(dtype: mx.Dtype | str | None, weights: Weights) -> mx.Dtype:
+    """The dtype asked for; by default float32 on the CPU, elsewhere the checkpoint's own."""
+    if dtype is None:
+        return mx.float32 if on_cpu() else weights[f"{DECODER}norm.weight"].dtype
+    found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if found is None or found not in DTYPES.values():
+        raise ValueError(f"dtype must be {', '.join(DTYPES)}, found {dtype!r}.")
+    return found
+
+
+def cast(value: mx.array, dtype: mx.Dtype) -> mx.array:
+    """As `dtype`, but integers (packed weights) as they are."""
+    return value.astype(dtype) if mx.issubdtype(value.dtype, mx.floating) else value
+
+
+def save_checkpoint(
+    weights: Weights,
+    folder: Path,
+    *,
+    shard_bytes: int = MAX_SHARD_BYTES,
+    progress: Callable[[int], object] = lambda n: None,
+) -> None:
+    """Write tensors as safetensors, in shards with an index where one file would be too large.
+
+    Args:
+        weights: emptied as they are written, so that memory holds one shard at most.
+        folder: exists.
+        shard_bytes: of one file at most, unless one tensor is larger.
+        progress: called with the bytes of each tensor once it is computed.
+    """
+    total = sum(tensor.nbytes for tensor in weights.values())
+    shards = _shards(weights, shard_bytes)
+    weight_map: dict[str, str] = {}
+    for i, names in enumerate(shards, 1):
+        several = len(shards) > 1
+        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors" if several else "model.safetensors"
+        shard = {name: weights.pop(name) for name in names}
+        for tensor in shard.values():
+            mx.eval(tensor)
+            progress(tensor.nbytes)
+        mx.save_safetensors(str(folder / file), shard, metadata={"format": "mlx"})
+        weight_map |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    write_json(folder / "model.safetensors.index.json", index)
+
+
+def _shards(weights: Weights, shard_bytes: int) -> list[list[str]]:
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, tensor in weights.items():
+        if shards[-1] and size + tensor.nbytes > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += tensor.nbytes
+    return shards
+
+
+def write_json(file: Path, value: Any) -> None:
+    file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def folder_written_whole(target: Path, *, overwrite: bool) -> Iterator[Path]:
+    """A temporary folder that becomes `target` when the block ends well, and else disappears.
+
+    Raises:
+        FileExistsError: `target` is there and `overwrite` is not set, or it is a file.
+    """
+    if target.exists() and (not overwrite or not target.is_dir()):
+        hint = "is a file" if target.is_file() else "exists; pass --overwrite to replace it"
+        raise FileExistsError(f"{target} {hint}.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        if target.exists():
+            old = temporary.with_name(f"{temporary.name}-old")
+            target.rename(old)
+            temporary.rename(target)
+            shutil.rmtree(old)
+        else:
+            temporary.rename(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

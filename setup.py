@@ -1,0 +1,39 @@
+from pathlib import Path
+
+from setuptools import setup
+
+root = Path(__file__).parent
+version: dict[str, str] = {}
+exec((root / "fastvlm_mlx" / "version.py").read_text(), version)
+
+setup(
+    name="fastvlm-mlx",
+    version=version["__version__"],
+    description="FastVLM, the vision language model, native in MLX for Apple silicon",
+    long_description=(root / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.10",
+    packages=["fastvlm_mlx", "fastvlm_mlx.convert"],
+    package_dir={"fastvlm_mlx.convert": "convert"},
+    package_data={"fastvlm_mlx": ["py.typed", "nano/*", "nano/images/*"]},
+    install_requires=[
+        "mlx>=0.30",
+        "mlx-lm>=0.30",
+        "numpy",
+        "huggingface-hub>=1.0",
+        "safetensors",
+        "pillow>=10",
+    ],
+    extras_require={
+        # MLX's backends on Linux, named as mlx-lm names them; on a Mac none is needed.
+        "cpu": ["mlx[cpu]"],
+        "cuda12": ["mlx[cuda12]"],
+        "cuda13": ["mlx[cuda13]"],
+        # Reads checkpoints that come as PyTorch pickles (.bin, .pth) instead of safetensors.
+        "torch": ["torch"],
+        "test": ["pytest", "hypothesis"],
+        "dev": ["pytest", "hypothesis", "ruff", "mypy", "pre-commit"],
+    },
+    entry_points={"console_scripts": ["fastvlm = fastvlm_mlx.cli:main"]},
+)
