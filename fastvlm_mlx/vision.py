@@ -26,26 +26,19 @@ def on_cpu() -> bool:
 
 
 @mx.compile
-def _erf_rational(x: mx.array) -> mx.array:
-    # Minimax rational x P(x^2) / Q(x^2), within 3e-7 of erf: MLX's CPU erf is a scalar loop.
-    x = mx.clip(x, -4.0, 4.0)
-    t = x * x
-    p = -2.72614225801306e-10 * t + 2.77068142495902e-08
-    p = p * t - 2.10102402082508e-06
-    p = p * t - 5.69250639462346e-05
-    p = p * t - 7.34990630326855e-04
-    p = p * t - 2.95459980854025e-03
-    p = p * t - 1.60960333262415e-02
-    q = -1.45660718464996e-05 * t - 2.13374055278905e-04
-    q = q * t - 1.68282697438203e-03
-    q = q * t - 7.37332916720468e-03
-    q = q * t - 1.42647390514189e-02
-    return x * p / q
-
-
-@mx.compile
 def _gelu_rational(x: mx.array) -> mx.array:
-    return 0.5 * x * (1 + _erf_rational(x * 0.5**0.5))
+    # erf(z) is within 5e-7 of z P(z^2) / Q(z^2), where MLX's CPU erf is a scalar loop. The
+    # polynomials are summed as a tree, since a deep expression would compile to several kernels.
+    z = mx.clip(x * 0.5**0.5, -4.0, 4.0)
+    t = z * z
+    t2 = t * t
+    t4 = t2 * t2
+    p01 = -1.60960333262415e-02 - 2.95459980854025e-03 * t
+    p23 = -7.34990630326855e-04 - 5.69250639462346e-05 * t
+    p456 = -2.10102402082508e-06 + 2.77068142495902e-08 * t - 2.72614225801306e-10 * t2
+    q01 = -1.42647390514189e-02 - 7.37332916720468e-03 * t
+    q234 = -1.68282697438203e-03 - 2.13374055278905e-04 * t - 1.45660718464996e-05 * t2
+    return 0.5 * x * (1 + z * (p01 + p23 * t2 + p456 * t4) / (q01 + q234 * t2))
 
 
 def gelu(x: mx.array) -> mx.array:
@@ -67,14 +60,13 @@ def _shifted_conv(x: mx.array, weight: mx.array, bias: mx.array, stride: int) ->
     kernel, (B, H, W, C) = weight.shape[1], x.shape
     pad = kernel // 2
     height, width = (H - 1) // stride + 1, (W - 1) // stride + 1
-    rows = slice_ends = range(kernel)
     x = mx.pad(x, [(0, 0), (pad, pad), (pad, pad), (0, 0)])
     taps = mx.contiguous(weight.reshape(C, kernel, kernel).transpose(1, 2, 0))
     total = mx.broadcast_to(bias, (B, height, width, C))
-    for i in rows:
+    for i in range(kernel):
         strip = x[:, i : i + (height - 1) * stride + 1 : stride]
-        shifted = [strip[:, :, j : j + (width - 1) * stride + 1 : stride] for j in slice_ends]
-        total = _add_taps(total, shifted, [taps[i, j] for j in slice_ends])
+        shifted = [strip[:, :, j : j + (width - 1) * stride + 1 : stride] for j in range(kernel)]
+        total = _add_taps(total, shifted, [taps[i, j] for j in range(kernel)])
     return total
 
 
