@@ -1,0 +1,39 @@
+"""Describe every image of a folder, one JSON line each; go on where an earlier run stopped.
+
+python examples/caption_folder.py photos captions.jsonl --model apple/FastVLM-0.5B
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from tqdm import tqdm
+
+import fastvlm_mlx as fv
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
+
+parser = argparse.ArgumentParser(description="Describe every image of a folder.")
+parser.add_argument("folder", type=Path)
+parser.add_argument("output", type=Path, help="a .jsonl file, appended to")
+parser.add_argument("--prompt", default="Describe the image.")
+parser.add_argument("--model", help="folder or Hub id; the bundled model by default")
+parser.add_argument("--max-tokens", type=int, default=128)
+args = parser.parse_args()
+
+images = sorted(p for p in args.folder.rglob("*") if p.suffix.lower() in SUFFIXES)
+lines = args.output.read_text().splitlines() if args.output.exists() else []
+done = {json.loads(line)["image"] for line in lines}
+waiting = [image for image in images if str(image) not in done]
+model, processor = fv.load(args.model)
+with args.output.open("a", encoding="utf-8") as output:
+    for image in tqdm(waiting, unit="image"):
+        try:
+            caption = fv.generate(
+                model, processor, args.prompt, image=image, max_tokens=args.max_tokens
+            )
+        except (ValueError, OSError) as error:
+            tqdm.write(f"Left out: {error}")
+            continue
+        output.write(json.dumps({"image": str(image), "caption": caption}) + "\n")
+        output.flush()

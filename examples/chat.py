@@ -1,0 +1,24 @@
+"""Ask several questions about one image; the image is encoded once.
+
+python examples/chat.py photo.jpg "What is this?" "What colour is it?" --model apple/FastVLM-0.5B
+"""
+
+import argparse
+
+import fastvlm_mlx as fv
+
+parser = argparse.ArgumentParser(description="Ask several questions about one image.")
+parser.add_argument("image", help="path or URL")
+parser.add_argument("questions", nargs="+")
+parser.add_argument("--model", help="folder or Hub id; the bundled model by default")
+args = parser.parse_args()
+
+model, processor = fv.load(args.model)
+chat = fv.Chat(model, processor)
+image = args.image
+for question in args.questions:
+    print(f"> {question}")
+    for part in chat.ask(question, image=image, stream=True):
+        print(part.text, end="", flush=True)
+    print(f"\n  (first token after {1000 * part.ttft:.0f} ms)")
+    image = None  # the conversation knows it from now on

@@ -1,0 +1,69 @@
+"""Answer one question about one image, with the flags of the original's predict.py.
+
+    python examples/predict.py --model-path apple/FastVLM-0.5B --image-file photo.jpg \\
+        --prompt "Describe the image."
+
+Without --model-path the bundled nano model answers.
+"""
+
+import argparse
+import sys
+
+import mlx.core as mx
+
+import fastvlm_mlx as fv
+from fastvlm_mlx.beam import beam_search
+from fastvlm_mlx.generate import encode_images, preprocess_images
+from fastvlm_mlx.prompt import build_prompt
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Answer one question about one image.")
+    parser.add_argument("--model-path", help="folder or Hub id; the bundled model by default")
+    parser.add_argument("--image-file", required=True, help="path or URL of an image")
+    parser.add_argument("--prompt", default="Describe the image.", help="the question")
+    parser.add_argument("--conv-mode", default="qwen_2", help="conversation template")
+    parser.add_argument("--temperature", type=float, default=0.2, help="0 is greedy")
+    parser.add_argument("--top_p", type=float, default=1.0, help="sample from this total")
+    parser.add_argument(
+        "--num_beams", type=int, default=1, help="above 1: beam search, which does not sample"
+    )
+    return parser.parse_args()
+
+
+def search(model: fv.FastVLM, processor: fv.Processor, args: argparse.Namespace) -> str:
+    """The most likely answer that beam search finds."""
+    features = encode_images(model, *preprocess_images(processor, [args.image_file]))
+    input_ids = build_prompt(
+        processor.tokenizer,
+        args.prompt,
+        num_visual_tokens=[len(f) for f in features],
+        image_token_index=model.config.image_token_index,
+        conv_mode=args.conv_mode,
+    )
+    embeddings = model.embed_inputs(mx.array([input_ids]), image_features=features)
+    ends = processor.tokenizer.eos_token_ids
+    tokens = beam_search(model, embeddings, ends, num_beams=args.num_beams)
+    return processor.tokenizer.decode(tokens)
+
+
+def predict(args: argparse.Namespace) -> str:
+    model, processor = fv.load(args.model_path)
+    if args.num_beams != 1:
+        return search(model, processor, args)
+    return fv.generate(
+        model,
+        processor,
+        args.prompt,
+        image=args.image_file,
+        conv_mode=args.conv_mode,
+        temperature=args.temperature,
+        top_p=args.top_p,
+    )
+
+
+if __name__ == "__main__":
+    try:
+        print(predict(parse_args()).strip())
+    except (ValueError, OSError) as error:
+        sys.exit(f"Error: {error}")
