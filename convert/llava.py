@@ -39,7 +39,7 @@ def source_name(name: str) -> str:
 def to_mlx(weights: Weights) -> Weights:
     """Names and axes of the mlx-vlm layout: channels last, no counters."""
     return {
-        target_name(name): _channels_last(name, tensor)
+        target_name(name): channels_last(name, tensor)
         for name, tensor in weights.items()
         if not UNUSED.match(name)
     }
@@ -49,20 +49,20 @@ def from_mlx(weights: Weights) -> Weights:
     """The inverse of `to_mlx` for the inference form, counters of the BatchNorms included."""
     source: Weights = {}
     for name, tensor in weights.items():
-        source[source_name(name)] = _channels_first(name, tensor)
+        source[source_name(name)] = channels_first(name, tensor)
         if name.endswith("running_mean"):
             counter = source_name(name).replace("running_mean", "num_batches_tracked")
             source[counter] = mx.array(0, mx.int64)
     return source
 
 
-def _channels_last(name: str, tensor: mx.array) -> mx.array:
+def channels_last(name: str, tensor: mx.array) -> mx.array:
     if tensor.ndim == 4:
         return tensor.transpose(0, 2, 3, 1)
     return tensor.reshape(1, 1, -1) if "layer_scale" in name else tensor
 
 
-def _channels_first(name: str, tensor: mx.array) -> mx.array:
+def channels_first(name: str, tensor: mx.array) -> mx.array:
     if tensor.ndim == 4:
         return tensor.transpose(0, 3, 1, 2)
     return tensor.reshape(-1, 1, 1) if "layer_scale" in name else tensor

@@ -57,10 +57,12 @@ class Chat:
         self.image_size = image_size
         self.options = options
         Options(**options)
+        self._running: Iterator[Part] | None = None
         self.reset()
 
     def reset(self) -> None:
         """Forget all turns and images."""
+        self._end_answer()
         self.messages: list[dict[str, str]] = []
         self._features: list[mx.array] = []
         self._cached_ids: list[int] = []
@@ -86,14 +88,22 @@ class Chat:
             prompt: the question; `<image>` in it marks the places of this turn's images.
             image: images that are new in this turn.
             stream: give `Part`s as they appear instead of the whole text. An answer that is not
-                read to its end counts as far as it was read.
+                read to its end before the next question counts as far as it was read.
             **options: fields of `generate.Options`, over those of the chat.
 
         Raises:
             ValueError, FileNotFoundError: as `generate`; the conversation is then as before.
         """
-        parts = self._answer(prompt, list_images(image), Options(**{**self.options, **options}))
+        chosen = Options(**{**self.options, **options})
+        self._end_answer()
+        self._running = parts = self._answer(prompt, list_images(image), chosen)
         return parts if stream else "".join(part.text for part in parts)
+
+    def _end_answer(self) -> None:
+        """End a streamed answer that was not read to its end."""
+        if self._running is not None:
+            self._running.close()  # type: ignore[attr-defined]
+            self._running = None
 
     def _answer(self, prompt: str, images: list[ImageSource], options: Options) -> Iterator[Part]:
         start = time.perf_counter()
@@ -118,7 +128,7 @@ class Chat:
         tokens = self._remember(
             input_ids,
             generate_tokens(
-                self.model, input_ids[known:], embeddings[:, known:], self._cache, options, limit
+                self.model, input_ids, embeddings[:, known:], self._cache, options, limit
             ),
         )
         times = (start, preprocessed, encoded)
@@ -133,6 +143,7 @@ class Chat:
         trimmable = surplus == 0 or all(c.is_trimmable() for c in self._cache)
         if not self._cache or not trimmable or kind != self._cache_kind:
             self._cache, self._cache_kind = make_kv_cache(self.model, options), kind
+            self._cached_ids = []
             return 0
         for layer_cache in self._cache:
             layer_cache.trim(surplus)

@@ -261,7 +261,7 @@ def read_line() -> str | None:
     """A line typed in the chat, without spaces around it; None at the end of input."""
     while True:
         try:
-            return input("> ").strip()
+            return input("> " if sys.stdin.isatty() else "").strip()
         except EOFError:
             typer.echo()
             return None

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 
@@ -57,33 +58,48 @@ class Options:
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
-        _require(
-            _is_int(self.max_tokens) and self.max_tokens >= 1, "max_tokens", "at least 1", self
-        )
-        _require(0 <= self.temperature < float("inf"), "temperature", "0 or more", self)
-        _require(0 < self.top_p <= 1, "top_p", "above 0 and at most 1", self)
-        _require(_is_int(self.top_k) and self.top_k >= 0, "top_k", "0 or more", self)
-        _require(0 <= self.min_p <= 1, "min_p", "from 0 to 1", self)
-        penalty = self.repetition_penalty
-        _require(penalty is None or penalty > 0, "repetition_penalty", "above 0", self)
-        _require(self.seed is None or self.seed >= 0, "seed", "0 or more", self)
-        _require(all(self.stop), "stop", "texts that are not empty", self)
-        size = self.max_kv_size
-        _require(size is None or size >= 8, "max_kv_size", "at least 8", self)
-        _require(self.kv_bits in (None, *KV_BITS), "kv_bits", f"one of {KV_BITS}", self)
-        step = self.prefill_step_size
-        _require(_is_int(step) and step >= 1, "prefill_step_size", "at least 1", self)
+        self._check("max_tokens", "a whole number from 1", _is_int, lambda n: n >= 1)
+        self._check("temperature", "a number from 0", _is_number, lambda t: t >= 0)
+        self._check("top_p", "a number above 0 and at most 1", _is_number, lambda p: 0 < p <= 1)
+        self._check("top_k", "a whole number from 0", _is_int, lambda k: k >= 0)
+        self._check("min_p", "a number from 0 to 1", _is_number, lambda p: 0 <= p <= 1)
+        self._check("prefill_step_size", "a whole number from 1", _is_int, lambda n: n >= 1)
+        self._check("stop", "texts that are not empty", _is_texts, all)
+        if self.repetition_penalty is not None:
+            self._check("repetition_penalty", "a number above 0", _is_number, lambda p: p > 0)
+        if self.seed is not None:
+            self._check("seed", "a whole number from 0", _is_int, lambda n: 0 <= n < 2**64)
+        if self.max_kv_size is not None:
+            self._check("max_kv_size", "a whole number from 8", _is_int, lambda n: n >= 8)
+        if self.kv_bits is not None:
+            self._check("kv_bits", f"one of {KV_BITS}", _is_int, KV_BITS.__contains__)
+        if self.logits_processor is not None:
+            self._check("logits_processor", "a function", callable, callable)
         if self.kv_bits and self.max_kv_size:
             raise ValueError("kv_bits and max_kv_size can't be combined; choose one.")
+
+    def _check(
+        self,
+        name: str,
+        wanted: str,
+        of_type: Callable[[Any], bool],
+        in_range: Callable[[Any], bool],
+    ) -> None:
+        value = getattr(self, name)
+        if not of_type(value) or not in_range(value):
+            raise ValueError(f"{name} must be {wanted}, found {value!r}.")
 
 
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _require(condition: bool, name: str, wanted: str, options: Options) -> None:
-    if not condition:
-        raise ValueError(f"{name} must be {wanted}, found {getattr(options, name)!r}.")
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(isinstance(text, str) for text in value)
 
 
 @dataclass
@@ -199,9 +215,9 @@ def list_images(image: ImageSource | Sequence[ImageSource] | None) -> list[Image
     """One image, several or none, as a list."""
     if image is None:
         return []
-    if isinstance(image, Sequence) and not isinstance(image, (str, bytes)):
+    if isinstance(image, (list, tuple)):
         return list(image)
-    return [image]
+    return [cast(ImageSource, image)]
 
 
 def preprocess_images(
@@ -258,8 +274,8 @@ def generate_tokens(
     """Prefill, then one token after the other, each computed while the one before is read.
 
     Args:
-        input_ids: the prompt, as far as the cache does not hold it.
-        embeddings: [1, T, hidden_size] of the prompt.
+        input_ids: the whole prompt.
+        embeddings: [1, T, hidden_size] of what the cache does not hold of it.
         cache: updated in place.
         options: see `Options`.
         limit: tokens to generate at most.
@@ -300,20 +316,30 @@ def make_sampler(options: Options) -> Sampler:
     if options.temperature == 0:
         return lambda logits: mx.argmax(logits, axis=-1)
     if options.top_k or options.min_p:
-        from mlx_lm import sample_utils
-
-        sampler = sample_utils.make_sampler(
-            temp=options.temperature,
-            top_p=options.top_p,
-            min_p=options.min_p,
-            top_k=options.top_k,
-        )
-        return lambda logits: sampler(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
+        return _mlx_lm_sampler(options)
 
     def sample(logits: mx.array) -> mx.array:
         if options.top_p < 1:
             logits = keep_top_p(logits, options.top_p)
+        # From the maximum and in float32, so that no temperature is too low.
+        logits = (logits - logits.max(axis=-1, keepdims=True)).astype(mx.float32)
         return mx.random.categorical(logits / options.temperature)
+
+    return sample
+
+
+def _mlx_lm_sampler(options: Options) -> Sampler:
+    from mlx_lm import sample_utils
+
+    def sample(logits: mx.array) -> mx.array:
+        sampler = sample_utils.make_sampler(
+            temp=options.temperature,
+            top_p=options.top_p,
+            min_p=options.min_p,
+            top_k=options.top_k if options.top_k < logits.shape[-1] else 0,
+        )
+        logits = logits.astype(mx.float32)
+        return sampler(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
 
     return sample
 
@@ -321,7 +347,8 @@ def make_sampler(options: Options) -> Sampler:
 def keep_top_p(logits: mx.array, top_p: float) -> mx.array:
     """-inf for all but the most likely tokens whose probabilities first reach `top_p`."""
     order = mx.argsort(-logits, axis=-1)
-    probabilities = mx.softmax(mx.take_along_axis(logits, order, axis=-1), axis=-1)
+    ordered = mx.take_along_axis(logits, order, axis=-1).astype(mx.float32)
+    probabilities = mx.softmax(ordered, axis=-1)
     before = mx.cumsum(probabilities, axis=-1) - probabilities
     kept = mx.put_along_axis(mx.zeros(logits.shape, mx.bool_), order, before < top_p, axis=-1)
     return mx.where(kept, logits, -mx.inf)

@@ -26,6 +26,7 @@ ImageSource: TypeAlias = (
 )
 
 MAX_PIXELS = 178_956_970  # where PIL, left to itself, speaks of a decompression bomb
+MAX_PADDED_PIXELS = 2**30  # of rows padded to squares: seconds of work, but little memory
 MAX_REDIRECTS = 10
 ROWS_AT_ONCE = 256
 HEIC_MARKS = (b"ftypheic", b"ftypheix", b"ftyphevc", b"ftypmif1", b"ftypmsf1")
@@ -496,7 +497,8 @@ def _resize_padded(image: PILImage, side: int) -> PILImage:
 
     width, height = image.size
     longest = max(width, height)
-    _check_resized(image, side, longest)
+    _check_resized(image, side, max(side, longest))
+    _check_resized(image, longest, height, MAX_PADDED_PIXELS)
     narrow = Image.new("RGB", (side, longest))
     for top in range(0, height, ROWS_AT_ONCE):
         rows = min(ROWS_AT_ONCE, height - top)
@@ -584,11 +586,11 @@ def _is_resolution(found: Any, side: int) -> bool:
     )
 
 
-def _check_resized(image: PILImage, short: int, long: int) -> None:
-    if short * long > MAX_PIXELS:
+def _check_resized(image: PILImage, width: int, height: int, limit: int = MAX_PIXELS) -> None:
+    if width * height > limit:
         raise ValueError(
-            f"Cannot resize an image of {image.width} × {image.height} pixels: it takes {short} × "
-            f"{long} pixels on the way, more than {MAX_PIXELS:,}; crop it first."
+            f"Cannot resize an image of {image.width} × {image.height} pixels: it takes {width} × "
+            f"{height} pixels on the way, and the limit is {limit:,}; crop it first."
         )
 
 

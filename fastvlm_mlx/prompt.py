@@ -368,7 +368,9 @@ class Processor:
 
 def _checked(messages: Messages) -> list[dict[str, str]]:
     if isinstance(messages, str):
-        messages = [{"role": "user", "content": messages}]
+        return [{"role": "user", "content": messages}]
+    if not isinstance(messages, (list, tuple)):
+        raise ValueError(f"A prompt must be a text or a list of messages, found {messages!r}.")
     for message in messages:
         known = isinstance(message, Mapping) and message.get("role") in ROLES
         if not known or not isinstance(message.get("content"), str):
