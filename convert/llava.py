@@ -13,7 +13,7 @@ UNUSED = re.compile(r".*(num_batches_tracked|rotary_emb\.inv_freq)$")
 
 def matches(names: set[str]) -> bool:
     """Whether tensors of these names are such a checkpoint's."""
-    return any(name.startswith("model.vision_tower.") for name in names)
+    return any(name.startswith(VISION) for name in names)
 
 
 def target_name(name: str) -> str:

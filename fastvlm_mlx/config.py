@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
@@ -12,6 +13,7 @@ from typing import Any, NoReturn, TypeVar
 
 IMAGE_TOKEN_INDEX = -200
 MODEL_TYPES = ("llava_qwen2", "fastvlm")
+TRANSFORMERS_TYPE = "fast_vlm"
 STEM_STRIDE = 4
 
 T = TypeVar("T")
@@ -206,8 +208,10 @@ class FastVLMConfig:
             CheckpointError: naming the field that is missing, malformed or not supported.
         """
         model_type = config.get("model_type")
-        if model_type not in MODEL_TYPES:
-            _reject("model_type", " or ".join(MODEL_TYPES), model_type)
+        if model_type == TRANSFORMERS_TYPE:
+            config = _llava_fields(config)
+        elif model_type not in MODEL_TYPES:
+            _reject("model_type", " or ".join((*MODEL_TYPES, TRANSFORMERS_TYPE)), model_type)
         if config.get("mm_use_im_start_end"):
             _reject("mm_use_im_start_end", "false", True)
         vision = VisionConfig.from_dict(config)
@@ -245,6 +249,32 @@ class FastVLMConfig:
             quantization=quantization,
             source=config,
         )
+
+
+def _llava_fields(config: dict[str, Any]) -> dict[str, Any]:
+    """A transformers config.json (`FastVlmConfig`) in the fields of the original."""
+    vision, text = config.get("vision_config") or {}, config.get("text_config") or {}
+    arguments = vision.get("model_args") if isinstance(vision, dict) else vision
+    if not isinstance(text, dict) or not isinstance(arguments, (dict, type(None))):
+        _reject("text_config and vision_config.model_args", "objects", [text, arguments])
+    if vision.get("architecture", "fastvit_mci3") != "fastvit_mci3":
+        _reject("vision_config.architecture", "fastvit_mci3", vision["architecture"])
+    image_tokens = config.get("image_seq_length", 256)
+    side = math.isqrt(image_tokens) if _is_positive_int(image_tokens) else 0
+    if side * side != image_tokens or not side:
+        _reject("image_seq_length", "a square number", image_tokens)
+    geometry = {"image_size": 64 * side, **(arguments or {})}
+    own = ("torch_dtype", "dtype", "image_token_index", "eos_token_id", "quantization")
+    return {
+        **text,
+        **{name: config[name] for name in own if config.get(name) is not None},
+        "model_type": "llava_qwen2",
+        "architectures": ["LlavaQwen2ForCausalLM"],
+        "vision_config": geometry,
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_hidden_size": vision.get("hidden_size"),
+        "image_aspect_ratio": "pad",
+    }
 
 
 def load_config(folder: Path) -> FastVLMConfig:

@@ -41,13 +41,12 @@ def resolve(source: str | os.PathLike[str] | None = None, *, revision: str | Non
 def download(repo: str, revision: str | None = None) -> Path:
     """Fetch a model from the Hub, or finish an interrupted fetch, and return its folder."""
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        files = HfApi().list_repo_files(repo, revision=revision)
-        patterns = list(NEEDED)
-        if not any(file.endswith(".safetensors") for file in files):
-            patterns += PICKLES
+        files = [file.rfilename for file in HfApi().model_info(repo, revision=revision).siblings]
+        has_safetensors = any(file.endswith(".safetensors") for file in files)
+        patterns = [*NEEDED, *(() if has_safetensors else PICKLES)]
         return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
     except HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else None
@@ -58,7 +57,7 @@ def download(repo: str, revision: str | None = None) -> Path:
                 "check the name, or log in with `hf auth login`."
             ) from None
         raise OSError(f"The Hub answered {status} for {repo}{at}; try again later.") from None
-    except (LocalEntryNotFoundError, OSError) as error:
+    except Exception as error:  # without a connection the HTTP library raises types of its own
         return _from_cache(repo, revision, error)
 
 

@@ -251,7 +251,8 @@ def _download(url: str, name: str, timeout: float, max_bytes: int) -> bytes:
 
     def fetch() -> None:
         try:
-            answers.put(_fetch(url, timeout, max_bytes))
+            # It stops itself later, so that it is the deadline below that is reported.
+            answers.put(_fetch(url, timeout + 1, max_bytes))
         except Exception as error:
             answers.put(error)
 
@@ -286,8 +287,7 @@ def _fetch(url: str, timeout: float, max_bytes: int) -> bytes:
     url = quote(url, safe=punctuation)
     for _ in range(MAX_REDIRECTS + 1):
         try:
-            # A second more than the caller waits, so that only the caller speaks of time.
-            response = opener.open(request.Request(url, headers=headers), timeout=timeout + 1)
+            response = opener.open(request.Request(url, headers=headers), timeout=timeout)
         except HTTPError as answer:
             answer.close()
             location = answer.headers.get("Location")

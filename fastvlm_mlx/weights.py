@@ -23,13 +23,13 @@ from mlx.utils import tree_flatten
 
 from . import hub
 from .config import CheckpointError, FastVLMConfig, load_config, read_json
-from .convert import fold, llava, mlx_vlm
+from .convert import fold, llava, mlx_vlm, transformers
 from .convert.fold import Weights
 from .model import FastVLM
 from .prompt import Processor, Tokenizer
 from .vision import on_cpu
 
-LAYOUTS: tuple[ModuleType, ...] = (mlx_vlm, llava)
+LAYOUTS: tuple[ModuleType, ...] = (mlx_vlm, llava, transformers)
 VISION = "vision_tower.vision_model."
 HEAD = f"{VISION}head.proj"
 DECODER = "language_model.model."
