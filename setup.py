@@ -32,6 +32,8 @@ setup(
         "cuda13": ["mlx[cuda13]"],
         # Reads checkpoints that come as PyTorch pickles (.bin, .pth) instead of safetensors.
         "torch": ["torch"],
+        # Reads and writes the Core ML package of the Apple silicon checkpoints.
+        "coreml": ["coremltools>=8"],
         "test": ["pytest", "hypothesis"],
         "dev": ["pytest", "hypothesis", "ruff", "mypy", "pre-commit"],
     },

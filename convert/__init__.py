@@ -60,26 +60,20 @@ def convert(
         ValueError: `dtype` or `quantize` is not one that exists.
     """
     from fastvlm_mlx import hub, weights
-    from fastvlm_mlx.config import load_config
-    from fastvlm_mlx.model import FastVLM
+    from fastvlm_mlx.quantize import quantize_checkpoint
 
     folder = hub.resolve(source, revision=revision)
     target = Path(target).expanduser()
-    if target.exists() and target.resolve() == folder.resolve():
-        raise ValueError(f"{target} is both the source and the target; choose another target.")
-    config = load_config(folder)
-    tensors, layout = weights.read_checkpoint(folder)
-    config = weights.trust_tensors(config, tensors)
-    weights.check_tensors(tensors, FastVLM(config), layout, folder)
+    weights.check_target(target, folder)
+    config, tensors = weights.read_whole(folder)
     own = tensors["language_model.model.norm.weight"].dtype
     chosen = weights.resolve_dtype(dtype or own, tensors)
     tensors = {name: weights.cast(tensor, chosen) for name, tensor in tensors.items()}
     quantization: dict[str, Any] = dict(config.quantization)
     if quantize is not None:
-        if quantization:
-            raise ValueError(f"{folder} is quantized already; quantize a full-precision source.")
-        quantization = weights.quantization_settings(quantize)
-        tensors = weights.quantize_weights(tensors, quantization)
+        tensors, quantization, kept = quantize_checkpoint(tensors, config, quantize)
+        if kept:
+            print(f"In float, since no group size divides their width: {', '.join(kept)}")
     with weights.folder_written_whole(target, overwrite=overwrite) as temporary:
         written = config_json(config, str(chosen).removeprefix("mlx.core."), quantization)
         weights.write_json(temporary / "config.json", written)
@@ -178,7 +172,9 @@ def model_card(source: str, name: str, quantization: Mapping[str, Any], dtype: s
     is_hub_id = not Path(source).expanduser().exists()
     base_model = f"base_model: {source}\n" if is_hub_id else ""
     origin = (
-        f"[{source}](https://huggingface.co/{source})" if is_hub_id else f"`{Path(source).name}`"
+        f"[{source}](https://huggingface.co/{source})"
+        if is_hub_id
+        else f"`{Path(source).resolve().name}`"
     )
     return f"""---
 library_name: mlx

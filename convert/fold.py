@@ -22,6 +22,20 @@ Weights = dict[str, mx.array]
 Get = Callable[[str], mx.array]
 
 
+class BranchError(ValueError):
+    """A tensor of a parallel branch is missing or has a wrong shape.
+
+    Attributes:
+        name: the tensor's, in the mlx-vlm layout.
+        problem: what is wrong with it.
+    """
+
+    def __init__(self, name: str, problem: str):
+        super().__init__(f"{name} {problem}")
+        self.name = name
+        self.problem = problem
+
+
 def is_training_form(weights: Weights) -> bool:
     """Whether any parallel branch is still apart."""
     return any(re.search(r"\.(rbr_\w+|lkb_origin|pe)\.", name) for name in weights)
@@ -34,11 +48,13 @@ def merge_branches(weights: Weights) -> Weights:
     unchanged; the convolutions that were merged are float32.
 
     Raises:
-        KeyError: a tensor of a branch is missing; its argument is the name.
+        BranchError: a tensor of a branch is missing, or does not fit its neighbours.
     """
     take = weights.copy()
 
     def pop(name: str) -> mx.array:
+        if name not in take:
+            raise BranchError(name, "is missing, a part of a parallel branch")
         return take.pop(name)
 
     merged: Weights = {}
@@ -49,7 +65,7 @@ def merge_branches(weights: Weights) -> Weights:
     for prefix in _prefixes(take, r"(.+)\.lkb_origin\."):
         _put(merged, f"{prefix}.lkb_reparam", *_merge_large_kernel(take, pop, prefix))
     for prefix in _prefixes(take, r"(.+)\.pe\."):
-        weight = pop(f"{prefix}.pe.weight").astype(mx.float32)
+        weight = _pop_kernel(pop, f"{prefix}.pe.weight")
         bias = pop(f"{prefix}.pe.bias")
         _put(merged, f"{prefix}.reparam_conv", weight + _identity_kernel(weight.shape), bias)
     return take | merged
@@ -79,10 +95,24 @@ def _pad_kernel(weight: mx.array, size: int) -> mx.array:
     return mx.pad(weight, [(0, 0), (pad, pad), (pad, pad), (0, 0)])
 
 
-def batch_norm_terms(pop: Get, prefix: str) -> tuple[mx.array, mx.array]:
+def _pop_kernel(pop: Get, name: str) -> mx.array:
+    weight = pop(name).astype(mx.float32)
+    if weight.ndim != 4 or weight.shape[1] != weight.shape[2]:
+        raise BranchError(name, f"is {weight.shape} where a square kernel is expected")
+    return weight
+
+
+def _pop_channels(pop: Get, name: str, channels: int) -> mx.array:
+    vector = pop(name).astype(mx.float32).flatten()
+    if vector.size != channels:
+        raise BranchError(name, f"has {vector.size} channels where {channels} are expected")
+    return vector
+
+
+def batch_norm_terms(pop: Get, prefix: str, channels: int) -> tuple[mx.array, mx.array]:
     """(scale, shift) of the BatchNorm at `prefix`: y = scale x + shift."""
     weight, bias, mean, var = (
-        pop(f"{prefix}.{name}").astype(mx.float32)
+        _pop_channels(pop, f"{prefix}.{name}", channels)
         for name in ("weight", "bias", "running_mean", "running_var")
     )
     scale = weight * mx.rsqrt(var + BATCH_NORM_EPS)
@@ -90,18 +120,18 @@ def batch_norm_terms(pop: Get, prefix: str) -> tuple[mx.array, mx.array]:
 
 
 def _fuse(weight: mx.array, pop: Get, norm: str) -> tuple[mx.array, mx.array]:
-    scale, shift = batch_norm_terms(pop, norm)
+    scale, shift = batch_norm_terms(pop, norm, weight.shape[0])
     return weight.astype(mx.float32) * scale[:, None, None, None], shift
 
 
 def _fuse_conv_norm(pop: Get, prefix: str) -> tuple[mx.array, mx.array]:
-    return _fuse(pop(f"{prefix}.conv.weight"), pop, f"{prefix}.bn")
+    return _fuse(_pop_kernel(pop, f"{prefix}.conv.weight"), pop, f"{prefix}.bn")
 
 
 def _merge_mobile_one(take: Weights, pop: Get, prefix: str) -> tuple[mx.array, mx.array]:
     branches = _prefixes(take, rf"({re.escape(prefix)}\.rbr_conv\.\d+)\.")
     if not branches:
-        raise KeyError(f"{prefix}.rbr_conv.0.conv.weight")
+        raise BranchError(f"{prefix}.rbr_conv.0.conv.weight", "is missing, a parallel branch")
     fused = [_fuse_conv_norm(pop, branch) for branch in branches]
     shape = fused[0][0].shape
     if _prefixes(take, rf"({re.escape(prefix)}\.rbr_scale)\."):
@@ -109,6 +139,8 @@ def _merge_mobile_one(take: Weights, pop: Get, prefix: str) -> tuple[mx.array, m
         fused.append((_pad_kernel(weight, shape[1]), bias))
     if _prefixes(take, rf"({re.escape(prefix)}\.rbr_skip)\."):
         fused.append(_fuse(_identity_kernel(shape), pop, f"{prefix}.rbr_skip"))
+    if any(weight.shape != shape for weight, _ in fused):
+        raise BranchError(f"{prefix}.rbr_scale.conv.weight", "differs in shape from its neighbour")
     weights, biases = zip(*fused, strict=True)
     return sum(weights[1:], weights[0]), sum(biases[1:], biases[0])
 
@@ -120,7 +152,7 @@ def _merge_rep_mixer(take: Weights, pop: Get, prefix: str) -> tuple[mx.array, mx
     norm_weight, norm_bias = _fuse(identity, pop, f"{prefix}.norm.rbr_skip")
     weight, bias = weight - norm_weight, bias - norm_bias
     if f"{prefix}.layer_scale" in take:
-        scale = pop(f"{prefix}.layer_scale").astype(mx.float32).flatten()
+        scale = _pop_channels(pop, f"{prefix}.layer_scale", bias.size)
         weight, bias = weight * scale[:, None, None, None], bias * scale
     return identity + weight, bias
 
@@ -129,6 +161,8 @@ def _merge_large_kernel(take: Weights, pop: Get, prefix: str) -> tuple[mx.array,
     weight, bias = _fuse_conv_norm(pop, f"{prefix}.lkb_origin")
     if _prefixes(take, rf"({re.escape(prefix)}\.small_conv)\."):
         small, small_bias = _fuse_conv_norm(pop, f"{prefix}.small_conv")
+        if small.shape[0] != weight.shape[0] or small.shape[1] > weight.shape[1]:
+            raise BranchError(f"{prefix}.small_conv.conv.weight", "does not fit the large kernel")
         weight, bias = weight + _pad_kernel(small, weight.shape[1]), bias + small_bias
     return weight, bias
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import mlx.core as mx
+
 from fastvlm_mlx.convert.fold import Weights
 
 VISION = "model.vision_tower.vision_tower.model."

@@ -4,6 +4,12 @@ from __future__ import annotations
 
 from fastvlm_mlx.convert.fold import Weights
 
+OLD_PROJECTOR = (
+    ("multi_modal_projector.linear_0.", "mm_projector.0."),
+    ("multi_modal_projector.linear_1.", "mm_projector.0."),
+    ("multi_modal_projector.linear_2.", "mm_projector.2."),
+)
+
 
 def matches(names: set[str]) -> bool:
     """Whether tensors of these names are such a checkpoint's."""
@@ -11,7 +17,13 @@ def matches(names: set[str]) -> bool:
 
 
 def to_mlx(weights: Weights) -> Weights:
-    return dict(weights)
+    """The same tensors; older folders call the projector's layers linear_1 and linear_2."""
+    renamed = dict(weights)
+    for name in weights:
+        for old, new in OLD_PROJECTOR:
+            if name.startswith(old):
+                renamed[new + name.removeprefix(old)] = renamed.pop(name)
+    return renamed
 
 
 def from_mlx(weights: Weights) -> Weights:

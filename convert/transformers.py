@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import mlx.core as mx
+
 from fastvlm_mlx.convert.fold import Weights
 from fastvlm_mlx.convert.llava import UNUSED, channels_first, channels_last
 

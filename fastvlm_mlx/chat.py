@@ -62,7 +62,7 @@ class Chat:
 
     def reset(self) -> None:
         """Forget all turns and images."""
-        self._end_answer()
+        self.stop()
         self.messages: list[dict[str, str]] = []
         self._features: list[mx.array] = []
         self._cached_ids: list[int] = []
@@ -95,12 +95,12 @@ class Chat:
             ValueError, FileNotFoundError: as `generate`; the conversation is then as before.
         """
         chosen = Options(**{**self.options, **options})
-        self._end_answer()
+        self.stop()
         self._running = parts = self._answer(prompt, list_images(image), chosen)
         return parts if stream else "".join(part.text for part in parts)
 
-    def _end_answer(self) -> None:
-        """End a streamed answer that was not read to its end."""
+    def stop(self) -> None:
+        """End a streamed answer that was not read to its end; it counts as far as it was read."""
         if self._running is not None:
             self._running.close()  # type: ignore[attr-defined]
             self._running = None
@@ -158,12 +158,14 @@ class Chat:
             for token in tokens:
                 given.append(token)
                 yield token
+        except GeneratorExit:
+            raise
+        except BaseException:  # an interrupt amid the layers leaves some of them ahead
+            self._cache = []
+            raise
         finally:
-            # An interrupt amid the layers leaves some of them ahead: such a cache is dropped.
-            if len({layer_cache.offset for layer_cache in self._cache}) == 1:
+            if self._cache:
                 self._cached_ids = given[: self._cache[0].offset]
-            else:
-                self._cache = []
 
     def _record(
         self, messages: list[dict[str, str]], features: list[mx.array], parts: Iterator[Part]

@@ -290,14 +290,16 @@ def add_image(pending: list[str], path: str) -> None:
 
 def answer(conversation: Any, question: str, pending: list[str]) -> None:
     """Print the answer to a question about the pending images, which are then used up."""
+    turns = len(conversation.messages)
     try:
         show(conversation.ask(question, image=list(pending), stream=True))
-        pending.clear()
     except KeyboardInterrupt:
         typer.echo(" [stopped]")
-        pending.clear()
+        conversation.stop()
     except (ValueError, OSError) as error:
         typer.echo(f"Error: {describe(error)}", err=True)
+    if len(conversation.messages) > turns:
+        pending.clear()
 
 
 @app.command()

@@ -15,6 +15,9 @@ IMAGE_TOKEN_INDEX = -200
 MODEL_TYPES = ("llava_qwen2", "fastvlm")
 TRANSFORMERS_TYPE = "fast_vlm"
 STEM_STRIDE = 4
+MAX_SIZE = 2**31 - 1  # of any dimension
+MAX_LAYERS = 1000
+MAX_SHOWN = 80
 
 T = TypeVar("T")
 
@@ -64,7 +67,7 @@ class VisionConfig:
             CheckpointError: a field is malformed, or neither source tells the geometry.
         """
         tower = str(config.get("mm_vision_tower") or "")
-        named = re.search(r"mobileclip_l_(\d+)$", tower)
+        named = re.search(r"mobileclip_l_(\d{1,6})$", tower)
         given = config.get("vision_config") or {}
         if not isinstance(given, dict):
             raise CheckpointError(f"config.json: vision_config must be an object, found {given!r}.")
@@ -87,14 +90,24 @@ class VisionConfig:
             value = getattr(self, name)
             if not isinstance(value, tuple) or len(value) != stages or not stages:
                 _reject(f"vision_config.{name}", "a list with one entry a stage", value)
-        if not isinstance(self.downsamples, tuple) or len(self.downsamples) < stages - 1:
-            _reject("vision_config.downsamples", "a list with one entry a stage", self.downsamples)
+        steps = self.downsamples if isinstance(self.downsamples, tuple) else ()
+        if len(steps) < stages - 1 or not all(isinstance(step, bool) for step in steps):
+            _reject("vision_config.downsamples", "a list of true or false", self.downsamples)
         _check_positive_ints(self, "vision_config", "image_size", "repmixer_kernel_size")
         _check_positive_ints(self, "vision_config", "down_patch_size", "down_stride", "head_dim")
+        _check_positive_ints(self, "vision_config", "projection_dim")
+        for name in ("repmixer_kernel_size", "down_patch_size"):
+            if getattr(self, name) % 2 == 0:  # padding by half the kernel keeps the size
+                _reject(f"vision_config.{name}", "an odd number", getattr(self, name))
+        if sum(n for n in self.layers if _is_positive_int(n)) > MAX_LAYERS:
+            _reject("vision_config.layers", f"at most {MAX_LAYERS} together", self.layers)
         if not all(_is_positive_int(n) for n in (*self.layers, *self.embed_dims)):
             _reject("vision_config.layers and embed_dims", "positive integers", self.layers)
         if not all(_is_number(r) and r > 0 for r in (*self.mlp_ratios, self.cls_ratio)):
             _reject("vision_config.mlp_ratios and cls_ratio", "positive numbers", self.mlp_ratios)
+        for dim, ratio in zip(self.embed_dims, self.mlp_ratios, strict=True):
+            if not _is_positive_int(int(dim * ratio)):
+                _reject("vision_config.mlp_ratios", "such that there are channels", ratio)
         for i, (mixer, dim) in enumerate(zip(self.token_mixers, self.embed_dims, strict=True)):
             if mixer not in ("repmixer", "attention"):
                 _reject(f"vision_config.token_mixers[{i}]", "repmixer or attention", mixer)
@@ -104,10 +117,9 @@ class VisionConfig:
                 # A grouped convolution with one group an input channel needs it.
                 _reject(f"vision_config.embed_dims[{i}]", "a multiple of the stage before", dim)
         for shape in self.pos_embs_shapes:
-            square = isinstance(shape, tuple) and len(shape) == 2 and shape[0] == shape[1]
-            if shape is not None and not (square and _is_positive_int(shape[0])):
-                _reject("vision_config.pos_embs_shapes", "null or a square kernel", shape)
-        if self.hidden_size % self.embed_dims[-1]:
+            if shape is not None and not _is_odd_square(shape):
+                _reject("vision_config.pos_embs_shapes", "null or a square, odd kernel", shape)
+        if self.hidden_size % self.embed_dims[-1] or not _is_positive_int(self.hidden_size):
             _reject("vision_config.cls_ratio", "a whole number", self.cls_ratio)
         if patch_size is not None and patch_size != self.patch_size:
             _reject(
@@ -144,6 +156,8 @@ class TextConfig:
             CheckpointError: a field is malformed or asks for something Qwen2 in FastVLM has not.
         """
         given = config.get("text_config") or config
+        if not isinstance(given, dict):
+            _reject("text_config", "an object", given)
         rope = given.get("rope_parameters") or given.get("rope_scaling") or {}
         if not isinstance(rope, dict):
             _reject("rope_scaling", "an object", rope)
@@ -167,6 +181,8 @@ class TextConfig:
     def _validate(self) -> None:
         integers = [f.name for f in fields(self) if f.type == "int"]
         _check_positive_ints(self, "config", *integers)
+        if self.num_hidden_layers > MAX_LAYERS:
+            _reject("num_hidden_layers", f"at most {MAX_LAYERS}", self.num_hidden_layers)
         for name in ("rms_norm_eps", "rope_theta"):
             if not _is_number(getattr(self, name)) or getattr(self, name) <= 0:
                 _reject(name, "a positive number", getattr(self, name))
@@ -292,7 +308,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path.parent} is not a model folder: it has no {path.name}.")
     try:
         value = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON ({error}).") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} must hold a JSON object, found {type(value).__name__}.")
@@ -305,8 +321,8 @@ def projector_depth(projector_type: str) -> int:
         return 0
     if projector_type == "linear":
         return 1
-    named = re.fullmatch(r"mlp(\d+)x_gelu", str(projector_type))
-    if not named or int(named.group(1)) < 1:
+    named = re.fullmatch(r"mlp(\d{1,6})x_gelu", str(projector_type))
+    if not named or not 0 < int(named.group(1)) <= MAX_LAYERS:
         _reject("mm_projector_type", "linear, mlpNx_gelu or identity", projector_type)
     return int(named.group(1))
 
@@ -317,10 +333,8 @@ def _grid_pinpoints(value: Any) -> tuple[tuple[int, int], ...]:
     try:
         pairs = ast.literal_eval(value) if isinstance(value, str) else value
         return tuple((int(width), int(height)) for width, height in pairs)
-    except (ValueError, TypeError, SyntaxError):
-        raise CheckpointError(
-            f"config.json: image_grid_pinpoints must be a list of [width, height], found {value!r}."
-        ) from None
+    except (ValueError, TypeError, SyntaxError, OverflowError, MemoryError, RecursionError):
+        _reject("image_grid_pinpoints", "a list of [width, height]", value)
 
 
 def _token_ids(value: Any) -> tuple[int, ...]:
@@ -335,7 +349,7 @@ def _token_ids(value: Any) -> tuple[int, ...]:
 def _as(kind: Callable[[Any], T], config: dict[str, Any], name: str, default: T) -> T:
     try:
         return kind(config[name]) if config.get(name) is not None else default
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         _reject(name, f"of type {kind.__name__}", config[name])
 
 
@@ -344,11 +358,18 @@ def _freeze(value: Any) -> Any:
 
 
 def _is_positive_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= MAX_SIZE
+
+
+def _is_odd_square(shape: Any) -> bool:
+    square = isinstance(shape, tuple) and len(shape) == 2 and shape[0] == shape[1]
+    return square and _is_positive_int(shape[0]) and shape[0] % 2 == 1
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    """Whether a value is a finite number, and no larger than a dimension may be."""
+    known = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return known and -MAX_SIZE <= value <= MAX_SIZE
 
 
 def _check_positive_ints(config: Any, where: str, *names: str) -> None:
@@ -358,4 +379,5 @@ def _check_positive_ints(config: Any, where: str, *names: str) -> None:
 
 
 def _reject(name: str, wanted: str, found: Any) -> NoReturn:
-    raise CheckpointError(f"config.json: {name} must be {wanted}, found {found!r}.")
+    shown = repr(found) if len(repr(found)) <= MAX_SHOWN else f"{repr(found)[:MAX_SHOWN]}…"
+    raise CheckpointError(f"config.json: {name} must be {wanted}, found {shown}.")

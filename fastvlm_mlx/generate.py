@@ -17,6 +17,7 @@ from .prompt import Detokenizer, Processor, build_prompt, check_marks
 Sampler = Callable[[mx.array], mx.array]
 LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
 KV_BITS = (2, 3, 4, 6, 8)
+MIN_TEMPERATURE = 1e-6  # below it float32 has no room for the quotients, and sampling is greedy
 
 
 @dataclass(frozen=True)
@@ -313,7 +314,7 @@ def generate_tokens(
 
 def make_sampler(options: Options) -> Sampler:
     """Logits [B, vocab_size] → tokens [B]; filters come before the temperature, as in mlx_lm."""
-    if options.temperature == 0:
+    if options.temperature < MIN_TEMPERATURE:
         return lambda logits: mx.argmax(logits, axis=-1)
     if options.top_k or options.min_p:
         return _mlx_lm_sampler(options)

@@ -66,7 +66,11 @@ def _from_cache(repo: str, revision: str | None, error: Exception) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(repo, revision=revision, local_files_only=True))
+        return Path(
+            snapshot_download(
+                repo, revision=revision, allow_patterns=list(NEEDED), local_files_only=True
+            )
+        )
     except Exception:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise OSError(

@@ -16,9 +16,9 @@ from io import BytesIO, TextIOBase
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
 
 import mlx.core as mx
-import numpy as np
 
 if TYPE_CHECKING:
+    import numpy as np
     from PIL.Image import Image as PILImage
 
 ImageSource: TypeAlias = (
@@ -64,6 +64,7 @@ def load_image(
         TimeoutError: The download took longer than `timeout`.
         OSError: The file or URL cannot be read, or the download is larger than `max_bytes`.
     """
+    import numpy as np
     from PIL import Image
 
     if isinstance(source, Image.Image):
@@ -325,6 +326,7 @@ def _read_body(response: Any, timeout: float, max_bytes: int) -> bytes:
 
 
 def _from_array(source: np.ndarray | mx.array) -> PILImage:
+    import numpy as np
     from PIL import Image
 
     if isinstance(source, mx.array) and source.dtype == mx.bfloat16:
@@ -351,6 +353,8 @@ def _from_array(source: np.ndarray | mx.array) -> PILImage:
 
 
 def _array_to_bytes(array: np.ndarray) -> np.ndarray:
+    import numpy as np
+
     kind = array.dtype.kind
     if array.dtype != np.uint8 and kind not in "bf":
         raise ValueError(
@@ -452,6 +456,7 @@ def _transparent_colour(image: PILImage) -> int | tuple[int, ...] | None:
 
 def _flatten(image: PILImage, key: int | tuple[int, ...] | None) -> PILImage:
     """A copy in RGB, white where it is transparent or has the colour `key`."""
+    import numpy as np
     from PIL import Image
 
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa", "P"):
@@ -472,6 +477,8 @@ def _flatten(image: PILImage, key: int | tuple[int, ...] | None) -> PILImage:
 def _samples_to_bytes(samples: np.ndarray) -> np.ndarray:
     """PIL's samples as uint8: of 16 bits, perhaps in an int32, the high byte counts; floats go to 1
     or to 255."""
+    import numpy as np
+
     if samples.dtype == np.uint8:
         return samples
     low, high = samples.min(), samples.max()
@@ -595,6 +602,8 @@ def _check_resized(image: PILImage, width: int, height: int, limit: int = MAX_PI
 
 
 def _stack(images: list[PILImage]) -> mx.array:
+    import numpy as np
+
     pixels = np.stack([np.asarray(image) for image in images]).astype(np.float32)
     pixels /= 255
     return mx.array(pixels)

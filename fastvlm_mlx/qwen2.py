@@ -45,7 +45,7 @@ class KVCache:
         self, N: int, return_array: bool = False, window_size: int | None = None
     ) -> mx.array | str | None:
         """The attention mask for N more tokens, as `mx.fast.scaled_dot_product_attention` takes."""
-        if N == 1:
+        if N == 1 and window_size is None:
             return None
         if return_array or window_size is not None:
             rows = mx.arange(self.offset, self.offset + N)[:, None]
@@ -106,6 +106,17 @@ def _attend(
 def _swiglu(gate_up: mx.array) -> mx.array:
     gate, up = mx.split(gate_up, 2, axis=-1)
     return nn.silu(gate) * up
+
+
+class SideBySide(nn.Module):
+    """Linear layers of one input, their outputs joined: a fused layer of unlike precisions."""
+
+    def __init__(self, layers: Sequence[nn.Module]):
+        super().__init__()
+        self.layers = list(layers)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return mx.concatenate([layer(x) for layer in self.layers], axis=-1)
 
 
 class Attention(nn.Module):

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -23,14 +24,17 @@ from mlx.utils import tree_flatten
 
 from . import hub
 from .config import CheckpointError, FastVLMConfig, load_config, read_json
-from .convert import fold, llava, mlx_vlm, transformers
+from .convert import apple_export, fold, llava, mlx_vlm, transformers
 from .convert.fold import Weights
 from .model import FastVLM
 from .prompt import Processor, Tokenizer
+from .quantize import Quantize, Settings, layer_settings, quantize_checkpoint
+from .qwen2 import SideBySide
 from .vision import on_cpu
 
-LAYOUTS: tuple[ModuleType, ...] = (mlx_vlm, llava, transformers)
+LAYOUTS: tuple[ModuleType, ...] = (mlx_vlm, llava, transformers, apple_export)
 VISION = "vision_tower.vision_model."
+FOLDED = "vision_tower.stem."  # a folder with a quantized encoder has the names of `FastViTHD`
 HEAD = f"{VISION}head.proj"
 DECODER = "language_model.model."
 LM_HEAD = "language_model.lm_head."
@@ -39,12 +43,8 @@ FUSED = {
     "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
 }
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
-BITS = (2, 3, 4, 5, 6, 8)
-GROUP_SIZES = (32, 64, 128)
 MAX_NAMED = 10
 MAX_SHARD_BYTES = 5 * 10**9
-
-Quantize = int | Mapping[str, Any]
 
 
 def load(
@@ -100,7 +100,7 @@ def load_model(
         folder: holds config.json and the weights.
         dtype: of the weights that are not quantized. By default the checkpoint's own, but float32
             where arrays are computed on the CPU, which is slow at half precision.
-        quantize: bits a weight, or arguments of `quantize_model`, for projector and decoder.
+        quantize: bits a weight, a mode or preset by name, or a mapping; see `quantize.settings`.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -110,23 +110,35 @@ def load_model(
     folder = Path(folder).expanduser()
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no model folder {folder}.")
-    config = load_config(folder)
-    weights, layout = read_checkpoint(folder)
-    config = trust_tensors(config, weights)
-    model = FastVLM(config)
-    check_tensors(weights, model, layout, folder)
+    config, weights = read_whole(folder)
     target = resolve_dtype(dtype, weights)
-    _quantize_like(model, weights)
+    if quantize is not None:
+        weights = {name: cast(tensor, target) for name, tensor in weights.items()}
+        weights, quantization, _ = quantize_checkpoint(weights, config, quantize)
+        config = replace(config, quantization=quantization)
+    model = FastVLM(config)
+    quantize_like(model, weights)
     parameters = to_memory(weights, config)
     model.load_weights([(name, cast(value, target)) for name, value in parameters.items()])
     parameters.clear()
-    if quantize is not None:
-        quantize_model(model, quantize)
     for _, module in tree_flatten(model.leaf_modules(), is_leaf=nn.Module.is_module):
         mx.eval(module.parameters())
     mx.eval(model.parameters())
     model.eval()
     return model
+
+
+def read_whole(folder: Path) -> tuple[FastVLMConfig, Weights]:
+    """The configuration and the tensors of a folder, in the mlx-vlm layout, checked.
+
+    Raises:
+        CheckpointError: a file, a field or a tensor is missing, surplus or wrong.
+    """
+    config = load_config(folder)
+    weights, layout = read_checkpoint(folder)
+    config = trust_tensors(config, weights)
+    check_tensors(weights, config, layout, folder)
+    return config, weights
 
 
 def read_checkpoint(folder: Path) -> tuple[Weights, ModuleType]:
@@ -146,14 +158,21 @@ def read_checkpoint(folder: Path) -> tuple[Weights, ModuleType]:
             "PyTorch layout (model.vision_tower.…) and the MLX layout (vision_tower.…)."
         )
     weights = layout.to_mlx(tensors)
+    if layout is apple_export:
+        weights |= apple_export.read_encoder(folder, load_config(folder).vision)
     if fold.is_training_form(weights):
         try:
             weights = fold.merge_branches(weights)
-        except KeyError as error:
-            raise CheckpointError(
-                f"{folder} lacks a tensor of a parallel branch: {error.args[0]}."
-            ) from None
+        except fold.BranchError as error:
+            name = _name_in_files(error.name, weights, layout)
+            raise CheckpointError(f"{folder}: {name} {error.problem}.") from None
     return weights, layout
+
+
+def _name_in_files(name: str, weights: Weights, layout: ModuleType) -> str:
+    others = {key: tensor for key, tensor in weights.items() if key != name}
+    names = layout.from_mlx(others | {name: mx.zeros(1)}).keys() - layout.from_mlx(others).keys()
+    return next((found for found in names if not llava.UNUSED.match(found)), name)
 
 
 def read_tensors(folder: Path) -> Weights:
@@ -221,13 +240,20 @@ def _read_torch(file: Path) -> Weights:
         raise CheckpointError(
             f"{file} is not a PyTorch file of plain tensors ({reason})."
         ) from None
-    if not isinstance(state, dict):
-        raise CheckpointError(f"{file} must hold a dict of tensors, found {type(state).__name__}.")
-    return {
-        name: _from_torch(tensor, torch)
-        for name, tensor in state.get("state_dict", state).items()
-        if isinstance(tensor, torch.Tensor)
-    }
+    if isinstance(state, dict):
+        state = state.get("state_dict", state)
+    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+        raise CheckpointError(f"{file} must hold tensors by name, found {type(state).__name__}.")
+    try:
+        return {
+            name: _from_torch(tensor, torch)
+            for name, tensor in state.items()
+            if isinstance(tensor, torch.Tensor)
+        }
+    except TypeError as error:
+        raise CheckpointError(
+            f"{file} holds a tensor that MLX has no type for ({error})."
+        ) from None
 
 
 def _from_torch(tensor: Any, torch: ModuleType) -> mx.array:
@@ -242,18 +268,27 @@ def trust_tensors(config: FastVLMConfig, weights: Weights) -> FastVLMConfig:
     return replace(config, text=replace(config.text, tie_word_embeddings=tied))
 
 
-def check_tensors(weights: Weights, model: FastVLM, layout: ModuleType, folder: Path) -> None:
+def check_tensors(
+    weights: Weights, config: FastVLMConfig, layout: ModuleType, folder: Path
+) -> None:
     """Compare a checkpoint with what the model needs, in the names that the files use.
 
     Raises:
         CheckpointError: naming up to ten missing, surplus and misshapen tensors.
     """
-    expected = to_checkpoint(model)
-    weights.setdefault(HEAD, expected[HEAD])  # carried for other readers, never computed with
+    expected = to_checkpoint(FastVLM(config), folded=is_folded(weights))
+    if HEAD in expected:  # carried for other readers, never computed with
+        weights.setdefault(HEAD, expected[HEAD])
     shapes = {name: tensor.shape for name, tensor in expected.items()}
-    for linear, settings in quantized_linears(weights, model.config):
+    for linear, settings in quantized_linears(weights, config):
         shapes |= _packed_shapes(linear, shapes, settings)
-    if shapes == {name: tensor.shape for name, tensor in weights.items()}:
+    packed = {name for name in shapes if f"{name.rpartition('.')[0]}.scales" in shapes}
+    integers = [
+        name
+        for name, tensor in weights.items()
+        if name in shapes and name not in packed and not mx.issubdtype(tensor.dtype, mx.floating)
+    ]
+    if not integers and shapes == {name: tensor.shape for name, tensor in weights.items()}:
         return
     wanted = layout.from_mlx({name: mx.zeros(shape) for name, shape in shapes.items()})
     found = layout.from_mlx(weights)
@@ -265,6 +300,7 @@ def check_tensors(weights: Weights, model: FastVLM, layout: ModuleType, folder: 
             for n, tensor in wanted.items()
             if n in found and found[n].shape != tensor.shape
         ),
+        *(f"{_name_in_files(n, weights, layout)} holds integers" for n in integers),
     ]
     more = f"; and {len(problems) - MAX_NAMED} more" if len(problems) > MAX_NAMED else ""
     raise CheckpointError(
@@ -272,24 +308,35 @@ def check_tensors(weights: Weights, model: FastVLM, layout: ModuleType, folder: 
     )
 
 
-def quantized_linears(weights: Weights, config: FastVLMConfig) -> Iterator[tuple[str, dict]]:
-    """(name, quantization settings) of each quantized layer of a checkpoint."""
-    defaults = {"group_size": 64, "bits": 4, "mode": "affine"}
-    defaults |= {k: v for k, v in config.quantization.items() if k in defaults}
+def is_folded(weights: Weights) -> bool:
+    """Whether a checkpoint holds the encoder in the names of `vision.FastViTHD`."""
+    return any(name.startswith(FOLDED) for name in weights)
+
+
+def quantized_linears(weights: Weights, config: FastVLMConfig) -> Iterator[tuple[str, Settings]]:
+    """(name, settings) of each quantized layer of a checkpoint.
+
+    Raises:
+        CheckpointError: config.json has settings that do not exist.
+    """
+    base = {k: v for k, v in config.quantization.items() if k in ("group_size", "bits", "mode")}
     for name in weights:
         if name.endswith(".scales"):
             linear = name.removesuffix(".scales")
             own = config.quantization.get(linear)
-            settings = defaults | own if isinstance(own, dict) else defaults
-            yield linear, {key: settings[key] for key in defaults}
+            try:
+                yield linear, layer_settings(own if isinstance(own, dict) else base)
+            except (ValueError, TypeError) as error:
+                raise CheckpointError(f"config.json, {linear}: {error}") from None
 
 
 def _packed_shapes(
-    linear: str, shapes: dict[str, tuple[int, ...]], settings: dict
+    linear: str, shapes: dict[str, tuple[int, ...]], settings: Settings
 ) -> dict[str, tuple[int, ...]]:
-    if f"{linear}.weight" not in shapes:
+    shape = shapes.get(f"{linear}.weight", ())
+    if len(shape) != 2:
         return {}
-    rows, columns = shapes[f"{linear}.weight"]
+    rows, columns = shape
     groups = (rows, columns // settings["group_size"])
     packed = {
         f"{linear}.weight": (rows, columns * settings["bits"] // 32),
@@ -300,54 +347,79 @@ def _packed_shapes(
 
 def to_memory(weights: Weights, config: FastVLMConfig) -> Weights:
     """A checkpoint in the mlx-vlm layout → the parameters of `FastVLM`; empties `weights`."""
-    encoder = fold.fold_encoder(lambda name: weights.pop(VISION + name), config.vision)
-    parameters = {f"vision_tower.{name}": value for name, value in encoder.items()}
+    parameters: Weights = {}
+    if not is_folded(weights):
+        encoder = fold.fold_encoder(lambda name: weights.pop(VISION + name), config.vision)
+        parameters = {f"vision_tower.{name}": value for name, value in encoder.items()}
     weights.pop(HEAD, None)
     for i in range(config.projector_depth):
         source = projector_name(config, i)
         for key in _keys_of(weights, source):
             parameters[f"mm_projector.layers.{i}.{key}"] = weights.pop(f"{source}.{key}")
+    unlike = _unlike_layers(weights, config)
     for i in range(config.text.num_hidden_layers):
         for whole, parts in FUSED.items():
-            for key in _keys_of(weights, f"{DECODER}layers.{i}.{parts[0]}"):
-                tensors = [weights.pop(f"{DECODER}layers.{i}.{part}.{key}") for part in parts]
-                parameters[f"language_model.layers.{i}.{whole}.{key}"] = mx.concatenate(tensors)
+            target = f"language_model.layers.{i}.{whole}"
+            sources = [f"{DECODER}layers.{i}.{part}" for part in parts]
+            if f"layers.{i}.{whole}" in unlike:
+                for n, source in enumerate(sources):
+                    for key in _keys_of(weights, source):
+                        parameters[f"{target}.layers.{n}.{key}"] = weights.pop(f"{source}.{key}")
+            for key in _keys_of(weights, sources[0]):
+                tensors = [weights.pop(f"{source}.{key}") for source in sources]
+                parameters[f"{target}.{key}"] = mx.concatenate(tensors)
     for name in list(weights):
         parameters[name.replace(DECODER, "language_model.", 1)] = weights.pop(name)
     return parameters
 
 
-def to_checkpoint(model: FastVLM) -> Weights:
-    """The inverse of `to_memory`, with neutral BatchNorms, layer scales and head."""
+def to_checkpoint(model: FastVLM, *, folded: bool = False) -> Weights:
+    """The inverse of `to_memory`, with neutral BatchNorms, layer scales and head.
+
+    Args:
+        model: the model.
+        folded: leave the encoder as it is in memory.
+    """
     config = model.config
     parameters: Weights = dict(tree_flatten(model.parameters()))
-    encoder = fold.unfold_encoder(lambda name: parameters[f"vision_tower.{name}"], config.vision)
-    weights = {VISION + name: value for name, value in encoder.items()}
-    weights[HEAD] = mx.zeros((config.vision.hidden_size, config.vision.projection_dim))
+    weights: Weights = {}
+    if not folded:
+        encoder = fold.unfold_encoder(
+            lambda name: parameters[f"vision_tower.{name}"], config.vision
+        )
+        weights = {VISION + name: value for name, value in encoder.items()}
+        weights[HEAD] = mx.zeros((config.vision.hidden_size, config.vision.projection_dim))
     for name, value in parameters.items():
         if name.startswith("mm_projector.layers."):
             _, _, i, key = name.split(".")
             weights[f"{projector_name(config, int(i))}.{key}"] = value
-        elif name.startswith("language_model.lm_head.") or name == "image_newline":
-            weights[name] = value
-        elif name.startswith("language_model."):
+        elif name.startswith("language_model.") and not name.startswith(LM_HEAD):
             weights |= _split_fused(name.replace("language_model.", DECODER, 1), value, config)
+        elif folded or not name.startswith("vision_tower."):
+            weights[name] = value
     return weights
 
 
 def _split_fused(name: str, value: mx.array, config: FastVLMConfig) -> Weights:
-    text = config.text
-    heads = (text.num_attention_heads, text.num_key_value_heads, text.num_key_value_heads)
-    rows = {
-        "self_attn.qkv_proj": [n * text.head_dim for n in heads],
-        "mlp.gate_up_proj": [text.intermediate_size] * 2,
-    }
+    rows = _fused_rows(config)
     for whole, parts in FUSED.items():
+        if side := re.search(rf"\.{whole}\.layers\.(\d)\.", name):
+            return {name.replace(side.group(), f".{parts[int(side.group(1))]}."): value}
         if f".{whole}." in name:
             ends = [sum(rows[whole][: i + 1]) for i in range(len(parts) - 1)]
             pieces = mx.split(value, ends)
             return {name.replace(whole, part): p for part, p in zip(parts, pieces, strict=True)}
     return {name: value}
+
+
+def _fused_rows(config: FastVLMConfig) -> dict[str, list[int]]:
+    """Outputs of each part of a fused layer."""
+    text = config.text
+    heads = (text.num_attention_heads, text.num_key_value_heads, text.num_key_value_heads)
+    return {
+        "self_attn.qkv_proj": [n * text.head_dim for n in heads],
+        "mlp.gate_up_proj": [text.intermediate_size] * 2,
+    }
 
 
 def projector_name(config: FastVLMConfig, layer: int) -> str:
@@ -361,74 +433,49 @@ def _keys_of(weights: Weights, module: str) -> list[str]:
     return [key for key in keys if f"{module}.{key}" in weights]
 
 
-def _quantize_like(model: FastVLM, weights: Weights) -> None:
-    """Make those layers of the model quantized that are so in the checkpoint."""
-    settings = dict(quantized_linears(weights, model.config))
+def _unlike_layers(weights: Weights, config: FastVLMConfig) -> set[str]:
+    """The fused layers ("layers.0.mlp.gate_up_proj") whose parts are of unlike precision."""
+    settings = dict(quantized_linears(weights, config))
+    unlike = set()
+    for i in range(config.text.num_hidden_layers):
+        for whole, parts in FUSED.items():
+            found = [settings.get(f"{DECODER}layers.{i}.{part}") for part in parts]
+            if any(other != found[0] for other in found):
+                unlike.add(f"layers.{i}.{whole}")
+    return unlike
 
-    def settings_of(path: str, _: nn.Module) -> bool | dict:
-        sources = _sources_of(path, model.config)
-        found = [settings.get(source) for source in sources]
-        if any(other != found[0] for other in found):
-            raise CheckpointError(f"{', '.join(sources)} must be quantized alike.")
-        return found[0] or False
+
+def quantize_like(model: FastVLM, weights: Weights) -> None:
+    """Make those layers of the model quantized that are so in the checkpoint."""
+    config = model.config
+    settings = dict(quantized_linears(weights, config))
+    for path in _unlike_layers(weights, config):
+        _, i, block, whole = path.split(".")
+        module = model.language_model.layers[int(i)][block]
+        fused = module[whole]
+        width = fused.weight.shape[1]
+        rows = _fused_rows(config)[f"{block}.{whole}"]
+        module[whole] = SideBySide([nn.Linear(width, n, bias="bias" in fused) for n in rows])
+
+    def settings_of(path: str, _: nn.Module) -> bool | Settings:
+        return settings.get(source_name(path, config), False)
 
     if settings:
         nn.quantize(model, class_predicate=settings_of)
 
 
-def _sources_of(path: str, config: FastVLMConfig) -> list[str]:
-    """The checkpoint's names of a linear layer or embedding in memory."""
+def source_name(path: str, config: FastVLMConfig) -> str:
+    """A checkpoint's name of a layer in memory; the first part's of a fused one."""
     if path.startswith("mm_projector.layers."):
-        return [projector_name(config, int(path.rsplit(".", 1)[1]))]
-    path = path if path.startswith(LM_HEAD[:-1]) else path.replace("language_model.", DECODER, 1)
+        return projector_name(config, int(path.rsplit(".", 1)[1]))
+    if path.startswith(("vision_tower.", LM_HEAD[:-1])):
+        return path
+    path = path.replace("language_model.", DECODER, 1)
     for whole, parts in FUSED.items():
-        if path.endswith(whole):
-            return [path.replace(whole, part) for part in parts]
-    return [path]
-
-
-def quantization_settings(quantize: Quantize) -> dict[str, Any]:
-    """Complete and check quantization settings: bits, or a mapping of bits, group_size and mode."""
-    settings = {"group_size": 64, "bits": 4, "mode": "affine"}
-    settings |= {"bits": quantize} if isinstance(quantize, int) else dict(quantize)
-    if settings["bits"] not in BITS:
-        raise ValueError(f"quantize: bits must be one of {BITS}, found {settings['bits']!r}.")
-    if settings["group_size"] not in GROUP_SIZES:
-        raise ValueError(f"quantize: group_size must be one of {GROUP_SIZES}.")
-    if settings["mode"] != "affine" or len(settings) > 3:
-        raise ValueError("quantize: settings are bits, group_size and mode, and mode is affine.")
-    return settings
-
-
-def quantize_model(model: FastVLM, quantize: Quantize) -> None:
-    """Quantize projector and decoder in place; layers the group size does not divide stay."""
-    settings = quantization_settings(quantize)
-
-    def wanted(path: str, module: nn.Module) -> bool:
-        return (
-            path.startswith(("mm_projector.", "language_model."))
-            and isinstance(module, (nn.Linear, nn.Embedding))
-            and module.weight.shape[-1] % settings["group_size"] == 0
-        )
-
-    nn.quantize(model, **settings, class_predicate=wanted)
-    model.config = replace(model.config, quantization=settings)
-
-
-def quantize_weights(weights: Weights, quantize: Quantize) -> Weights:
-    """As `quantize_model`, on tensors in the mlx-vlm layout."""
-    settings = quantization_settings(quantize)
-    quantized = dict(weights)
-    for name, tensor in weights.items():
-        if not name.startswith(("mm_projector.", "language_model.")) or tensor.ndim != 2:
-            continue
-        if name.endswith(".weight") and tensor.shape[-1] % settings["group_size"] == 0:
-            linear = name.removesuffix(".weight")
-            packed = mx.quantize(tensor, **settings)
-            quantized |= zip(
-                (f"{linear}.weight", f"{linear}.scales", f"{linear}.biases"), packed, strict=True
-            )
-    return quantized
+        before, found, side = path.partition(whole)
+        if found:
+            return before + parts[int(side.removeprefix(".layers.") or 0)]
+    return path
 
 
 def resolve_dtype(dtype: mx.Dtype | str | None, weights: Weights) -> mx.Dtype:
@@ -471,7 +518,10 @@ def save_checkpoint(
         for tensor in shard.values():
             mx.eval(tensor)
             progress(tensor.nbytes)
-        mx.save_safetensors(str(folder / file), shard, metadata={"format": "mlx"})
+        try:
+            mx.save_safetensors(str(folder / file), shard, metadata={"format": "mlx"})
+        except RuntimeError as error:  # so MLX says that the disk is full
+            raise OSError(f"{folder / file} can't be written: {error}") from None
         weight_map |= dict.fromkeys(names, file)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     write_json(folder / "model.safetensors.index.json", index)
@@ -493,6 +543,14 @@ def write_json(file: Path, value: Any) -> None:
     file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def check_target(target: Path, source: Path) -> None:
+    """ValueError if writing the target would replace the source."""
+    if target.exists() and source.resolve() == target.resolve():
+        raise ValueError(f"{target} is both the source and the target; choose another target.")
+    if target.exists() and source.resolve().is_relative_to(target.resolve()):
+        raise ValueError(f"{target} holds the source {source}; choose another target.")
+
+
 @contextmanager
 def folder_written_whole(target: Path, *, overwrite: bool) -> Iterator[Path]:
     """A temporary folder that becomes `target` when the block ends well, and else disappears.
@@ -500,20 +558,24 @@ def folder_written_whole(target: Path, *, overwrite: bool) -> Iterator[Path]:
     Raises:
         FileExistsError: `target` is there and `overwrite` is not set, or it is a file.
     """
+    target = target.resolve()
     if target.exists() and (not overwrite or not target.is_dir()):
         hint = "is a file" if target.is_file() else "exists; pass --overwrite to replace it"
         raise FileExistsError(f"{target} {hint}.")
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    old = temporary.with_name(f"{temporary.name}-old")
     try:
         yield temporary
         temporary.chmod(0o755)
         if target.exists():
-            old = temporary.with_name(f"{temporary.name}-old")
             target.rename(old)
+        try:
             temporary.rename(target)
-            shutil.rmtree(old)
-        else:
-            temporary.rename(target)
+        except OSError:
+            if old.exists():
+                old.rename(target)
+            raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,144 @@
+"""The layout of the ready-made Apple silicon checkpoints, which the original's demo app loads.
+
+Decoder and projector are safetensors; the encoder is a Core ML program (`model_export/` in the
+original), which `coreml` reads and writes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from fastvlm_mlx.config import VisionConfig, read_json
+from fastvlm_mlx.convert import _write_processor, config_json, model_card
+from fastvlm_mlx.convert.fold import Weights
+
+VISION = "vision_tower.vision_model."
+IMAGE_TOKEN = "<image>"
+PROJECTOR = ("mm_projector.", "multi_modal_projector.linear_")
+
+
+def matches(names: set[str]) -> bool:
+    """Whether tensors of these names are such a checkpoint's."""
+    return any(name.startswith(PROJECTOR[1]) for name in names)
+
+
+def to_mlx(weights: Weights) -> Weights:
+    """Names of the mlx-vlm layout; the encoder is in the Core ML package, see `read_encoder`."""
+    return {name.replace(PROJECTOR[1], PROJECTOR[0]): tensor for name, tensor in weights.items()}
+
+
+def from_mlx(weights: Weights) -> Weights:
+    """The inverse of `to_mlx`; tensors of the encoder keep their names."""
+    return {name.replace(*PROJECTOR): tensor for name, tensor in weights.items()}
+
+
+def read_encoder(folder: Path, config: VisionConfig) -> Weights:
+    """The encoder in the folder's Core ML package; see `coreml.read_encoder`."""
+    from fastvlm_mlx.convert import coreml
+
+    return coreml.read_encoder(folder, config)
+
+
+def export(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    quantize: int | Mapping[str, Any] | None = 8,
+    precision: str = "float32",
+    overwrite: bool = False,
+) -> Path:
+    """Turn a checkpoint in any known layout into a folder for the original's demo app.
+
+    The folder appears only when it is whole. Its tokenizer has the token `<image>`.
+
+    Args:
+        source: folder or Hub id.
+        target: the folder to write; the app takes its files from `app/FastVLM/model`.
+        revision: branch, tag or commit on the Hub.
+        quantize: bits a weight of projector and decoder, or a mapping of bits and group_size;
+            None keeps them float16. The released folders: 0.5B float16, 1.5B 8 bits, 7B 4 bits.
+        precision: of the encoder, float32 or float16.
+        overwrite: replace a target that exists.
+
+    Returns:
+        The target.
+
+    Raises:
+        FileExistsError: the target exists and `overwrite` is not set.
+        FileNotFoundError: there is no such source.
+        CheckpointError: the source is not a whole FastVLM, or coremltools is missing.
+        ValueError: the source is one that the app can't run, or an argument is not one that exists.
+    """
+    from fastvlm_mlx import hub, weights
+    from fastvlm_mlx.convert.coreml import PACKAGE, import_coremltools, write_vision_package
+    from fastvlm_mlx.quantize import quantize_checkpoint
+
+    import_coremltools(f"write {PACKAGE}")
+    folder = hub.resolve(source, revision=revision)
+    target = Path(target).expanduser()
+    weights.check_target(target, folder)
+    config, tensors = weights.read_whole(folder)
+    if config.quantization:
+        raise ValueError(f"{folder} is quantized already; export a full-precision source.")
+    if config.mm_projector_type != "mlp2x_gelu" or "image_newline" in tensors:
+        raise ValueError(
+            f"{folder} can't be exported: the app knows mlp2x_gelu without tiles alone."
+        )
+    decoder = {n: weights.cast(t, mx.float16) for n, t in tensors.items() if VISION not in n}
+    quantization: dict[str, Any] = {}
+    if quantize is not None:
+        decoder, quantization, _ = quantize_checkpoint(decoder, config, quantize)
+        quantization.pop("mode")  # which the app does not know
+    with weights.folder_written_whole(target, overwrite=overwrite) as temporary:
+        _write_processor(folder, temporary, config.vision.image_size)
+        image_token_index = _write_tokenizer(folder, temporary)
+        if image_token_index >= config.text.vocab_size:
+            raise ValueError(f"{folder} can't be exported: its vocabulary has no room for <image>.")
+        written = config_json(config, "float16", quantization)
+        written["image_token_index"] = image_token_index
+        written.setdefault("mm_vision_tower", f"mobileclip_l_{config.vision.image_size}")
+        weights.write_json(temporary / "config.json", written)
+        _write_processor_config(temporary, config.vision.patch_size)
+        card = model_card(os.fspath(source), target.name, quantization, "float16")
+        (temporary / "README.md").write_text(card, encoding="utf-8")
+        write_vision_package(tensors, config.vision, temporary / PACKAGE, precision=precision)
+        weights.save_checkpoint(from_mlx(decoder), temporary)
+    return target
+
+
+def _write_tokenizer(source: Path, target: Path) -> int:
+    """Write tokenizer.json with a token `<image>`, and give the id of that."""
+    from tokenizers import AddedToken
+
+    from fastvlm_mlx.prompt import Tokenizer
+    from fastvlm_mlx.weights import write_json
+
+    file = target / "tokenizer_config.json"
+    settings = read_json(file) if file.is_file() else {}
+    bpe = Tokenizer.from_folder(source)._bpe
+    bpe.add_special_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)])
+    bpe.save(str(target / "tokenizer.json"))
+    index = bpe.get_vocab()[IMAGE_TOKEN]
+    entry = {"content": IMAGE_TOKEN, "special": True}
+    entry |= dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
+    settings["added_tokens_decoder"] = (settings.get("added_tokens_decoder") or {}) | {
+        str(index): entry
+    }
+    write_json(file, settings)
+    return index
+
+
+def _write_processor_config(folder: Path, patch_size: int) -> None:
+    from fastvlm_mlx.weights import write_json
+
+    file = folder / "preprocessor_config.json"
+    write_json(file, read_json(file) | {"processor_class": "LlavaProcessor"})
+    settings = {"image_token": IMAGE_TOKEN, "num_additional_image_tokens": 0}
+    settings |= {"processor_class": "LlavaProcessor", "patch_size": patch_size}
+    write_json(folder / "processor_config.json", settings)

@@ -1,0 +1,705 @@
+import importlib
+import importlib.metadata
+import io
+import json
+import os
+import pty
+import re
+import select
+import shutil
+import struct
+import subprocess
+import sys
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from inspect import signature
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import pytest
+import typer
+from PIL import Image
+
+import fastvlm_mlx as fv
+from fastvlm_mlx import cli
+from fastvlm_mlx.chat import Chat
+from fastvlm_mlx.generate import Options
+from fastvlm_mlx.hub import NANO
+from fastvlm_mlx.image import load_image
+from fastvlm_mlx.qwen2 import Block
+from fastvlm_mlx.version import __version__
+from fastvlm_mlx.vision import FastViTHD
+
+PENGUINS = str(NANO / "images" / "penguins.png")
+PANDA = str(NANO / "images" / "panda.png")
+ANSWER = "The image shows 6 penguins."
+MAIN = [sys.executable, "-c", "from fastvlm_mlx.cli import main; main()"]
+
+
+class Result(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """The command in this process."""
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*arguments: str, stdin: str = "") -> Result:
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["fastvlm", *arguments])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        code = caught.value.code
+        return Result(code if isinstance(code, int) else 0, *capsys.readouterr())
+
+    return run
+
+
+def assert_one_error(result: Result, *said: str) -> None:
+    """Exit code 2, nothing on stdout, one line on stderr that says what is wrong."""
+    assert result.code == 2
+    assert result.out == ""
+    line, end, rest = result.err.partition("\n")
+    assert line.startswith("Error: ") and end and not rest, result.err
+    for text in said:
+        assert text in line
+
+
+# In a process of its own
+
+
+def command(*arguments: str, stdin: str | None = None) -> Result:
+    done = subprocess.run(
+        [*MAIN, *arguments], input=stdin, capture_output=True, text=True, timeout=60
+    )
+    return Result(done.returncode, done.stdout, done.stderr)
+
+
+def test_generate_alone_describes_a_bundled_image() -> None:
+    result = command("generate")
+    assert result.code == 0
+    assert result.out == f"{ANSWER}\n"
+    assert result.err == f"No --image and no --prompt: describing {PENGUINS}.\n"
+
+
+def test_errors_of_a_process() -> None:
+    assert_one_error(command("generate", "--image", "nothing.png"), "nothing.png", "no such file")
+    assert_one_error(command("generate", "--image", PENGUINS, "--max-tokens", "0"), "max_tokens")
+    assert_one_error(command("convert", "nothing", "target"), "no model folder nothing")
+
+
+def test_chat_over_a_pipe() -> None:
+    result = command("chat", "--image", PENGUINS, stdin="Describe the image.\nHow many?\n")
+    first, second, *_ = result.out.removeprefix("> ").split("\n")
+    assert (result.code, first) == (0, ANSWER)
+    assert "6" in second
+    assert "Traceback" not in result.err
+
+
+def test_entry_point() -> None:
+    scripts = importlib.metadata.entry_points(group="console_scripts", name="fastvlm")
+    assert [script.value for script in scripts] == ["fastvlm_mlx.cli:main"]
+
+
+HEAVY = (
+    "mlx_lm",
+    "transformers",
+    "huggingface_hub",
+    "torch",
+    "PIL",
+    "typer",
+    "tokenizers",
+    "jinja2",
+)
+
+
+def test_import_is_instant_and_light() -> None:
+    code = (
+        "import time, sys, mlx.core; start = time.perf_counter(); import fastvlm_mlx; "
+        "print(time.perf_counter() - start); "
+        f"print([name for name in {HEAVY} if name in sys.modules])"
+    )
+    times = []
+    for _ in range(3):  # of several, the one that other processes disturbed least
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        seconds, heavy = done.stdout.splitlines()
+        assert heavy == "[]"
+        times.append(float(seconds))
+    assert min(times) < 0.25
+
+
+def test_generating_needs_neither_mlx_lm_nor_transformers() -> None:
+    code = (
+        "import sys\nfrom fastvlm_mlx.cli import main\n"
+        f"sys.argv = ['fastvlm', 'generate', '--image', {PENGUINS!r}, '--temperature', '0.5', "
+        "'--top-p', '0.9', '--seed', '1', '--max-tokens', '3']\n"
+        "try:\n    main()\nfinally:\n"
+        "    print([n for n in ('mlx_lm', 'transformers', 'torch', 'huggingface_hub') "
+        "if n in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.splitlines() == ["The image shows", "[]"]
+
+
+def read_until(terminal: int, text: str, seconds: float = 30) -> str:
+    """What a terminal shows, up to some text."""
+    shown, deadline = "", time.monotonic() + seconds
+    while text not in shown:
+        ready, _, _ = select.select([terminal], [], [], max(deadline - time.monotonic(), 0))
+        assert ready, f"no {text!r} within {seconds} s after {shown!r}"
+        shown += os.read(terminal, 1024).decode()
+    return shown
+
+
+# A child with the terminal as its own, in which each token takes a while.
+SLOW_CHAT = """
+import fcntl, sys, termios, time
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+from fastvlm_mlx.qwen2 import Qwen2
+quick = Qwen2.hidden_states
+def slow(*arguments):
+    time.sleep(0.1)
+    return quick(*arguments)
+Qwen2.hidden_states = slow
+from fastvlm_mlx.cli import main
+main()
+"""
+
+
+def test_ctrl_c_in_a_terminal_stops_the_answer() -> None:
+    terminal, theirs = pty.openpty()
+    arguments = [sys.executable, "-c", SLOW_CHAT, "chat", "--image", PENGUINS]
+    streams = {"stdin": theirs, "stdout": theirs, "stderr": theirs}
+    process = subprocess.Popen(arguments, start_new_session=True, **streams)
+    try:
+        os.close(theirs)
+        read_until(terminal, "> ")
+        os.write(terminal, b"Describe the image.\n")
+        read_until(terminal, "The")
+        os.write(terminal, b"\x03")
+        shown = read_until(terminal, "> ")
+        assert "[stopped]" in shown and "penguins" not in shown
+        time.sleep(0.5)  # it shows the prompt a moment before it waits for a line
+        os.write(terminal, b"\x03")
+        shown = read_until(terminal, "> ")
+        assert "Ctrl-D or /quit leaves." in shown
+        os.write(terminal, b"How many penguins are there?\n")
+        shown = read_until(terminal, "> ")
+        assert "6 penguins" in shown and "Traceback" not in shown
+        os.write(terminal, b"\x04")
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
+        process.wait()
+        os.close(terminal)
+
+
+# generate
+
+
+def test_answers_go_to_stdout_alone(run: Run) -> None:
+    result = run("generate", "--image", PENGUINS)
+    assert result == (0, f"{ANSWER}\n", "")
+    assert run("generate", "--image", PANDA, "--prompt", "What is this?") == (0, "A panda.\n", "")
+
+
+def test_json(run: Run) -> None:
+    result = run("generate", "--image", PENGUINS, "--json")
+    assert (result.code, result.err) == (0, "")
+    answer = json.loads(result.out)
+    assert result.out.count("\n") == 1
+    assert answer["text"] == ANSWER and answer["finish_reason"] == "stop"
+    assert answer["generation_tokens"] == 8 and answer["ttft"] > 0
+    expected = {field.name for field in fields(fv.Part)} - {"token"}
+    assert answer.keys() == expected
+
+
+def test_verbose(run: Run) -> None:
+    result = run("generate", "--image", PENGUINS, "--verbose")
+    assert (result.code, result.out) == (0, f"{ANSWER}\n")
+    for text in ("Time to first token", "Encode image", "8 tokens", "Peak memory", "stop"):
+        assert text in result.err
+
+
+def test_without_image_but_with_prompt(run: Run, nano: tuple) -> None:
+    result = run("generate", "--prompt", "How are you?")
+    assert result == (0, fv.generate(*nano, "How are you?") + "\n", "")
+
+
+def test_options_reach_the_model(run: Run, nano: tuple) -> None:
+    sampled = {"temperature": 1.2, "top_p": 0.9, "min_p": 0.01, "top_k": 50, "seed": 3}
+    others = {
+        "system": "Hi.",
+        "max_tokens": 5,
+        "image_size": 64,
+        "max_kv_size": 64,
+        "prefill_step_size": 9,
+        "repetition_penalty": 1.1,
+        "stop": ["x", "y"],
+        "conv_mode": "qwen_2",
+    }
+    flags = []
+    for name, value in {**sampled, **others}.items():
+        for one in value if isinstance(value, list) else [value]:
+            flags += [f"--{name.replace('_', '-')}", str(one)]
+    images = [PENGUINS, PANDA]
+    prompt = "<image> or <image>?"
+    result = run("generate", "--prompt", prompt, "--image", images[0], "--image", images[1], *flags)
+    expected = fv.generate(*nano, prompt, image=images, **sampled, **others)
+    assert result == (0, f"{expected}\n", "")
+    quantized = run("generate", "--image", PENGUINS, "--kv-bits", "8")
+    assert quantized == (0, f"{ANSWER}\n", "")
+
+
+@pytest.fixture(scope="session")
+def float_folder(nano: tuple, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled model with nothing in it quantized."""
+    folder = tmp_path_factory.mktemp("models") / "float"
+    shutil.copytree(NANO, folder, ignore=shutil.ignore_patterns("images"))
+    weights = mx.load(str(NANO / "model.safetensors"))
+    for name in [name for name in weights if name.endswith(".scales")]:
+        linear = name.removesuffix(".scales")
+        scales, biases = weights.pop(name), weights.pop(f"{linear}.biases")
+        weights[f"{linear}.weight"] = mx.dequantize(
+            weights[f"{linear}.weight"], scales, biases, 64, 8
+        )
+    mx.save_safetensors(str(folder / "model.safetensors"), weights)
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization"], config["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_model_dtype_and_quantize(run: Run, float_folder: Path) -> None:
+    base = ("generate", "--image", PENGUINS, "--model", str(float_folder))
+    assert (
+        run(*base).out == run(*base, "--quantize", "8", "--dtype", "float32").out == f"{ANSWER}\n"
+    )
+    assert run(*base, "--quantize", "2").code == 0
+
+
+# Bad input
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that says it is large and has next to no pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 99))
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of what is no image, or not a whole one."""
+    folder = tmp_path_factory.mktemp("images")
+    (folder / "folder.png").mkdir()
+    (folder / "empty.png").touch()
+    (folder / "text.png").write_text("These are words.\n" * 20)
+    (folder / "bomb.png").write_bytes(png_header(60_000, 60_000))
+    whole = io.BytesIO()
+    Image.open(PENGUINS).convert("RGB").save(whole, "JPEG")
+    (folder / "truncated.jpg").write_bytes(whole.getvalue()[: len(whole.getvalue()) // 2])
+    return folder
+
+
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        ("nothing.png", "there is no such file"),
+        ("folder.png", "it is a folder"),
+        ("empty.png", "it is empty"),
+        ("text.png", "it is not an image"),
+        ("truncated.jpg", "truncated"),
+        ("bomb.png", "pixels"),
+    ],
+)
+def test_bad_images(name: str, said: str, run: Run, images: Path) -> None:
+    path = str(images / name)
+    assert_one_error(run("generate", "--image", path), path, said)
+    assert_one_error(run("generate", "--image", PENGUINS, "--image", path), path, said)
+    assert_one_error(run("chat", "--image", path), path, said)
+
+
+class Server(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        if self.path == "/never":
+            time.sleep(3)
+            return
+        self.send_response(200 if self.path == "/penguins" else 404)
+        self.end_headers()
+        if self.path == "/penguins":
+            self.wfile.write(Path(PENGUINS).read_bytes())
+
+    def log_message(self, *arguments: Any) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    http.daemon_threads = True
+    threading.Thread(target=http.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{http.server_port}"
+    http.shutdown()
+    http.server_close()
+
+
+def test_urls(run: Run, server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(load_image.__kwdefaults__, "timeout", 0.5)
+    assert run("generate", "--image", f"{server}/penguins").out == f"{ANSWER}\n"
+    assert_one_error(run("generate", "--image", f"{server}/nothing"), f"{server}/nothing", "404")
+    assert_one_error(run("generate", "--image", f"{server}/never"), "/never", "within 0.5 seconds")
+    assert_one_error(run("generate", "--image", "ftp://host/image.png"), "ftp://host/image.png")
+
+
+def broken(kind: str, folder: Path) -> str:
+    """A copy of the bundled model with one thing wrong; also what the error must say."""
+    shutil.copytree(NANO, folder, ignore=shutil.ignore_patterns("images"))
+    config, weights = folder / "config.json", folder / "model.safetensors"
+    settings = json.loads(config.read_text())
+    norm = "language_model.model.norm.weight"
+    if kind == "no config":
+        config.unlink()
+        return "it has no config.json"
+    if kind == "broken config":
+        config.write_text("{")
+        return "config.json is not valid JSON"
+    if kind == "unknown type":
+        config.write_text(json.dumps({**settings, "model_type": "llama"}))
+        return "found 'llama'"
+    if kind == "no type":
+        config.write_text("{}")
+        return "model_type"
+    if kind == "no weights":
+        weights.unlink()
+        return "holds no weights"
+    if kind == "cut weights":
+        weights.write_bytes(weights.read_bytes()[:-5000])
+        return "model.safetensors is not a whole safetensors file"
+    if kind == "no tokenizer":
+        (folder / "tokenizer.json").unlink()
+        return "no tokenizer"
+    if kind == "broken tokenizer":
+        (folder / "tokenizer.json").write_text("[]")
+        return "tokenizer.json is not a valid tokenizer"
+    tensors = mx.load(str(weights))
+    if kind == "missing tensor":
+        del tensors[norm]
+    else:
+        tensors[norm] = mx.zeros((7,))
+    mx.save_safetensors(str(weights), tensors)
+    return f"{norm} (256,) is missing" if kind == "missing tensor" else f"{norm} is (7,)"
+
+
+KINDS = ["no config", "broken config", "unknown type", "no type", "no weights", "cut weights"]
+KINDS += ["missing tensor", "wrong shape", "no tokenizer", "broken tokenizer"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_broken_models(kind: str, run: Run, tmp_path: Path) -> None:
+    folder, target = tmp_path / "model", tmp_path / "target"
+    said = broken(kind, folder)
+    where = [str(folder)] if kind not in ("unknown type", "no type") else []
+    assert_one_error(run("generate", "--model", str(folder), "--image", PENGUINS), said, *where)
+    assert_one_error(run("chat", "--model", str(folder)), said)
+    if "tokenizer" not in kind:
+        assert_one_error(run("convert", str(folder), str(target)), said)
+        assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--prompt", "<image> <image>"], ["2 <image> mark(s)", "1 image(s)"]),
+        (["--prompt", "<image>", "--image", PANDA], ["1 <image> mark(s)", "2 image(s)"]),
+        (["--prompt", "word " * 5000], ["tokens", "limit is 4096"]),
+        (["--max-tokens", "0"], ["max_tokens", "found 0"]),
+        (["--max-tokens", "-3"], ["max_tokens", "found -3"]),
+        (["--temperature", "-1"], ["temperature", "found -1"]),
+        (["--temperature", "nan"], ["temperature", "found nan"]),
+        (["--top-p", "2"], ["top_p", "found 2"]),
+        (["--top-p", "0"], ["top_p", "found 0"]),
+        (["--top-k", "-1"], ["top_k", "found -1"]),
+        (["--min-p", "1.5"], ["min_p", "found 1.5"]),
+        (["--repetition-penalty", "0"], ["repetition_penalty", "found 0"]),
+        (["--seed", "-1"], ["seed", "found -1"]),
+        (["--stop", ""], ["stop", "not empty"]),
+        (["--max-kv-size", "2"], ["max_kv_size", "found 2"]),
+        (["--kv-bits", "5"], ["kv_bits", "found 5"]),
+        (["--kv-bits", "4", "--max-kv-size", "64"], ["kv_bits and max_kv_size"]),
+        (["--prefill-step-size", "0"], ["prefill_step_size", "found 0"]),
+        (["--image-size", "100"], ["image_size", "100"]),
+        (["--conv-mode", "spam"], ["'spam'", "qwen_2"]),
+        (["--dtype", "int8"], ["dtype", "'int8'", "bfloat16"]),
+        (["--quantize", "7"], ["quantize", "7"]),
+        (["--model", "not-there"], ["not-there"]),
+        (["--model", PANDA], [PANDA, "is a file"]),
+        (["--model", "a b/c d"], ["a b/c d"]),
+    ],
+    ids=lambda value: " ".join(value)[:30] if isinstance(value, list) else str(value),
+)
+def test_bad_arguments(arguments: list[str], said: list[str], run: Run) -> None:
+    assert_one_error(run("generate", "--image", PENGUINS, *arguments), *said)
+
+
+def test_marks_without_images(run: Run) -> None:
+    assert_one_error(run("generate", "--prompt", "<image> what?"), "1 <image> mark(s)")
+
+
+@pytest.mark.parametrize(
+    "arguments", [["generate", "--spam"], ["spam"], ["generate", "--max-tokens", "x"], ["convert"]]
+)
+def test_malformed_commands(arguments: list[str], run: Run) -> None:
+    result = run(*arguments)
+    assert (result.code, result.out) == (2, "")
+    assert "Traceback" not in result.err and "Usage" in result.err
+
+
+def test_ctrl_c_ends_generate_quietly(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Block, "__call__", interrupt)
+    result = run("generate", "--image", PENGUINS)
+    assert result.code == 130
+    assert "Traceback" not in result.err
+
+
+# convert
+
+
+def test_convert(run: Run, float_folder: Path, tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    result = run("convert", str(float_folder), str(target), "--quantize", "8", "--group-size", "32")
+    assert (result.code, result.out) == (0, f"Wrote {target}.\n")
+    config = json.loads((target / "config.json").read_text())
+    assert (config["quantization"]["bits"], config["quantization"]["group_size"]) == (8, 32)
+    assert run("generate", "--model", str(target), "--image", PENGUINS).out == f"{ANSWER}\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["target"]
+
+
+def test_convert_onto_what_is_there(run: Run, tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    target.mkdir()
+    (target / "mine.txt").write_text("mine")
+    result = run("convert", str(NANO), str(target))
+    assert_one_error(result, str(target), "exists", "--overwrite")
+    assert [path.name for path in target.iterdir()] == ["mine.txt"]
+    assert_one_error(run("convert", str(NANO), PENGUINS, "--overwrite"), PENGUINS, "is a file")
+    assert run("convert", str(NANO), str(target), "--overwrite").code == 0
+    assert (target / "config.json").is_file() and not (target / "mine.txt").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["target"]
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--dtype", "int8"], ["int8"]),
+        (["--quantize", "7"], ["7"]),
+        (["--quantize", "4", "--group-size", "5"], ["group_size"]),
+    ],
+)
+def test_bad_arguments_of_convert(
+    arguments: list[str], said: list[str], run: Run, float_folder: Path, tmp_path: Path
+) -> None:
+    target = tmp_path / "target"
+    assert_one_error(run("convert", str(float_folder), str(target), *arguments), *said)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_convert_of_nothing(run: Run, tmp_path: Path) -> None:
+    assert_one_error(run("convert", str(tmp_path / "no where"), str(tmp_path / "t")), "no where")
+    assert_one_error(run("convert", str(NANO), str(NANO)), str(NANO))
+
+
+# chat
+
+
+def test_commands_of_the_chat(run: Run, nano: tuple) -> None:
+    lines = [
+        f"/image {PENGUINS}",
+        "Describe the image.",
+        "How many penguins are there?",
+        "/help",
+        "",
+        "/reset",
+        f"  /image   {PANDA}  ",
+        "What is this?",
+        "/quit",
+        "never read",
+    ]
+    result = run("chat", stdin="\n".join(lines))
+    chat = Chat(*nano)
+    expected = [
+        chat.ask("Describe the image.", image=PENGUINS),
+        chat.ask("How many penguins are there?"),
+        *cli.CHAT_HELP.splitlines(),
+        fv.generate(*nano, "What is this?", image=PANDA),
+    ]
+    assert result.code == 0
+    assert result.out.replace("> ", "").split("\n") == [*expected, ""]
+    assert "Error" not in result.err
+
+
+def test_several_images_before_a_question(run: Run, nano: tuple) -> None:
+    stdin = f"/image {PANDA}\nWhich?\nAgain?\n"
+    result = run("chat", "--image", PENGUINS, "--max-tokens", "6", stdin=stdin)
+    chat = Chat(*nano, max_tokens=6)
+    expected = [chat.ask("Which?", image=[PENGUINS, PANDA]), chat.ask("Again?")]
+    assert result.out.replace("> ", "").split("\n")[:2] == expected
+
+
+def test_errors_in_the_chat_do_not_end_it(run: Run, images: Path) -> None:
+    lines = [
+        "/image",
+        f"/image {images / 'nothing.png'}",
+        f"/image {images / 'text.png'}",
+        "/images",
+        "<image> without one",
+        "word " * 5000,
+        f"/image {PENGUINS}",
+        "<image> and <image>",
+        "Describe the image.",
+    ]
+    result = run("chat", stdin="\n".join(lines))
+    assert result.code == 0
+    assert result.out.replace("> ", "").split("\n")[0] == ANSWER  # the image is still there
+    said = [
+        "Name an image: /image PATH.",
+        "no such file",
+        "not an image",
+        "There is no command /images",
+        "1 <image> mark(s)",
+        "limit is 4096",
+        "2 <image> mark(s)",
+    ]
+    errors = result.err.splitlines()[1:]
+    assert len(errors) == len(said)
+    assert all(text in error for text, error in zip(said, errors, strict=True))
+
+
+def test_options_of_the_chat(run: Run) -> None:
+    assert_one_error(run("chat", "--temperature", "-1"), "temperature")
+    assert_one_error(run("chat", "--max-tokens", "0"), "max_tokens")
+    assert_one_error(run("chat", "--model", "not-there"), "not-there")
+    result = run("chat", "--max-tokens", "2", "--image", PENGUINS, stdin="Describe the image.\n")
+    assert result.out.replace("> ", "").startswith("The image\n")
+
+
+def interrupt_once(target: type, call: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    original, calls = target.__call__, iter(range(10**6))
+
+    def interrupt(*arguments: Any) -> Any:
+        if next(calls) == call:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    monkeypatch.setattr(target, "__call__", interrupt)
+
+
+@pytest.mark.parametrize("call", [0, 2, 4, 9])
+def test_ctrl_c_stops_an_answer(call: int, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether it comes while the prompt is read or later, the chat and its images go on."""
+    interrupt_once(Block, call, monkeypatch)
+    stdin = "Describe the image.\nHow many penguins are there?\n"
+    result = run("chat", "--image", PENGUINS, stdin=stdin)
+    first, second, *_ = result.out.replace("> ", "").split("\n")
+    assert result.code == 0
+    assert first.endswith("[stopped]") and first.startswith("The" if call > 7 else " [")
+    assert second == "There are 6 penguins."
+
+
+def test_ctrl_c_while_the_image_is_read(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No turn has begun, so the image waits for the next question."""
+    interrupt_once(FastViTHD, 0, monkeypatch)
+    result = run("chat", "--image", PENGUINS, stdin="Read this.\nDescribe the image.\n")
+    first, second, *_ = result.out.replace("> ", "").split("\n")
+    assert "[stopped]" in first and second == ANSWER
+
+
+def test_ctrl_c_at_the_prompt(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: Iterator[Any] = iter([KeyboardInterrupt, "Describe the image.", EOFError])
+
+    def read(prompt: str = "") -> str:
+        line = next(lines)
+        if isinstance(line, str):
+            return line
+        raise line
+
+    monkeypatch.setattr("builtins.input", read)
+    result = run("chat", "--image", PENGUINS)
+    assert result.code == 0 and ANSWER in result.out
+    assert "Ctrl-D or /quit leaves." in result.err
+
+
+# Help
+
+
+def test_version_and_bare_command(run: Run) -> None:
+    assert run("--version") == (0, f"fastvlm-mlx {__version__}\n", "")
+    bare = run()
+    assert "generate" in bare.out + bare.err and "Traceback" not in bare.err
+
+
+COMMANDS = typer.main.get_command(cli.app).commands
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_names_and_explains_every_option(name: str, run: Run) -> None:
+    for flag in ("--help", "-h"):
+        result = run(name, flag)
+        assert (result.code, result.err) == (0, "")
+        words = set(re.findall(r"[\w-]+", result.out))
+        for parameter in COMMANDS[name].params:
+            if parameter.param_type_name == "option":
+                assert {*parameter.opts} <= words
+            assert parameter.help, f"{name} {parameter.name}"
+    assert name in run("--help").out
+
+
+def test_flags_are_the_python_names() -> None:
+    flags = {option for p in COMMANDS["generate"].params for option in p.opts}
+    names = [field.name for field in fields(Options) if field.name != "logits_processor"]
+    names += [
+        name
+        for function in (fv.load, fv.stream_generate)
+        for name, parameter in signature(function).parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY
+    ]
+    assert {f"--{name.replace('_', '-')}" for name in names} <= flags
+    assert {"--model", "--image", "--prompt", "--json", "--verbose"} <= flags
+    chat = {option for p in COMMANDS["chat"].params for option in p.opts}
+    assert chat <= flags | {"--help", "-h"}
+
+
+def test_errors_are_one_sentence() -> None:
+    assert cli.describe(ValueError("What is wrong.")) == "What is wrong."
+    assert cli.describe(MemoryError()) == "MemoryError"
+    error = PermissionError(13, "Permission denied", "/folder/file")
+    assert cli.describe(error) == "/folder/file: Permission denied."
+
+
+def test_errors_of_the_system(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise PermissionError(13, "Permission denied", "/folder/file")
+
+    monkeypatch.setattr(importlib.import_module("fastvlm_mlx.weights"), "load", fail)
+    result = run("generate", "--image", PENGUINS)
+    assert_one_error(result, "/folder/file: Permission denied.")
