@@ -1,28 +1,16 @@
-"""Converters: `convert` writes a folder; one module a source layout holds its map of names.
+"""Converters: `convert` writes a folder; one module a layout holds its map of names.
 
-`fold` is the arithmetic they share.
+`fold` is the arithmetic they share, `files` what stands beside the weights.
 """
 
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-COPIED = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.json",
-    "merges.txt",
-    "added_tokens.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-    "LICENSE",
-)
+WRITTEN = ("mlx", "llava", "transformers", "apple-export")
 
 
 def convert(
@@ -31,22 +19,24 @@ def convert(
     *,
     revision: str | None = None,
     dtype: str | None = None,
-    quantize: int | Mapping[str, Any] | None = None,
+    quantize: int | str | Mapping[str, Any] | None = None,
+    layout: str = "mlx",
     overwrite: bool = False,
     progress: bool = True,
 ) -> Path:
     """Turn a checkpoint in any known layout into a folder to load or push.
 
-    The folder has the MLX community's layout, which mlx-vlm and mlx-swift read too. It appears
-    only when it is whole.
+    The folder appears only when it is whole.
 
     Args:
         source: folder or Hub id.
         target: the folder to write.
         revision: branch, tag or commit on the Hub.
         dtype: float32, float16 or bfloat16; by default the checkpoint's own.
-        quantize: bits a weight (2, 3, 4, 5, 6, 8), or a mapping of bits and group_size, for
-            projector and decoder.
+        quantize: bits a weight, a mode or preset by name, or a mapping; see `quantize.settings`.
+        layout: "mlx", the MLX community's, which mlx-vlm and mlx-swift read too; "llava", the
+            original PyTorch code's; "transformers", Hugging Face's; "apple-export", the original
+            demo app's for iOS and macOS.
         overwrite: replace a target that exists.
         progress: show a bar.
 
@@ -57,14 +47,21 @@ def convert(
         FileExistsError: the target exists and `overwrite` is not set.
         FileNotFoundError: there is no such source.
         CheckpointError: the source is not a whole FastVLM.
-        ValueError: `dtype` or `quantize` is not one that exists.
+        ValueError: `dtype`, `quantize` or `layout` is not one that exists, or they don't go
+            together.
     """
     from fastvlm_mlx import hub, weights
     from fastvlm_mlx.quantize import quantize_checkpoint
 
+    if layout not in WRITTEN:
+        raise ValueError(f"layout must be one of {', '.join(WRITTEN)}, found {layout!r}.")
     folder = hub.resolve(source, revision=revision)
     target = Path(target).expanduser()
     weights.check_target(target, folder)
+    if layout == "apple-export":
+        from fastvlm_mlx.convert.apple_export import export
+
+        return export(folder, target, quantize=quantize, overwrite=overwrite)
     config, tensors = weights.read_whole(folder)
     own = tensors["language_model.model.norm.weight"].dtype
     chosen = weights.resolve_dtype(dtype or own, tensors)
@@ -72,95 +69,42 @@ def convert(
     quantization: dict[str, Any] = dict(config.quantization)
     if quantize is not None:
         tensors, quantization, kept = quantize_checkpoint(tensors, config, quantize)
-        if kept:
-            print(f"In float, since no group size divides their width: {', '.join(kept)}")
+        if kept and progress:
+            print(f"In float, since the group size does not divide their width: {', '.join(kept)}")
+    if quantization and layout != "mlx":
+        raise ValueError(f"The {layout} layout holds no quantized weights; leave out quantize.")
     with weights.folder_written_whole(target, overwrite=overwrite) as temporary:
-        written = config_json(config, str(chosen).removeprefix("mlx.core."), quantization)
-        weights.write_json(temporary / "config.json", written)
-        _write_processor(folder, temporary, config.vision.image_size)
-        card = model_card(os.fspath(source), target.name, quantization, str(written["torch_dtype"]))
+        name = str(chosen).removeprefix("mlx.core.")
+        tensors = _write_files(folder, temporary, config, tensors, name, quantization, layout)
+        card = model_card(os.fspath(source), target.name, quantization, name)
         (temporary / "README.md").write_text(card, encoding="utf-8")
         with _bar(sum(t.nbytes for t in tensors.values()), shown=progress) as bar:
             weights.save_checkpoint(tensors, temporary, progress=bar.update)
     return target
 
 
-def config_json(config: Any, dtype: str, quantization: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json for this project, mlx-vlm and mlx-swift; fields of the source are kept.
-
-    Args:
-        config: a `FastVLMConfig`.
-        dtype: name of the dtype of what is not quantized.
-        quantization: settings, or an empty mapping.
-    """
-    vision, text = config.vision, config.text
-    eos = list(config.eos_token_ids)
-    written = dict(config.source) | {
-        "model_type": "llava_qwen2",
-        "torch_dtype": dtype,
-        "tie_word_embeddings": text.tie_word_embeddings,
-        "image_token_index": config.image_token_index,
-        "image_aspect_ratio": config.image_aspect_ratio,
-        "mm_projector_type": config.mm_projector_type,
-        "mm_hidden_size": config.mm_hidden_size,
-        "mm_patch_merge_type": config.mm_patch_merge_type,
-        "tokenizer_model_max_length": config.max_length,
-        "tokenizer_padding_side": config.source.get("tokenizer_padding_side", "right"),
-        "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
-        "vision_config": {
-            "model_type": "llava_qwen2",
-            "hidden_size": vision.hidden_size,
-            "intermediate_size": vision.hidden_size,
-            "image_size": vision.image_size,
-            "patch_size": vision.patch_size,
-            "projection_dim": vision.projection_dim,
-            "num_classes": 1000,
-            "layers": vision.layers,
-            "embed_dims": vision.embed_dims,
-            "mlp_ratios": vision.mlp_ratios,
-            "token_mixers": vision.token_mixers,
-            "pos_embs_shapes": vision.pos_embs_shapes,
-            "downsamples": vision.downsamples,
-            "repmixer_kernel_size": vision.repmixer_kernel_size,
-            "down_patch_size": vision.down_patch_size,
-            "down_stride": vision.down_stride,
-            "cls_ratio": vision.cls_ratio,
-            "layer_scale_init_value": 1e-5,
-            "head_dim": vision.head_dim,
-        },
-    }
-    for name in ("quantization", "quantization_config"):  # transformers' name is the second
-        written.pop(name, None)
-        if quantization:
-            written[name] = dict(quantization)
-    return written
-
-
-def _write_processor(source: Path, target: Path, image_size: int) -> None:
-    from fastvlm_mlx.config import read_json
+def _write_files(
+    source: Path,
+    target: Path,
+    config: Any,
+    tensors: dict[str, Any],
+    dtype: str,
+    quantization: Mapping[str, Any],
+    layout: str,
+) -> dict[str, Any]:
+    """Write what stands beside the weights, and give these the layout's names and axes."""
+    from fastvlm_mlx.convert import files, llava, transformers
     from fastvlm_mlx.weights import write_json
 
-    for name in COPIED:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
-    own = source / "preprocessor_config.json"
-    defaults = {
-        "do_center_crop": True,
-        "do_convert_rgb": True,
-        "do_normalize": True,
-        "do_rescale": True,
-        "do_resize": True,
-        "image_mean": [0.0, 0.0, 0.0],
-        "image_std": [1.0, 1.0, 1.0],
-        "image_processor_type": "CLIPImageProcessor",
-        "resample": 3,
-        "rescale_factor": 1 / 255,
-    }
-    written = defaults | (read_json(own) if own.is_file() else {})
-    written["crop_size"] = {"height": image_size, "width": image_size}
-    written["size"] = {"shortest_edge": image_size}
-    written["processor_class"] = "FastVLMProcessor"
-    write_json(target / "preprocessor_config.json", written)
+    files.write_processor(source, target, config.vision.image_size)
+    if layout == "transformers":
+        image_token_index = files.write_image_token(source, target)
+        files.write_llava_processor(target, config.vision.patch_size)
+        written = transformers.config_json(config, dtype, image_token_index)
+        write_json(target / "config.json", written)
+        return transformers.from_mlx(tensors)
+    write_json(target / "config.json", files.config_json(config, dtype, quantization))
+    return llava.from_mlx(tensors) if layout == "llava" else tensors
 
 
 def model_card(source: str, name: str, quantization: Mapping[str, Any], dtype: str) -> str:

@@ -13,12 +13,17 @@ from typing import Any
 
 import mlx.core as mx
 
-from fastvlm_mlx.config import VisionConfig, read_json
-from fastvlm_mlx.convert import _write_processor, config_json, model_card
+from fastvlm_mlx.config import VisionConfig
+from fastvlm_mlx.convert import model_card
+from fastvlm_mlx.convert.files import (
+    config_json,
+    write_image_token,
+    write_llava_processor,
+    write_processor,
+)
 from fastvlm_mlx.convert.fold import Weights
 
 VISION = "vision_tower.vision_model."
-IMAGE_TOKEN = "<image>"
 PROJECTOR = ("mm_projector.", "multi_modal_projector.linear_")
 
 
@@ -96,49 +101,17 @@ def export(
         decoder, quantization, _ = quantize_checkpoint(decoder, config, quantize)
         quantization.pop("mode")  # which the app does not know
     with weights.folder_written_whole(target, overwrite=overwrite) as temporary:
-        _write_processor(folder, temporary, config.vision.image_size)
-        image_token_index = _write_tokenizer(folder, temporary)
+        write_processor(folder, temporary, config.vision.image_size)
+        image_token_index = write_image_token(folder, temporary)
         if image_token_index >= config.text.vocab_size:
             raise ValueError(f"{folder} can't be exported: its vocabulary has no room for <image>.")
         written = config_json(config, "float16", quantization)
         written["image_token_index"] = image_token_index
         written.setdefault("mm_vision_tower", f"mobileclip_l_{config.vision.image_size}")
         weights.write_json(temporary / "config.json", written)
-        _write_processor_config(temporary, config.vision.patch_size)
+        write_llava_processor(temporary, config.vision.patch_size)
         card = model_card(os.fspath(source), target.name, quantization, "float16")
         (temporary / "README.md").write_text(card, encoding="utf-8")
         write_vision_package(tensors, config.vision, temporary / PACKAGE, precision=precision)
         weights.save_checkpoint(from_mlx(decoder), temporary)
     return target
-
-
-def _write_tokenizer(source: Path, target: Path) -> int:
-    """Write tokenizer.json with a token `<image>`, and give the id of that."""
-    from tokenizers import AddedToken
-
-    from fastvlm_mlx.prompt import Tokenizer
-    from fastvlm_mlx.weights import write_json
-
-    file = target / "tokenizer_config.json"
-    settings = read_json(file) if file.is_file() else {}
-    bpe = Tokenizer.from_folder(source)._bpe
-    bpe.add_special_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)])
-    bpe.save(str(target / "tokenizer.json"))
-    index = bpe.get_vocab()[IMAGE_TOKEN]
-    entry = {"content": IMAGE_TOKEN, "special": True}
-    entry |= dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
-    settings["added_tokens_decoder"] = (settings.get("added_tokens_decoder") or {}) | {
-        str(index): entry
-    }
-    write_json(file, settings)
-    return index
-
-
-def _write_processor_config(folder: Path, patch_size: int) -> None:
-    from fastvlm_mlx.weights import write_json
-
-    file = folder / "preprocessor_config.json"
-    write_json(file, read_json(file) | {"processor_class": "LlavaProcessor"})
-    settings = {"image_token": IMAGE_TOKEN, "num_additional_image_tokens": 0}
-    settings |= {"processor_class": "LlavaProcessor", "patch_size": patch_size}
-    write_json(folder / "processor_config.json", settings)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fastvlm_mlx.convert.fold import Weights
 
+ENCODER = ("vision_tower.vision_model.", "vision_tower.stem.")  # the second where it is quantized
 OLD_PROJECTOR = (
     ("multi_modal_projector.linear_0.", "mm_projector.0."),
     ("multi_modal_projector.linear_1.", "mm_projector.0."),
@@ -13,7 +14,7 @@ OLD_PROJECTOR = (
 
 def matches(names: set[str]) -> bool:
     """Whether tensors of these names are such a checkpoint's."""
-    return any(name.startswith("vision_tower.vision_model.") for name in names)
+    return any(name.startswith(ENCODER) for name in names)
 
 
 def to_mlx(weights: Weights) -> Weights:

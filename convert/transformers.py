@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+from dataclasses import asdict
+from typing import Any
 
 import mlx.core as mx
 
+from fastvlm_mlx.config import FastVLMConfig, VisionConfig
 from fastvlm_mlx.convert.fold import Weights
 from fastvlm_mlx.convert.llava import UNUSED, channels_first, channels_last
 
@@ -66,6 +69,68 @@ def from_mlx(weights: Weights) -> Weights:
             counter = target.replace("running_mean", "num_batches_tracked")
             source[counter] = mx.array(0, mx.int64)
     return source
+
+
+def config_json(config: FastVLMConfig, dtype: str, image_token_index: int) -> dict[str, Any]:
+    """config.json of transformers' `FastVlmConfig`.
+
+    Args:
+        config: the model's.
+        dtype: name of the weights' dtype.
+        image_token_index: id of the token `<image>`, which stands for every visual token.
+
+    Raises:
+        ValueError: transformers' model has no such geometry.
+    """
+    vision, text = config.vision, config.text
+    released = VisionConfig(
+        image_size=vision.image_size,
+        layers=vision.layers,
+        embed_dims=vision.embed_dims,
+        mlp_ratios=vision.mlp_ratios,
+        projection_dim=vision.projection_dim,
+    )
+    if vision != released or config.mm_projector_type != "mlp2x_gelu":
+        raise ValueError("transformers has no FastVLM of this geometry; choose another layout.")
+    if image_token_index >= text.vocab_size or config.image_aspect_ratio != "pad":
+        raise ValueError(
+            "transformers' FastVLM needs a row for <image> in the vocabulary, and pads images."
+        )
+    eos = config.eos_token_ids[0] if config.eos_token_ids else None
+    return {
+        "architectures": ["FastVlmForConditionalGeneration"],
+        "model_type": "fast_vlm",
+        "dtype": dtype,
+        "image_seq_length": (vision.image_size // vision.patch_size) ** 2,
+        "image_token_index": image_token_index,
+        "multimodal_projector_bias": True,
+        "projector_hidden_act": "gelu",
+        "tie_word_embeddings": text.tie_word_embeddings,
+        "eos_token_id": eos,
+        "vision_feature_layer": -1,
+        "vision_feature_select_strategy": "full",
+        "vision_config": {
+            "model_type": "timm_wrapper",
+            "architecture": "fastvit_mci3",
+            "do_pooling": True,
+            "global_pool": "avg",
+            "hidden_size": vision.hidden_size,
+            "initializer_range": 0.02,
+            "model_args": {
+                "inference_mode": True,
+                "layers": vision.layers,
+                "embed_dims": vision.embed_dims,
+                "mlp_ratios": vision.mlp_ratios,
+            },
+        },
+        "text_config": {
+            "model_type": "qwen2",
+            "hidden_act": "silu",
+            "eos_token_id": eos,
+            **asdict(text),
+            "rope_parameters": {"rope_type": "default", "rope_theta": text.rope_theta},
+        },
+    }
 
 
 def _number(part: str) -> int:

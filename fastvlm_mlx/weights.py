@@ -24,7 +24,7 @@ from mlx.utils import tree_flatten
 
 from . import hub
 from .config import CheckpointError, FastVLMConfig, load_config, read_json
-from .convert import apple_export, fold, llava, mlx_vlm, transformers
+from .convert import adapters, apple_export, fold, llava, mlx_vlm, transformers
 from .convert.fold import Weights
 from .model import FastVLM
 from .prompt import Processor, Tokenizer
@@ -134,8 +134,11 @@ def read_whole(folder: Path) -> tuple[FastVLMConfig, Weights]:
     Raises:
         CheckpointError: a file, a field or a tensor is missing, surplus or wrong.
     """
-    config = load_config(folder)
-    weights, layout = read_checkpoint(folder)
+    base = hub.resolve(adapters.base_of(folder)) if adapters.is_adapter(folder) else folder
+    config = load_config(folder if (folder / "config.json").is_file() else base)
+    weights, layout = read_checkpoint(base)
+    if base is not folder:
+        weights = _with_trained_parts(weights, folder)
     config = trust_tensors(config, weights)
     check_tensors(weights, config, layout, folder)
     return config, weights
@@ -169,6 +172,15 @@ def read_checkpoint(folder: Path) -> tuple[Weights, ModuleType]:
     return weights, layout
 
 
+def _with_trained_parts(base: Weights, folder: Path) -> Weights:
+    if any(name.endswith(".scales") for name in base):
+        raise CheckpointError(f"{folder} needs its base in full precision, not a quantized one.")
+    parts = [folder / name for name in (*adapters.ADAPTER, *adapters.TRAINED)]
+    files = {file.name: read_file(file) for file in parts if file.is_file()}
+    settings = folder / "adapter_config.json"
+    return adapters.apply(base, files, read_json(settings) if settings.is_file() else {})
+
+
 def _name_in_files(name: str, weights: Weights, layout: ModuleType) -> str:
     others = {key: tensor for key, tensor in weights.items() if key != name}
     names = layout.from_mlx(others | {name: mx.zeros(1)}).keys() - layout.from_mlx(others).keys()
@@ -187,10 +199,15 @@ def read_tensors(folder: Path) -> Weights:
     files = weight_files(folder)
     tensors: Weights = {}
     for file in files:
-        tensors |= _read_safetensors(file) if file.suffix == ".safetensors" else _read_torch(file)
+        tensors |= read_file(file)
     if not tensors:
         raise CheckpointError(f"{folder} holds weight files without tensors.")
     return tensors
+
+
+def read_file(file: Path) -> Weights:
+    """The tensors of one safetensors or PyTorch file; errors as `read_tensors`."""
+    return _read_safetensors(file) if file.suffix == ".safetensors" else _read_torch(file)
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -11,7 +11,7 @@ from safetensors import safe_open
 import fastvlm_mlx as fv
 from fastvlm_mlx import convert, hub
 from fastvlm_mlx.config import CheckpointError
-from fastvlm_mlx.convert import llava
+from fastvlm_mlx.convert import files, llava
 
 # What readers of the MLX community's layout look for in config.json.
 CONFIG_KEYS = {
@@ -223,7 +223,7 @@ def test_the_geometry_that_a_towers_name_tells_is_written_out(tmp_path):
     config = {"mm_vision_tower": "mobileclip_l_512", "hidden_size": 896, "num_hidden_layers": 24}
     config |= {"model_type": "llava_qwen2", "vocab_size": 151936, "vision_config": {}}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    written = convert.config_json(fv.FastVLMConfig.from_dict(config), "float16", {})
+    written = files.config_json(fv.FastVLMConfig.from_dict(config), "float16", {})
     vision = json.loads(json.dumps(written))["vision_config"]
     assert vision.keys() >= VISION_KEYS
     assert vision["image_size"] == 512 and vision["layers"] == [2, 12, 24, 4, 2]

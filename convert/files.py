@@ -1,0 +1,137 @@
+"""What stands beside the weights in a folder: configuration, tokenizer and image settings."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fastvlm_mlx.config import FastVLMConfig, read_json
+
+IMAGE_TOKEN = "<image>"
+COPIED = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "LICENSE",
+)
+
+
+def config_json(
+    config: FastVLMConfig, dtype: str, quantization: Mapping[str, Any]
+) -> dict[str, Any]:
+    """config.json for this project, mlx-vlm and mlx-swift; fields of the source are kept.
+
+    Args:
+        config: the model's.
+        dtype: name of the dtype of what is not quantized.
+        quantization: settings, or an empty mapping.
+    """
+    vision, text = config.vision, config.text
+    eos = list(config.eos_token_ids)
+    written = dict(config.source) | {
+        "model_type": "llava_qwen2",
+        "torch_dtype": dtype,
+        "tie_word_embeddings": text.tie_word_embeddings,
+        "image_token_index": config.image_token_index,
+        "image_aspect_ratio": config.image_aspect_ratio,
+        "mm_projector_type": config.mm_projector_type,
+        "mm_hidden_size": config.mm_hidden_size,
+        "mm_patch_merge_type": config.mm_patch_merge_type,
+        "tokenizer_model_max_length": config.max_length,
+        "tokenizer_padding_side": config.source.get("tokenizer_padding_side", "right"),
+        "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
+        "vision_config": {
+            "model_type": "llava_qwen2",
+            "hidden_size": vision.hidden_size,
+            "intermediate_size": vision.hidden_size,
+            "image_size": vision.image_size,
+            "patch_size": vision.patch_size,
+            "projection_dim": vision.projection_dim,
+            "num_classes": 1000,
+            "layers": vision.layers,
+            "embed_dims": vision.embed_dims,
+            "mlp_ratios": vision.mlp_ratios,
+            "token_mixers": vision.token_mixers,
+            "pos_embs_shapes": vision.pos_embs_shapes,
+            "downsamples": vision.downsamples,
+            "repmixer_kernel_size": vision.repmixer_kernel_size,
+            "down_patch_size": vision.down_patch_size,
+            "down_stride": vision.down_stride,
+            "cls_ratio": vision.cls_ratio,
+            "layer_scale_init_value": 1e-5,
+            "head_dim": vision.head_dim,
+        },
+    }
+    for name in ("quantization", "quantization_config"):  # transformers' name is the second
+        written.pop(name, None)
+        if quantization:
+            written[name] = dict(quantization)
+    return written
+
+
+def write_processor(source: Path, target: Path, image_size: int) -> None:
+    """Copy the tokenizer, and write preprocessor_config.json as mlx-vlm and mlx-swift read it."""
+    from fastvlm_mlx.weights import write_json
+
+    for name in COPIED:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+    own = source / "preprocessor_config.json"
+    defaults = {
+        "do_center_crop": True,
+        "do_convert_rgb": True,
+        "do_normalize": True,
+        "do_rescale": True,
+        "do_resize": True,
+        "image_mean": [0.0, 0.0, 0.0],
+        "image_std": [1.0, 1.0, 1.0],
+        "image_processor_type": "CLIPImageProcessor",
+        "resample": 3,
+        "rescale_factor": 1 / 255,
+    }
+    written = defaults | (read_json(own) if own.is_file() else {})
+    written["crop_size"] = {"height": image_size, "width": image_size}
+    written["size"] = {"shortest_edge": image_size}
+    written["processor_class"] = "FastVLMProcessor"
+    write_json(target / "preprocessor_config.json", written)
+
+
+def write_image_token(source: Path, target: Path) -> int:
+    """Write tokenizer.json with a token `<image>`, and give the id of that."""
+    from tokenizers import AddedToken
+
+    from fastvlm_mlx.prompt import Tokenizer
+    from fastvlm_mlx.weights import write_json
+
+    file = target / "tokenizer_config.json"
+    settings = read_json(file) if file.is_file() else {}
+    bpe = Tokenizer.from_folder(source)._bpe
+    bpe.add_special_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)])
+    bpe.save(str(target / "tokenizer.json"))
+    index = bpe.get_vocab()[IMAGE_TOKEN]
+    entry = {"content": IMAGE_TOKEN, "special": True}
+    entry |= dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
+    settings["added_tokens_decoder"] = (settings.get("added_tokens_decoder") or {}) | {
+        str(index): entry
+    }
+    write_json(file, settings)
+    return index
+
+
+def write_llava_processor(folder: Path, patch_size: int) -> None:
+    """Name transformers' LlavaProcessor as the folder's processor."""
+    from fastvlm_mlx.weights import write_json
+
+    file = folder / "preprocessor_config.json"
+    write_json(file, read_json(file) | {"processor_class": "LlavaProcessor"})
+    settings = {"image_token": IMAGE_TOKEN, "num_additional_image_tokens": 0}
+    settings |= {"processor_class": "LlavaProcessor", "patch_size": patch_size}
+    write_json(folder / "processor_config.json", settings)
