@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -296,6 +297,8 @@ def answer(conversation: Any, question: str, pending: list[str]) -> None:
     except KeyboardInterrupt:
         typer.echo(" [stopped]")
         conversation.stop()
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError) as error:
         typer.echo(f"Error: {describe(error)}", err=True)
     if len(conversation.messages) > turns:
@@ -305,27 +308,135 @@ def answer(conversation: Any, question: str, pending: list[str]) -> None:
 @app.command()
 def convert(
     source: Annotated[str, typer.Argument(help="Folder or Hub id of a checkpoint, in any layout.")],
-    target: Annotated[Path, typer.Argument(help="The folder to write.")],
+    target: Annotated[
+        Path | None, typer.Argument(help="The folder to write; not needed with --report.")
+    ] = None,
     revision: Revision = None,
     dtype: Annotated[
         str | None,
         typer.Option(help="float32, float16 or bfloat16; by default the checkpoint's own."),
     ] = None,
-    quantize: QuantizeBits = None,
+    quantize: Annotated[
+        str | None,
+        typer.Option(help="Bits a weight (8, 6, 5, 4, 3, 2), or mixed-2-6, -3-4, -3-6, -4-6."),
+    ] = None,
     group_size: Annotated[
-        int, typer.Option(help="Weights that share a scale: 32, 64 or 128.")
-    ] = 64,
+        int | None, typer.Option(help="Weights that share a scale: 32, 64 or 128.")
+    ] = None,
+    mode: Annotated[
+        str | None, typer.Option(help="affine, mxfp4, mxfp8 or nvfp4; the last three fix the bits.")
+    ] = None,
+    quantize_vision: Annotated[
+        str | None, typer.Option(help="Bits of the encoder, which is otherwise not quantized.")
+    ] = None,
+    quantize_projector: Annotated[
+        str | None, typer.Option(help="Bits of the projector, or none.")
+    ] = None,
+    quantize_embeddings: Annotated[
+        str | None, typer.Option(help="Bits of embeddings and output layer, or none.")
+    ] = None,
+    layout: Annotated[
+        str, typer.Option(help="mlx, llava, transformers or apple-export (needs coremltools).")
+    ] = "mlx",
     overwrite: Annotated[bool, typer.Option(help="Replace the target if it exists.")] = False,
+    report: Annotated[
+        bool,
+        typer.Option(help="Print size and error of this precision; without one, of many."),
+    ] = False,
+    questions: Annotated[
+        Path | None,
+        typer.Option("--eval", help="With --report: .jsonl of image, question, answer, task."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
-    """Turn a checkpoint into an MLX folder, which mlx-vlm and mlx-swift read too.
+    """Turn a checkpoint in any layout into a folder to load or push, by default for MLX.
 
-    fastvlm convert apple/FastVLM-0.5B fastvlm-0.5b-4bit --quantize 4
+    fastvlm convert apple/FastVLM-0.5B fastvlm-0.5b-4bit --quantize 4 --quantize-vision 8
     """
     from .convert import convert as run
 
-    settings = None if quantize is None else {"bits": quantize, "group_size": group_size}
-    run(source, target, revision=revision, dtype=dtype, quantize=settings, overwrite=overwrite)
+    parts = {
+        "vision": quantize_vision,
+        "projector": quantize_projector,
+        "embeddings": quantize_embeddings,
+    }
+    settings = quantize_settings(quantize, group_size, mode, parts)
+    if target is None and not report:
+        raise ValueError("Name the folder to write, or ask for a --report.")
+    if report:
+        compared = None if settings is None else {"asked for": settings}
+        print_report(source, revision, compared, questions, as_json)
+    if target is None:
+        return
+    run(
+        source,
+        target,
+        revision=revision,
+        dtype=dtype,
+        quantize=settings,
+        layout=layout,
+        overwrite=overwrite,
+    )
     typer.echo(f"Wrote {target}.")
+
+
+def print_report(
+    source: str,
+    revision: str | None,
+    compared: dict[str, Any] | None,
+    questions: Path | None,
+    as_json: bool,
+) -> None:
+    """Print a precision report as a table or as JSON."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from .report import COMPARED, precision_report
+
+    rows: list[Any] = []
+    settings = COMPARED if compared is None else compared
+    for row in precision_report(source, settings, questions=questions, revision=revision):
+        typer.echo(f"{len(rows) + 1} of {len(settings) + 1}: {row.name}", err=True)
+        rows.append(row)
+    if as_json:
+        typer.echo(json.dumps([asdict(row) for row in rows]))
+        return
+    tasks = list(rows[0].accuracy)
+    table = Table(
+        "Precision", "Size, MB", "Bits a weight", "Feature error", "Logit error", "Same tokens"
+    )
+    for task in tasks:
+        table.add_column(f"{task} right")
+    for row in rows:
+        table.add_row(
+            row.name,
+            f"{row.size / 1e6:.2f}",
+            f"{row.bits_per_weight:.2f}",
+            f"{row.feature_error:.4f}",
+            f"{row.logit_error:.4f}",
+            f"{row.agreement:.1%}",
+            *(f"{row.accuracy[task]:.1%}" for task in tasks),
+        )
+    Console(width=max(100, 100 + 12 * len(tasks))).print(table)
+
+
+def quantize_settings(
+    quantize: str | None, group_size: int | None, mode: str | None, parts: dict[str, str | None]
+) -> dict[str, Any] | None:
+    """The flags as `quantize.settings` takes them; None if nothing is to be quantized."""
+    from .quantize import settings
+
+    given = settings(quantize) if quantize is not None else {}
+    if mode is not None:
+        given["mode"] = mode
+    for part, own in parts.items():
+        if own == "none":
+            given[part] = False
+        elif own is not None:
+            given[part] = settings(own) | ({"group_size": group_size} if group_size else {})
+    if given and group_size is not None:
+        given["group_size"] = group_size
+    return given or None
 
 
 def describe(error: BaseException) -> str:
@@ -339,8 +450,9 @@ def main() -> None:
     """Run the command; bad input ends it with a sentence and exit code 2."""
     try:
         app()
+    except BrokenPipeError:  # nobody reads on, as after `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (ValueError, OSError, ImportError) as error:
         typer.echo(f"Error: {describe(error)}", err=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)

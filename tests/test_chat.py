@@ -183,6 +183,15 @@ def test_reset() -> None:
     assert chat.ask("Hi") == generate(*noise, "Hi", max_tokens=6)
 
 
+def test_a_question_taken_back_and_asked_again() -> None:
+    chat = Chat(*noise, max_tokens=6)
+    chat.ask("See", image=pixels[0])
+    answer = chat.ask("Go on")
+    for _ in range(2):
+        del chat.messages[-2:]
+        assert chat.ask("Go on") == answer
+
+
 # What is computed
 
 

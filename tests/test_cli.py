@@ -238,29 +238,84 @@ def test_without_image_but_with_prompt(run: Run, nano: tuple) -> None:
     assert result == (0, fv.generate(*nano, "How are you?") + "\n", "")
 
 
-def test_options_reach_the_model(run: Run, nano: tuple) -> None:
-    sampled = {"temperature": 1.2, "top_p": 0.9, "min_p": 0.01, "top_k": 50, "seed": 3}
-    others = {
-        "system": "Hi.",
-        "max_tokens": 5,
-        "image_size": 64,
-        "max_kv_size": 64,
-        "prefill_step_size": 9,
-        "repetition_penalty": 1.1,
-        "stop": ["x", "y"],
-        "conv_mode": "qwen_2",
-    }
+LOAD = {"revision": "v2", "dtype": "float16", "quantize": 4}
+SHARED = {
+    "system": "Hi.",
+    "max_tokens": 5,
+    "temperature": 0.5,
+    "top_p": 0.9,
+    "seed": 3,
+    "image_size": 64,
+}
+MORE = {
+    "top_k": 7,
+    "min_p": 0.25,
+    "repetition_penalty": 1.5,
+    "stop": ("x", "y"),
+    "prefill_step_size": 9,
+    "conv_mode": "plain",
+}
+
+
+def as_flags(options: dict[str, Any]) -> list[str]:
     flags = []
-    for name, value in {**sampled, **others}.items():
-        for one in value if isinstance(value, list) else [value]:
+    for name, value in options.items():
+        for one in value if isinstance(value, tuple) else (value,):
             flags += [f"--{name.replace('_', '-')}", str(one)]
+    return flags
+
+
+def recorder(calls: list, result: Any) -> Callable[..., Any]:
+    def record(*arguments: Any, **options: Any) -> Any:
+        calls.append((arguments, options))
+        return result
+
+    return record
+
+
+@pytest.mark.parametrize("cache", [{"kv_bits": 4}, {"max_kv_size": 64}], ids=str)
+def test_options_reach_generate(cache: dict, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    part = fv.Part("Well.", 1, 1, 1, 0.1, 0.1, 0.1, 0.3, 0.0, 0.1, "stop")
+    loads: list[Any] = []
+    calls: list[Any] = []
+    weights, generate = map(
+        importlib.import_module, ("fastvlm_mlx.weights", "fastvlm_mlx.generate")
+    )
+    monkeypatch.setattr(weights, "load", recorder(loads, ("model", "processor")))
+    monkeypatch.setattr(generate, "stream_generate", recorder(calls, iter([part])))
+    options = {**SHARED, **MORE, **cache}
+    images = ["--image", "a.png", "--image", "b.png", "--prompt", "What?"]
+    flags = as_flags({"model": "user/name", **LOAD, **options})
+    assert run("generate", *images, *flags) == (0, "Well.\n", "")
+    assert loads == [(("user/name",), LOAD)]
+    ((arguments, given),) = calls
+    assert arguments == ("model", "processor", "What?")
+    assert given.pop("image") == ["a.png", "b.png"]
+    defaults = {**vars(Options()), "system": None, "image_size": None, "conv_mode": None}
+    assert given == {**defaults, **options}
+
+
+@pytest.mark.parametrize("cache", [{"kv_bits": 4}, {"max_kv_size": 64}], ids=str)
+def test_options_reach_chat(cache: dict, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    loads: list[Any] = []
+    chats: list[Any] = []
+    weights, chat = map(importlib.import_module, ("fastvlm_mlx.weights", "fastvlm_mlx.chat"))
+    monkeypatch.setattr(weights, "load", recorder(loads, ("model", "processor")))
+    monkeypatch.setattr(chat, "Chat", recorder(chats, None))
+    assert run("chat", *as_flags({"model": "user/name", **LOAD, **SHARED, **cache})).code == 0
+    assert loads == [(("user/name",), LOAD)]
+    ((arguments, given),) = chats
+    assert arguments == ("model", "processor")
+    assert {**dict.fromkeys(("kv_bits", "max_kv_size")), **SHARED, **cache} == given
+
+
+def test_options_have_an_effect(run: Run, nano: tuple) -> None:
+    options = {"temperature": 1.2, "top_p": 0.9, "seed": 3, "max_tokens": 5, "image_size": 64}
     images = [PENGUINS, PANDA]
     prompt = "<image> or <image>?"
-    result = run("generate", "--prompt", prompt, "--image", images[0], "--image", images[1], *flags)
-    expected = fv.generate(*nano, prompt, image=images, **sampled, **others)
-    assert result == (0, f"{expected}\n", "")
-    quantized = run("generate", "--image", PENGUINS, "--kv-bits", "8")
-    assert quantized == (0, f"{ANSWER}\n", "")
+    flags = ["--prompt", prompt, "--image", images[0], "--image", images[1], *as_flags(options)]
+    expected = fv.generate(*nano, prompt, image=images, **options)
+    assert run("generate", *flags) == (0, f"{expected}\n", "")
 
 
 @pytest.fixture(scope="session")
@@ -540,6 +595,7 @@ def test_commands_of_the_chat(run: Run, nano: tuple) -> None:
         "/help",
         "",
         "/reset",
+        "Describe the image.",
         f"  /image   {PANDA}  ",
         "What is this?",
         "/quit",
@@ -551,8 +607,10 @@ def test_commands_of_the_chat(run: Run, nano: tuple) -> None:
         chat.ask("Describe the image.", image=PENGUINS),
         chat.ask("How many penguins are there?"),
         *cli.CHAT_HELP.splitlines(),
-        fv.generate(*nano, "What is this?", image=PANDA),
     ]
+    chat.reset()
+    expected += [chat.ask("Describe the image."), chat.ask("What is this?", image=PANDA)]
+    assert expected[-2] != expected[0]
     assert result.code == 0
     assert result.out.replace("> ", "").split("\n") == [*expected, ""]
     assert "Error" not in result.err
@@ -560,8 +618,9 @@ def test_commands_of_the_chat(run: Run, nano: tuple) -> None:
 
 def test_several_images_before_a_question(run: Run, nano: tuple) -> None:
     stdin = f"/image {PANDA}\nWhich?\nAgain?\n"
-    result = run("chat", "--image", PENGUINS, "--max-tokens", "6", stdin=stdin)
-    chat = Chat(*nano, max_tokens=6)
+    options = {"max_tokens": 6, "image_size": 64}
+    result = run("chat", "--image", PENGUINS, *as_flags(options), stdin=stdin)
+    chat = Chat(*nano, **options)
     expected = [chat.ask("Which?", image=[PENGUINS, PANDA]), chat.ask("Again?")]
     assert result.out.replace("> ", "").split("\n")[:2] == expected
 
@@ -614,7 +673,7 @@ def interrupt_once(target: type, call: int, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(target, "__call__", interrupt)
 
 
-@pytest.mark.parametrize("call", [0, 2, 4, 9])
+@pytest.mark.parametrize("call", [0, 2, 9])
 def test_ctrl_c_stops_an_answer(call: int, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether it comes while the prompt is read or later, the chat and its images go on."""
     interrupt_once(Block, call, monkeypatch)

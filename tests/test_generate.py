@@ -493,9 +493,21 @@ def test_counts_and_timings(nano: Nano) -> None:
         total = part.preprocess_time + part.encode_time + part.prefill_time
         assert part.ttft == pytest.approx(total) == pytest.approx(first.ttft)
         assert 0 < part.peak_memory < 100
-    assert first.generation_tps == 0
-    assert 7 / last.generation_tps == pytest.approx(elapsed - first.ttft, rel=0.5)
     assert first.ttft < elapsed
+    assert 7 / last.generation_tps < elapsed
+
+
+def test_tokens_per_second_count_from_the_first(
+    nano: Nano, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = iter([10.0, 10.5, 11.0, 12.0])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(seconds))
+    tokens = iter([32, 33, 34, 35])
+    parts = list(stream_parts(tokens, nano[1], 5, (), 4, (7.0, 8.0, 8.5)))
+    assert [part.generation_tps for part in parts] == [0, 2, 2, 1.5]
+    assert {(part.ttft, part.preprocess_time, part.encode_time) for part in parts} == {
+        (3.0, 1.0, 0.5)
+    }
 
 
 def test_text_only_takes_no_time_for_images(nano: Nano) -> None:

@@ -1,0 +1,198 @@
+"""What a precision costs: size and error of quantized models against their source."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from . import hub, weights
+from .generate import generate, preprocess_images, stream_generate
+from .model import FastVLM
+from .prompt import Processor, build_prompt
+from .quantize import Quantize, quantize_checkpoint
+
+SAMPLES = tuple(sorted((hub.NANO / "images").glob("*.png")))
+QUESTION = "Describe the image."
+ANSWER_TOKENS = 32
+
+# Settings that a report compares when none are given.
+COMPARED: dict[str, Quantize] = {
+    "8 bits, all": {"bits": 8, "vision": 8},
+    "8 bits": 8,
+    "6 bits": 6,
+    "5 bits": 5,
+    "4 bits, encoder 8": {"bits": 4, "vision": 8},
+    "4 bits": 4,
+    "mixed 4/6": "mixed-4-6",
+    "mxfp8": "mxfp8",
+    "mxfp4": "mxfp4",
+    "nvfp4": "nvfp4",
+    "3 bits": 3,
+    "mixed 3/6": "mixed-3-6",
+    "2 bits": 2,
+}
+
+
+@dataclass
+class Row:
+    """One precision.
+
+    Attributes:
+        name: of the setting.
+        size: bytes of the weights on disk.
+        bits_per_weight: of all weights, scales counted.
+        feature_error: root mean square of the visual tokens' difference from the source's, over
+            the source's standard deviation.
+        logit_error: the same of the logits of the first answer token.
+        agreement: share of the source's greedy answer tokens that come out the same.
+        accuracy: share of right answers, by task, where questions were given.
+    """
+
+    name: str
+    size: int
+    bits_per_weight: float
+    feature_error: float = 0.0
+    logit_error: float = 0.0
+    agreement: float = 1.0
+    accuracy: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Outputs:
+    """What a model makes of the sample images."""
+
+    features: list[mx.array]
+    logits: list[mx.array]
+    tokens: list[list[int]]
+
+
+def precision_report(
+    source: str | Path | None,
+    compared: dict[str, Quantize] | None = None,
+    *,
+    images: Sequence[Any] = SAMPLES,
+    questions: Path | None = None,
+    revision: str | None = None,
+) -> Iterator[Row]:
+    """Compare quantized forms of a model with the model itself.
+
+    Args:
+        source: a full-precision folder or Hub id.
+        compared: settings by name; a wide choice by default.
+        images: on which features, logits and answers are compared.
+        questions: a .jsonl file of {"image", "question", "answer", "task"}; an answer is right if
+            it is the same to the letter.
+        revision: branch, tag or commit on the Hub.
+
+    Yields:
+        The source's row, then one a setting.
+
+    Raises:
+        ValueError: the source is quantized already, or a setting is not one that exists.
+        CheckpointError, FileNotFoundError: as `load`.
+    """
+    folder = hub.resolve(source, revision=revision)
+    processor = weights.load_processor(folder)
+    asked = read_questions(questions) if questions else []
+    config, tensors = weights.read_whole(folder)
+    if config.quantization:
+        raise ValueError(f"{folder} is quantized already; report on its full-precision source.")
+    count = sum(tensor.size for tensor in tensors.values())
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    model = weights.load_model(folder)
+    exact = sample_outputs(model, processor, images)
+    name = str(tensors["language_model.model.norm.weight"].dtype).removeprefix("mlx.core.")
+    yield Row(name, size, 8 * size / count, accuracy=accuracy(model, processor, asked))
+    for name, quantize in (COMPARED if compared is None else compared).items():
+        packed, _, _ = quantize_checkpoint(tensors, config, quantize)
+        size = sum(tensor.nbytes for tensor in packed.values())
+        del packed
+        model = weights.load_model(folder, quantize=quantize)
+        found = sample_outputs(model, processor, images)
+        yield Row(
+            name,
+            size,
+            8 * size / count,
+            relative_error(found.features, exact.features),
+            relative_error(found.logits, exact.logits),
+            token_agreement(found.tokens, exact.tokens),
+            accuracy(model, processor, asked),
+        )
+
+
+def sample_outputs(model: FastVLM, processor: Processor, images: Sequence[Any]) -> Outputs:
+    """Visual tokens, first logits and greedy answers on sample images."""
+    outputs = Outputs([], [], [])
+    pixel_values, sizes = preprocess_images(processor, images)
+    for image, pixels, size in zip(images, pixel_values, sizes, strict=True):
+        (features,) = model.encode_images([pixels], [size])
+        input_ids = build_prompt(
+            processor.tokenizer,
+            QUESTION,
+            num_visual_tokens=[len(features)],
+            image_token_index=model.config.image_token_index,
+        )
+        embeddings = model.embed_inputs(mx.array([input_ids]), image_features=[features])
+        outputs.features.append(features.astype(mx.float32))
+        outputs.logits.append(
+            model.language_model(None, None, embeddings)[:, -1].astype(mx.float32)
+        )
+        mx.eval(outputs.features[-1], outputs.logits[-1])
+        parts = stream_generate(model, processor, QUESTION, image=image, max_tokens=ANSWER_TOKENS)
+        outputs.tokens.append([part.token for part in parts])
+    return outputs
+
+
+def relative_error(found: Sequence[mx.array], exact: Sequence[mx.array]) -> float:
+    """Root mean square of the difference, over the standard deviation of the exact values."""
+    difference = mx.concatenate([(f - e).flatten() for f, e in zip(found, exact, strict=True)])
+    spread = mx.std(mx.concatenate([e.flatten() for e in exact]))
+    return float(mx.sqrt(mx.mean(difference * difference)) / spread)
+
+
+def token_agreement(found: Sequence[list[int]], exact: Sequence[list[int]]) -> float:
+    """Share of the exact tokens that stand in the same place."""
+    same = sum(
+        a == b
+        for tokens, wanted in zip(found, exact, strict=True)
+        for a, b in zip(tokens, wanted, strict=False)
+    )
+    return same / sum(len(wanted) for wanted in exact)
+
+
+def read_questions(file: Path) -> list[dict[str, str]]:
+    """The lines of a .jsonl file, with images' paths made whole.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a line is not such an object.
+    """
+    rows = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            row = json.loads(line)
+            image = file.parent / row["image"]
+            rows.append({"task": "all", **row, "image": str(image), "answer": row["answer"]})
+            rows[-1]["question"]
+        except (ValueError, TypeError, KeyError):
+            raise ValueError(
+                f"{file}, line {number} is not an object with image, question and answer."
+            ) from None
+    return rows
+
+
+def accuracy(
+    model: FastVLM, processor: Processor, questions: Sequence[dict[str, str]]
+) -> dict[str, float]:
+    """Share of right answers by task."""
+    right: dict[str, list[bool]] = defaultdict(list)
+    for row in questions:
+        found = generate(model, processor, row["question"], image=row["image"], max_tokens=64)
+        right[row["task"]].append(found.strip() == row["answer"].strip())
+    return {task: sum(answers) / len(answers) for task, answers in right.items()}
