@@ -108,8 +108,8 @@ COMMON: dict[str, Any] = {
     "vocab_size": 151936,
 }
 
-# (pattern, centre, spread): the first that matches a tensor's name says how it is filled.
-# Wherever a tensor has ordinary small values it is listed last, or falls to `_linear_spread`.
+# (pattern, centre, spread): the first that matches a tensor's name says how it is filled; the
+# weights of linear layers and convolutions match none.
 SCALES: tuple[tuple[str, float, float], ...] = (
     (r"running_var$", 1.0, 0.1),
     (r"layer_scale", 0.5, 0.15),
@@ -118,6 +118,8 @@ SCALES: tuple[tuple[str, float, float], ...] = (
 )
 # Depthwise convolutions that the original merged with the identity: token mixers, positions.
 NEAR_IDENTITY = re.compile(r".*(token_mixer|network\.\d+)\.reparam_conv\.weight$")
+# The decoder's attention is made sharp, or its answers would be one token over and over.
+SHARP = re.compile(r".*\.[qk]_proj\.weight$")
 
 
 def make_config(size: str, dtype: str) -> dict[str, Any]:
@@ -169,7 +171,7 @@ def fill(name: str, like: mx.array, key: mx.array) -> mx.array:
     if NEAR_IDENTITY.match(name):
         middle = mx.arange(like.shape[-1]) == like.shape[-1] // 2
         return middle[:, None] * middle + 0.3 * noise * _linear_spread(like)
-    return noise * _linear_spread(like)
+    return noise * _linear_spread(like) * (2 if SHARP.match(name) else 1)
 
 
 def _linear_spread(weight: mx.array) -> float:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,7 @@ def convert(
             together.
     """
     from fastvlm_mlx import hub, weights
+    from fastvlm_mlx.card import license_of, model_card
     from fastvlm_mlx.quantize import quantize_checkpoint
 
     if layout not in WRITTEN:
@@ -75,9 +77,11 @@ def convert(
         raise ValueError(f"The {layout} layout holds no quantized weights; leave out quantize.")
     with weights.folder_written_whole(target, overwrite=overwrite) as temporary:
         name = str(chosen).removeprefix("mlx.core.")
-        tensors = _write_files(folder, temporary, config, tensors, name, quantization, layout)
-        card = model_card(os.fspath(source), target.name, quantization, name)
+        packed = weights.quantized_linears(tensors, replace(config, quantization=quantization))
+        license = license_of(folder, source)
+        card = model_card(target.name, source, name, layers=dict(packed), license=license)
         (temporary / "README.md").write_text(card, encoding="utf-8")
+        tensors = _write_files(folder, temporary, config, tensors, name, quantization, layout)
         with _bar(sum(t.nbytes for t in tensors.values()), shown=progress) as bar:
             weights.save_checkpoint(tensors, temporary, progress=bar.update)
     return target
@@ -105,49 +109,6 @@ def _write_files(
         return transformers.from_mlx(tensors)
     write_json(target / "config.json", files.config_json(config, dtype, quantization))
     return llava.from_mlx(tensors) if layout == "llava" else tensors
-
-
-def model_card(source: str, name: str, quantization: Mapping[str, Any], dtype: str) -> str:
-    """The README.md of a converted folder."""
-    precision = f"{dtype}"
-    if quantization:
-        bits, group = quantization["bits"], quantization["group_size"]
-        precision = f"projector and decoder at {bits} bits (groups of {group}), the rest {dtype}"
-    is_hub_id = not Path(source).expanduser().exists()
-    base_model = f"base_model: {source}\n" if is_hub_id else ""
-    origin = (
-        f"[{source}](https://huggingface.co/{source})"
-        if is_hub_id
-        else f"`{Path(source).resolve().name}`"
-    )
-    return f"""---
-library_name: mlx
-pipeline_tag: image-text-to-text
-{base_model}tags:
-- mlx
-- fastvlm
----
-
-# {name}
-
-FastVLM converted to MLX with [fastvlm-mlx](https://pypi.org/project/fastvlm-mlx/).
-
-- Converted from: {origin}
-- Precision: {precision}
-- Licence: that of the weights it was converted from
-
-```bash
-pip install fastvlm-mlx
-fastvlm generate --model <this folder or repo> --image photo.jpg --prompt "Describe the image."
-```
-
-```python
-import fastvlm_mlx as fv
-
-model, processor = fv.load("<this folder or repo>")
-print(fv.generate(model, processor, "Describe the image.", image="photo.jpg"))
-```
-"""
 
 
 def _bar(total: int, *, shown: bool) -> Any:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
 from fastvlm_mlx.config import VisionConfig
-from fastvlm_mlx.convert import model_card
 from fastvlm_mlx.convert.files import (
     config_json,
     write_image_token,
@@ -81,6 +81,7 @@ def export(
         ValueError: the source is one that the app can't run, or an argument is not one that exists.
     """
     from fastvlm_mlx import hub, weights
+    from fastvlm_mlx.card import license_of, model_card
     from fastvlm_mlx.convert.coreml import PACKAGE, import_coremltools, write_vision_package
     from fastvlm_mlx.quantize import quantize_checkpoint
 
@@ -110,7 +111,11 @@ def export(
         written.setdefault("mm_vision_tower", f"mobileclip_l_{config.vision.image_size}")
         weights.write_json(temporary / "config.json", written)
         write_llava_processor(temporary, config.vision.patch_size)
-        card = model_card(os.fspath(source), target.name, quantization, "float16")
+        layers = dict(
+            weights.quantized_linears(decoder, replace(config, quantization=quantization))
+        )
+        license = license_of(folder, source)
+        card = model_card(target.name, source, "float16", layers=layers, license=license)
         (temporary / "README.md").write_text(card, encoding="utf-8")
         write_vision_package(tensors, config.vision, temporary / PACKAGE, precision=precision)
         weights.save_checkpoint(from_mlx(decoder), temporary)

@@ -20,7 +20,6 @@ COPIED = (
     "chat_template.jinja",
     "chat_template.json",
     "generation_config.json",
-    "LICENSE",
 )
 
 
@@ -81,7 +80,8 @@ def write_processor(source: Path, target: Path, image_size: int) -> None:
     """Copy the tokenizer, and write preprocessor_config.json as mlx-vlm and mlx-swift read it."""
     from fastvlm_mlx.weights import write_json
 
-    for name in COPIED:
+    licences = [file.name for file in source.glob("LICENSE*")]
+    for name in (*COPIED, *licences):
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
     own = source / "preprocessor_config.json"

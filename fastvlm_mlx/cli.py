@@ -36,7 +36,7 @@ CHAT_HELP = """\
 Model = Annotated[
     str | None,
     typer.Option(
-        help="Folder or Hub id, for instance apple/FastVLM-0.5B. "
+        help="Folder, Hub id, or 0.5b, 1.5b or 7b for Apple's models. "
         "By default the bundled nano model, which only names emoji, counts and reads handwriting."
     ),
 ]
@@ -348,6 +348,9 @@ def convert(
         typer.Option("--eval", help="With --report: .jsonl of image, question, answer, task."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    upload_repo: Annotated[
+        str | None, typer.Option(help="Also upload the folder to this repository, user/name.")
+    ] = None,
 ) -> None:
     """Turn a checkpoint in any layout into a folder to load or push, by default for MLX.
 
@@ -378,6 +381,53 @@ def convert(
         overwrite=overwrite,
     )
     typer.echo(f"Wrote {target}.")
+    if upload_repo is not None:
+        upload(target, upload_repo)
+
+
+@app.command()
+def download(
+    model: Annotated[str, typer.Argument(help="0.5b, 1.5b or 7b, or a Hub id.")],
+    stage: Annotated[
+        int | None, typer.Option(help="Training stage, 2 or 3; 2 is in the original's archives.")
+    ] = None,
+    variant: Annotated[
+        str | None, typer.Option(help="hub, pytorch, apple-silicon or mlx: whose files.")
+    ] = None,
+    revision: Revision = None,
+    to: Annotated[
+        Path | None, typer.Option(help="A folder of your own, instead of the cache.")
+    ] = None,
+) -> None:
+    """Fetch a published model, or go on with an interrupted download, and print its folder.
+
+    fastvlm download 0.5b
+    """
+    from .hub import download_model
+
+    typer.echo(download_model(model, stage=stage, variant=variant, revision=revision, to=to))
+
+
+@app.command()
+def upload(
+    folder: Annotated[Path, typer.Argument(help="A folder that `fastvlm convert` wrote.")],
+    repo: Annotated[str, typer.Option(help="Where to: user/name.")],
+    private: Annotated[bool, typer.Option(help="Show it to nobody else.")] = False,
+) -> None:
+    """Push a model to the Hub, with its card; a folder that does not load is refused.
+
+    fastvlm upload fastvlm-0.5b-4bit --repo user/FastVLM-0.5B-4bit
+    """
+    import warnings
+
+    from .upload import upload as run
+
+    with warnings.catch_warnings(record=True) as notes:
+        warnings.simplefilter("always")
+        url = run(folder, repo, private=private)
+    for note in notes:
+        typer.echo(f"Note: {note.message}", err=True)
+    typer.echo(url)
 
 
 def print_report(

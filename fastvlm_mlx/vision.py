@@ -18,11 +18,23 @@ from .config import VisionConfig
 CONV_FFN_KERNEL = 7
 STEM_KERNEL = 3
 SE_REDUCTION = 16
+MAX_HIDDEN = 2_000_000  # values between the two products of a ConvFFN on the CPU
 
 
 def on_cpu() -> bool:
     """Whether arrays are computed on the CPU, where MLX has other fast forms than on a GPU."""
     return mx.default_device().type == mx.DeviceType.cpu
+
+
+# exp(-x) is 1 / q(x)^4, where q is the polynomial of degree 8 with the smallest greatest error,
+# given as the quadratics 1 + b x + c x^2 whose product it is: no branches, and shallow enough to
+# compile to few kernels, where MLX's CPU exp is a scalar loop.
+EXP_QUADRATICS = (
+    (-0.0490418821795418, 0.002048998013033526),
+    (-0.003946849161990235, 0.004619180002777338),
+    (0.09752089722310578, 0.008452690314660312),
+    (0.20546781535802852, 0.011953298227567686),
+)
 
 
 @mx.compile
@@ -39,6 +51,17 @@ def _gelu_rational(x: mx.array) -> mx.array:
     q01 = -1.42647390514189e-02 - 7.37332916720468e-03 * t
     q234 = -1.68282697438203e-03 - 2.13374055278905e-04 * t - 1.45660718464996e-05 * t2
     return 0.5 * x * (1 + z * (p01 + p23 * t2 + p456 * t4) / (q01 + q234 * t2))
+
+
+@mx.compile
+def _exp_negative(x: mx.array) -> mx.array:
+    # exp(-x) for x from 0, within 5e-7. The ones are left out of the factors and of the first
+    # products, so that little is rounded away near 0, where it counts.
+    a, b, c, d = (x * (b + c * x) for b, c in EXP_QUADRATICS)
+    ab, cd = a + b + a * b, c + d + c * d
+    root = 1 + (ab + cd + ab * cd)
+    square = root * root
+    return 1 / (square * square)
 
 
 def gelu(x: mx.array) -> mx.array:
@@ -92,6 +115,21 @@ class DepthwiseConv(nn.Module):
         return y + self.bias
 
 
+def attend(q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
+    """Attention of all positions to all: [B, heads, N, D] each, and so the result.
+
+    On the CPU one head at a time, so that the scores stay in the processor's cache.
+    """
+    if not on_cpu() or q.dtype != mx.float32:
+        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale)
+    heads = []
+    for i in range(q.shape[1]):
+        scores = (scale * q[:, i : i + 1]) @ k[:, i : i + 1].swapaxes(-1, -2)
+        weights = _exp_negative(scores.max(axis=-1, keepdims=True) - scores)
+        heads.append(weights @ v[:, i : i + 1] / weights.sum(axis=-1, keepdims=True))
+    return mx.concatenate(heads, axis=1)
+
+
 class ConvFFN(nn.Module):
     """Depthwise 7x7 (BatchNorm folded in), expand, GELU, project (layer scale folded in)."""
 
@@ -103,7 +141,17 @@ class ConvFFN(nn.Module):
         self.fc2 = nn.Linear(hidden, dim)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.fc2(gelu(self.fc1(self.conv(x))))
+        x = self.conv(x)
+        if not on_cpu():
+            return self._mix(x)
+        # Hidden values in pieces: fresh pages for all of them cost more than the arithmetic.
+        rows = x.reshape(-1, x.shape[-1])
+        step = max(1, MAX_HIDDEN // self.fc1.bias.shape[0])
+        mixed = [self._mix(rows[i : i + step]) for i in range(0, len(rows), step)]
+        return mx.concatenate(mixed).reshape(x.shape)
+
+    def _mix(self, x: mx.array) -> mx.array:
+        return self.fc2(gelu(self.fc1(x)))
 
 
 class RepMixerBlock(nn.Module):
@@ -132,7 +180,7 @@ class Attention(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         B, H, W, C = x.shape
         qkv = self.qkv(x).reshape(B, H * W, 3, self.num_heads, -1).transpose(2, 0, 3, 1, 4)
-        x = mx.fast.scaled_dot_product_attention(qkv[0], qkv[1], qkv[2], scale=self.scale)
+        x = attend(qkv[0], qkv[1], qkv[2], self.scale)
         return self.proj(x.transpose(0, 2, 1, 3).reshape(B, H, W, C))
 
 
