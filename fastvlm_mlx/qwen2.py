@@ -13,6 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .config import TextConfig
+from .vision import on_cpu
 
 
 class KVCache:
@@ -103,8 +104,7 @@ def _attend(
 
 
 @mx.compile
-def _swiglu(gate_up: mx.array) -> mx.array:
-    gate, up = mx.split(gate_up, 2, axis=-1)
+def _swiglu(gate: mx.array, up: mx.array) -> mx.array:
     return nn.silu(gate) * up
 
 
@@ -155,7 +155,15 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.down_proj(_swiglu(self.gate_up_proj(x)))
+        return self.down_proj(_swiglu(*self._gate_and_up(x)))
+
+    def _gate_and_up(self, x: mx.array) -> tuple[mx.array, mx.array]:
+        if on_cpu() and type(self.gate_up_proj) is nn.Linear:
+            # OpenBLAS is a few percent faster over two products of half the height.
+            gate, up = mx.split(self.gate_up_proj.weight, 2)
+            return x @ gate.T, x @ up.T
+        gate, up = mx.split(self.gate_up_proj(x), 2, axis=-1)
+        return gate, up
 
 
 class Block(nn.Module):
