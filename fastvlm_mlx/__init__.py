@@ -6,6 +6,14 @@ model, processor = fv.load()
 print(fv.generate(model, processor, "Describe the image.", image="photo.jpg"))
 """
 
+try:
+    import mlx.core  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        "MLX has no backend on this system; install one with "
+        "pip install 'fastvlm-mlx[cpu]', or with the extra cuda12 or cuda13."
+    ) from error
+
 from . import convert
 from .chat import Chat
 from .config import CheckpointError, FastVLMConfig

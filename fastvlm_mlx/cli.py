@@ -134,9 +134,6 @@ def generate(
     from .weights import load
 
     images = list(image or [])
-    if not images and prompt is None:
-        images = [str(SAMPLE_IMAGE)]
-        typer.echo(f"No --image and no --prompt: describing {SAMPLE_IMAGE}.", err=True)
     options = Options(
         max_tokens=max_tokens,
         temperature=temperature,
@@ -151,6 +148,9 @@ def generate(
         prefill_step_size=prefill_step_size,
     )
     loaded, processor = load(model, revision=revision, dtype=dtype, quantize=quantize)
+    if not images and prompt is None:
+        images = [str(SAMPLE_IMAGE)]
+        typer.echo(f"No --image and no --prompt: describing {SAMPLE_IMAGE}.", err=True)
     parts = stream_generate(
         loaded,
         processor,

@@ -1,0 +1,45 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastvlm_mlx.hub import NANO
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+QUEEN = str(NANO / "images" / "queen.png")
+
+
+def run(script, *arguments):
+    command = [sys.executable, str(EXAMPLES / script), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("way", [("--temperature", 0), ("--num_beams", 2)], ids=str)
+def test_predict_has_the_flags_of_the_original(way):
+    flags = ("--image-file", QUEEN, "--prompt", "Read the text.", "--conv-mode", "qwen_2")
+    found = run("predict.py", "--model-path", NANO, *flags, "--top_p", 1, *way)
+    assert found.stdout == 'The note says "queen".\n', found.stderr
+
+
+def test_predict_says_what_is_wrong():
+    found = run("predict.py", "--image-file", "nope.png")
+    assert found.returncode != 0 and "nope.png" in found.stderr
+    assert "Traceback" not in found.stderr
+
+
+def test_chat_asks_in_turn():
+    found = run("chat.py", QUEEN, "Read the text.", "Read the text.")
+    assert found.stdout.count('The note says "queen".') == 2, found.stderr
+
+
+def test_captions_go_on_where_they_stopped(tmp_path):
+    output = tmp_path / "captions.jsonl"
+    done = {"image": str(NANO / "images" / "panda.png"), "caption": "mine"}
+    output.write_text(json.dumps(done) + "\n")
+    found = run("caption_folder.py", NANO / "images", output)
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert len(rows) == 5 and rows[0] == done, found.stderr
+    captions = {Path(row["image"]).name: row["caption"] for row in rows}
+    assert captions["penguins.png"] == "The image shows 6 penguins."
