@@ -1,0 +1,78 @@
+import json
+import shutil
+
+import mlx.core as mx
+import pytest
+
+from fastvlm_mlx import weights
+from fastvlm_mlx.cli import quantize_settings
+from fastvlm_mlx.hub import NANO
+from fastvlm_mlx.report import SAMPLES, precision_report, read_questions, token_agreement
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory):
+    """The bundled model at float16, as a folder."""
+    folder = tmp_path_factory.mktemp("full")
+    config, tensors = weights.read_whole(NANO)
+    for layer, settings in list(weights.quantized_linears(tensors, config)):
+        packed = [tensors.pop(f"{layer}.{name}") for name in ("weight", "scales", "biases")]
+        tensors[f"{layer}.weight"] = mx.dequantize(*packed, **settings)
+    mx.save_safetensors(str(folder / "model.safetensors"), tensors)
+    plain = {k: v for k, v in config.source.items() if not k.startswith("quantization")}
+    (folder / "config.json").write_text(json.dumps(plain))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(NANO / name, folder)
+    return folder
+
+
+@pytest.fixture
+def questions(tmp_path):
+    shutil.copy(SAMPLES[-1], tmp_path / "queen.png")
+    row = {"image": "queen.png", "question": "Read the text.", "task": "reading"}
+    answers = ['The note says "queen".', "Something else."]
+    lines = [json.dumps(row | {"answer": answer}) for answer in answers]
+    (tmp_path / "questions.jsonl").write_text("\n".join(lines))
+    return tmp_path / "questions.jsonl"
+
+
+def test_fewer_bits_are_smaller_and_less_exact(full, questions):
+    compared = {"8": 8, "3": {"bits": 3, "vision": 4}}
+    images = SAMPLES[-2:]
+    source, eight, three = precision_report(full, compared, images=images, questions=questions)
+    assert source.name == "float16" and source.bits_per_weight == 16
+    assert (source.feature_error, source.logit_error, source.agreement) == (0, 0, 1)
+    assert source.size > eight.size > three.size
+    assert 0 < eight.feature_error < three.feature_error < 1
+    assert 0 < eight.logit_error < 0.1 < three.logit_error
+    assert eight.agreement == 1 and source.accuracy == eight.accuracy == {"reading": 0.5}
+
+
+def test_a_quantized_source_is_refused():
+    with pytest.raises(ValueError, match="quantized already"):
+        list(precision_report(NANO, {"4": 4}))
+
+
+def test_questions_that_are_none(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        read_questions(tmp_path / "none.jsonl")
+    (tmp_path / "bad.jsonl").write_text('{"image": "a.png", "question": "?"}')
+    with pytest.raises(ValueError, match="line 1"):
+        read_questions(tmp_path / "bad.jsonl")
+
+
+def test_agreement_counts_places():
+    assert token_agreement([[1, 2, 3]], [[1, 5, 3, 4]]) == 0.5
+    assert token_agreement([[1], [2]], [[1], [2]]) == 1
+
+
+def test_flags_become_settings():
+    parts = {"vision": "8", "projector": "none", "embeddings": None}
+    assert quantize_settings("4", 32, None, parts) == {
+        "bits": 4,
+        "group_size": 32,
+        "vision": {"bits": 8, "group_size": 32},
+        "projector": False,
+    }
+    assert quantize_settings(None, None, "mxfp4", {}) == {"mode": "mxfp4"}
+    assert quantize_settings(None, None, None, {"vision": None}) is None
