@@ -543,7 +543,7 @@ def write_vision_package(
     import coremltools as ct
     from coremltools.converters.mil import Builder as mb
 
-    folded = fold.fold_encoder(lambda name: weights[VISION + name], config)
+    folded = fold.fold_encoder(lambda name: weights[VISION + name].astype(mx.float32), config)
     merged = fold.unfold_encoder(folded.__getitem__, config)
     shape = (1, 3, config.image_size, config.image_size)
 

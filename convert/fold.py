@@ -194,7 +194,9 @@ def network_layers(config: VisionConfig) -> list[Layer]:
 
 
 def fold_encoder(get: Get, config: VisionConfig) -> Weights:
-    """Inference form → the parameters of `vision.FastViTHD`, float32.
+    """Inference form → the parameters of `vision.FastViTHD`.
+
+    Products keep the dtype of their weights: that of two numbers of half precision is rounded once.
 
     Args:
         get: gives the tensor of a name of the mlx-vlm layout after `vision_tower.vision_model.`.
@@ -219,16 +221,12 @@ def unfold_encoder(get: Get, config: VisionConfig) -> Weights:
     return weights | _unfold_expand(get, config.hidden_size // config.embed_dims[-1])
 
 
-def _float(get: Get, name: str) -> mx.array:
-    return get(name).astype(mx.float32)
-
-
 def _copy(weights: Weights, get: Get, target: str, source: str) -> None:
-    _put(weights, target, _float(get, f"{source}.weight"), _float(get, f"{source}.bias"))
+    _put(weights, target, get(f"{source}.weight"), get(f"{source}.bias"))
 
 
 def _conv_to_linear(get: Get, name: str) -> tuple[mx.array, mx.array]:
-    return _float(get, f"{name}.weight").flatten(1), _float(get, f"{name}.bias")
+    return get(f"{name}.weight").flatten(1), get(f"{name}.bias")
 
 
 def _linear_to_conv(weights: Weights, get: Get, target: str, source: str) -> None:
@@ -253,7 +251,7 @@ def _unfold_stem(get: Get) -> Weights:
 
 def _fold_position(get: Get, layer: Layer) -> Weights:
     source = f"{layer.name}.reparam_conv"
-    return {name: _float(get, f"{source}.{name}") for name in ("weight", "bias")}
+    return {name: get(f"{source}.{name}") for name in ("weight", "bias")}
 
 
 def _unfold_position(get: Get, layer: Layer) -> Weights:
@@ -266,7 +264,7 @@ def _fold_conv_ffn(get: Get, name: str, layer_scale: str) -> Weights:
     _put(folded, "convffn.conv", *conv)
     _put(folded, "convffn.fc1", *_conv_to_linear(get, f"{name}.convffn.fc1"))
     weight, bias = _conv_to_linear(get, f"{name}.convffn.fc2")
-    scale = _float(get, f"{name}.{layer_scale}").flatten()
+    scale = get(f"{name}.{layer_scale}").flatten()
     _put(folded, "convffn.fc2", weight * scale[:, None], bias * scale)
     return folded
 
@@ -303,9 +301,9 @@ def _unfold_rep_mixer(get: Get, layer: Layer) -> Weights:
 def _fold_attention(get: Get, layer: Layer) -> Weights:
     name = layer.name
     kept = ("norm.weight", "norm.bias", "token_mixer.qkv.weight")
-    folded = {key: _float(get, f"{name}.{key}") for key in kept}
-    weight, bias = (_float(get, f"{name}.token_mixer.proj.{key}") for key in ("weight", "bias"))
-    scale = _float(get, f"{name}.layer_scale_1").flatten()
+    folded = {key: get(f"{name}.{key}") for key in kept}
+    weight, bias = (get(f"{name}.token_mixer.proj.{key}") for key in ("weight", "bias"))
+    scale = get(f"{name}.layer_scale_1").flatten()
     _put(folded, "token_mixer.proj", weight * scale[:, None], bias * scale)
     return folded | _fold_conv_ffn(get, name, "layer_scale_2")
 
@@ -321,7 +319,7 @@ def _unfold_attention(get: Get, layer: Layer) -> Weights:
 
 def _split_conv(get: Get, name: str, ways: int) -> Weights:
     """A convolution with `ways` outputs of each input → that many with one each."""
-    weight, bias = _float(get, f"{name}.weight"), _float(get, f"{name}.bias")
+    weight, bias = get(f"{name}.weight"), get(f"{name}.bias")
     split: Weights = {}
     for i in range(ways):
         _put(split, f"convs.{i}", mx.contiguous(weight[i::ways]), mx.contiguous(bias[i::ways]))

@@ -13,7 +13,6 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .config import TextConfig
-from .vision import on_cpu
 
 
 class KVCache:
@@ -109,7 +108,7 @@ def _swiglu(gate: mx.array, up: mx.array) -> mx.array:
 
 
 class SideBySide(nn.Module):
-    """Linear layers of one input, their outputs joined: a fused layer of unlike precisions."""
+    """Linear layers of one input that stay apart, their outputs joined."""
 
     def __init__(self, layers: Sequence[nn.Module]):
         super().__init__()
@@ -155,15 +154,11 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.down_proj(_swiglu(*self._gate_and_up(x)))
-
-    def _gate_and_up(self, x: mx.array) -> tuple[mx.array, mx.array]:
-        if on_cpu() and type(self.gate_up_proj) is nn.Linear:
-            # OpenBLAS is a few percent faster over two products of half the height.
-            gate, up = mx.split(self.gate_up_proj.weight, 2)
-            return x @ gate.T, x @ up.T
-        gate, up = mx.split(self.gate_up_proj(x), 2, axis=-1)
-        return gate, up
+        if isinstance(self.gate_up_proj, SideBySide):
+            gate, up = (layer(x) for layer in self.gate_up_proj.layers)
+        else:
+            gate, up = mx.split(self.gate_up_proj(x), 2, axis=-1)
+        return self.down_proj(_swiglu(gate, up))
 
 
 class Block(nn.Module):

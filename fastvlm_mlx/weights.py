@@ -45,6 +45,7 @@ FUSED = {
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 MAX_NAMED = 10
 MAX_SHARD_BYTES = 5 * 10**9
+READ_AT_ONCE = 10**8  # bytes; enough for parallel reads
 
 
 def load(
@@ -94,7 +95,7 @@ def load_model(
 ) -> FastVLM:
     """Read a model from a folder in any known layout; the folder needs no tokenizer.
 
-    Tensors are read when their place in the model is known, one module at a time.
+    Tensors are read when their place in the model is known, largest first.
 
     Args:
         folder: holds config.json and the weights.
@@ -112,8 +113,9 @@ def load_model(
         raise FileNotFoundError(f"There is no model folder {folder}.")
     config, weights = read_whole(folder)
     target = resolve_dtype(dtype, weights)
-    if quantize is not None:
+    if quantize is not None or target == mx.float32:
         weights = {name: cast(tensor, target) for name, tensor in weights.items()}
+    if quantize is not None:
         weights, quantization, _ = quantize_checkpoint(weights, config, quantize)
         config = replace(config, quantization=quantization)
     model = FastVLM(config)
@@ -121,11 +123,26 @@ def load_model(
     parameters = to_memory(weights, config)
     model.load_weights([(name, cast(value, target)) for name, value in parameters.items()])
     parameters.clear()
-    for _, module in tree_flatten(model.leaf_modules(), is_leaf=nn.Module.is_module):
-        mx.eval(module.parameters())
-    mx.eval(model.parameters())
+    _evaluate(model)
     model.eval()
     return model
+
+
+def _evaluate(model: FastVLM) -> None:
+    """Read and compute the parameters, the largest layers first: what a layer is made from then
+    takes the room of those that are still to come."""
+    layers = [
+        [tensor for _, tensor in tree_flatten(layer.parameters())]
+        for _, layer in tree_flatten(model.leaf_modules(), is_leaf=nn.Module.is_module)
+    ]
+    layers.sort(key=lambda tensors: sum(t.nbytes for t in tensors), reverse=True)
+    waiting: list[mx.array] = []
+    for tensors in layers:
+        waiting += tensors
+        if sum(t.nbytes for t in waiting) > READ_AT_ONCE:
+            mx.eval(waiting)
+            waiting.clear()
+    mx.eval(model.parameters())
 
 
 def read_whole(folder: Path) -> tuple[FastVLMConfig, Weights]:
@@ -373,12 +390,12 @@ def to_memory(weights: Weights, config: FastVLMConfig) -> Weights:
         source = projector_name(config, i)
         for key in _keys_of(weights, source):
             parameters[f"mm_projector.layers.{i}.{key}"] = weights.pop(f"{source}.{key}")
-    unlike = _unlike_layers(weights, config)
+    apart = _apart(weights, config)
     for i in range(config.text.num_hidden_layers):
         for whole, parts in FUSED.items():
             target = f"language_model.layers.{i}.{whole}"
             sources = [f"{DECODER}layers.{i}.{part}" for part in parts]
-            if f"layers.{i}.{whole}" in unlike:
+            if f"layers.{i}.{whole}" in apart:
                 for n, source in enumerate(sources):
                     for key in _keys_of(weights, source):
                         parameters[f"{target}.layers.{n}.{key}"] = weights.pop(f"{source}.{key}")
@@ -450,23 +467,25 @@ def _keys_of(weights: Weights, module: str) -> list[str]:
     return [key for key in keys if f"{module}.{key}" in weights]
 
 
-def _unlike_layers(weights: Weights, config: FastVLMConfig) -> set[str]:
-    """The fused layers ("layers.0.mlp.gate_up_proj") whose parts are of unlike precision."""
+def _apart(weights: Weights, config: FastVLMConfig) -> set[str]:
+    """The layers ("layers.0.mlp.gate_up_proj") whose parts stay apart: those of unlike precision,
+    and on the CPU the large ones in float, which are not faster joined and take time to join."""
     settings = dict(quantized_linears(weights, config))
-    unlike = set()
+    apart = set()
     for i in range(config.text.num_hidden_layers):
         for whole, parts in FUSED.items():
             found = [settings.get(f"{DECODER}layers.{i}.{part}") for part in parts]
-            if any(other != found[0] for other in found):
-                unlike.add(f"layers.{i}.{whole}")
-    return unlike
+            large_float = whole == "mlp.gate_up_proj" and found[0] is None and on_cpu()
+            if large_float or any(other != found[0] for other in found):
+                apart.add(f"layers.{i}.{whole}")
+    return apart
 
 
 def quantize_like(model: FastVLM, weights: Weights) -> None:
     """Make those layers of the model quantized that are so in the checkpoint."""
     config = model.config
     settings = dict(quantized_linears(weights, config))
-    for path in _unlike_layers(weights, config):
+    for path in _apart(weights, config):
         _, i, block, whole = path.split(".")
         module = model.language_model.layers[int(i)][block]
         fused = module[whole]
