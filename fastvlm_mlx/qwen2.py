@@ -6,40 +6,73 @@ Shapes: B sequences, T tokens, S tokens seen so far, D = head_dim. The caches of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from .config import TextConfig
+from .vision import on_cpu
+
+Rotation: TypeAlias = Callable[[mx.array], mx.array]
+
+# On the CPU, a product of one row is taken this many outputs at a time, of weights of this size.
+BLOCK = 128
+LARGE = 2**18
 
 
 class KVCache:
-    """Keys and values of one layer, growing in steps; the interface is that of mlx_lm's caches."""
+    """Keys and values of one layer, growing in steps; the interface is that of mlx_lm's caches.
+
+    They are kept side by side, [B, 2 kv_heads, S, D], so that those of a token are written at once.
+    """
 
     step = 256
 
     def __init__(self) -> None:
-        self.keys: mx.array | None = None
-        self.values: mx.array | None = None
+        self.stored: mx.array | None = None
         self.offset = 0
+
+    @property
+    def keys(self) -> mx.array | None:
+        return None if self.stored is None else self.stored[:, : self.stored.shape[1] // 2]
+
+    @property
+    def values(self) -> mx.array | None:
+        return None if self.stored is None else self.stored[:, self.stored.shape[1] // 2 :]
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Append [B, kv_heads, T, D] keys and values and return all of them."""
-        start, self.offset = self.offset, self.offset + keys.shape[2]
-        self.keys = self._write(self.keys, keys, start)
-        self.values = self._write(self.values, values, start)
-        return self.keys[..., : self.offset, :], self.values[..., : self.offset, :]
+        heads = keys.shape[1]
+        stored, start = self._make_room(2 * heads, keys)
+        stored[:, :heads, start : self.offset] = keys
+        stored[:, heads:, start : self.offset] = values
+        return self._fetch()
 
-    def _write(self, stored: mx.array | None, added: mx.array, start: int) -> mx.array:
-        end = start + added.shape[2]
-        if stored is None or end > stored.shape[2]:
-            B, heads, _, D = added.shape
+    def append(self, keys_and_values: mx.array) -> tuple[mx.array, mx.array]:
+        """As `update_and_fetch`, given both in one [B, 2 kv_heads, T, D]."""
+        stored, start = self._make_room(keys_and_values.shape[1], keys_and_values)
+        stored[:, :, start : self.offset] = keys_and_values
+        return self._fetch()
+
+    def _make_room(self, heads: int, added: mx.array) -> tuple[mx.array, int]:
+        """Count in the positions of `added`; the array with room for them, and where they start."""
+        B, _, T, D = added.shape
+        start, end = self.offset, self.offset + T
+        if self.stored is None or end > self.stored.shape[2]:
             room = mx.zeros((B, heads, -(-end // self.step) * self.step - start, D), added.dtype)
-            stored = room if stored is None else mx.concatenate([stored[..., :start, :], room], 2)
-        stored[..., start:end, :] = added
-        return stored
+            if self.stored is not None:
+                room = mx.concatenate([self.stored[:, :, :start], room], axis=2)
+            self.stored = room
+        self.offset = end
+        return self.stored, start
+
+    def _fetch(self) -> tuple[mx.array, mx.array]:
+        assert self.stored is not None
+        keys, values = mx.split(self.stored[:, :, : self.offset], 2, axis=1)
+        return keys, values
 
     def make_mask(
         self, N: int, return_array: bool = False, window_size: int | None = None
@@ -67,7 +100,7 @@ class KVCache:
         return self.offset
 
     def empty(self) -> bool:
-        return self.keys is None
+        return self.stored is None
 
     @property
     def state(self) -> tuple[mx.array | None, mx.array | None, int]:
@@ -75,11 +108,15 @@ class KVCache:
 
     @state.setter
     def state(self, value: tuple[mx.array | None, mx.array | None, int]) -> None:
-        self.keys, self.values, self.offset = value
+        keys, values, self.offset = value
+        if keys is None or values is None:
+            self.stored = None
+        else:
+            self.stored = mx.concatenate([keys, values], axis=1)
 
     @property
     def nbytes(self) -> int:
-        return sum(a.nbytes for a in (self.keys, self.values) if a is not None)
+        return 0 if self.stored is None else self.stored.nbytes
 
     def to_quantized(self, group_size: int = 64, bits: int = 4) -> Any:
         """The same content as mlx_lm's `QuantizedKVCache`, as its generation loop asks for."""
@@ -102,9 +139,96 @@ def _attend(
     return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
 
 
+def is_step(length: int, cache: Any) -> bool:
+    """Whether one token follows those in a `KVCache`, the case with the shortest way."""
+    return length == 1 and isinstance(cache, KVCache) and isinstance(cache.offset, int)
+
+
+def make_rotation(config: TextConfig, x: mx.array, cache: Any) -> Rotation:
+    """Rotary positions, the same in all layers, for queries and keys [B, heads, T, D].
+
+    In a step (see `is_step`) for queries, keys and values [B heads, 1, D]: the values' position
+    is 0, where the rotation is none, so that they stay beside the keys.
+    """
+    B, T, _ = x.shape
+    offset: Any = 0 if cache is None else cache.offset
+    if is_step(T, cache):
+        kv_heads = config.num_key_value_heads
+        turned = config.num_attention_heads + kv_heads
+        offset = mx.array(([offset] * turned + [0] * kv_heads) * B)
+    D, base = config.head_dim, config.rope_theta
+    if not on_cpu():
+        return lambda x: mx.fast.rope(x, D, traditional=False, base=base, scale=1.0, offset=offset)
+    positions = mx.arange(T, dtype=mx.float32)
+    if isinstance(offset, mx.array) and offset.size > 1:
+        positions = positions + (offset[:, None] if is_step(T, cache) else offset[:, None, None])
+    else:
+        positions = positions + offset
+    frequencies = mx.exp(mx.arange(0, -D // 2, -1, dtype=mx.float32) * (math.log(base) / (D // 2)))
+    angles = positions[..., None] * frequencies
+    cos, sin = mx.cos(angles).astype(x.dtype), mx.sin(angles).astype(x.dtype)
+
+    def rotate(x: mx.array) -> mx.array:
+        a, b = mx.split(x, 2, axis=-1)
+        return mx.concatenate(_rotate(a, b, cos, sin), axis=-1)
+
+    return rotate
+
+
+@mx.compile
+def _rotate(a: mx.array, b: mx.array, cos: mx.array, sin: mx.array) -> list[mx.array]:
+    return [a * cos - b * sin, a * sin + b * cos]
+
+
 @mx.compile
 def _swiglu(gate: mx.array, up: mx.array) -> mx.array:
     return nn.silu(gate) * up
+
+
+def project(layer: nn.Module, x: mx.array, residual: mx.array | None = None) -> mx.array:
+    """layer(x), and `residual` added, in as few steps as a layer in float allows."""
+    if not isinstance(layer, nn.Linear):
+        return layer(x) if residual is None else residual + layer(x)
+    if is_row(x, layer):
+        y = times_row(x, layer.weight)
+        y = y + layer.bias if "bias" in layer else y
+        return y if residual is None else residual + y
+    if residual is not None and "bias" not in layer:
+        return mx.addmm(residual, x, layer.weight.T)
+    return layer(x) if residual is None else residual + layer(x)
+
+
+def is_row(x: mx.array, layer: nn.Module) -> bool:
+    """Whether `times_row` is for x and a layer: one row, times a large weight in float."""
+    is_float = isinstance(layer, (nn.Linear, nn.Embedding))
+    return on_cpu() and x.size == x.shape[-1] and is_float and layer.weight.size >= LARGE
+
+
+def times_row(x: mx.array, weight: mx.array) -> mx.array:
+    """One row x, [..., inputs], times weight [outputs, inputs] transposed.
+
+    Where it can, a block of outputs at a time: BLAS libraries repack a large matrix before they
+    multiply, which costs more than the product itself, but not a small one.
+    """
+    outputs, inputs = weight.shape
+    if outputs % BLOCK:
+        return x @ weight.T
+    blocks = weight.reshape(-1, BLOCK, inputs).swapaxes(-1, -2)
+    return (x.reshape(1, 1, inputs) @ blocks).reshape(*x.shape[:-1], outputs)
+
+
+class RMSNorm(nn.RMSNorm):
+    """Division by the root mean square; on the CPU in three steps, where MLX takes seven."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if on_cpu() and x.dtype == mx.float32:
+            return _normalise(x, mx.square(x).sum(axis=-1, keepdims=True), self.weight, self.eps)
+        return mx.fast.rms_norm(x, self.weight, self.eps)
+
+
+@mx.compile
+def _normalise(x: mx.array, square_sum: mx.array, weight: mx.array, eps: float) -> mx.array:
+    return x * mx.rsqrt(square_sum / x.shape[-1] + eps) * weight
 
 
 class SideBySide(nn.Module):
@@ -130,19 +254,25 @@ class Attention(nn.Module):
         width = (self.num_heads + 2 * self.num_kv_heads) * D
         self.qkv_proj = nn.Linear(config.hidden_size, width, bias=True)
         self.o_proj = nn.Linear(self.num_heads * D, config.hidden_size, bias=False)
-        self.rope = nn.RoPE(D, base=config.rope_theta)
 
-    def __call__(self, x: mx.array, mask: Any, cache: Any) -> mx.array:
+    def __call__(
+        self, x: mx.array, mask: Any, cache: Any, rotate: Rotation, residual: mx.array
+    ) -> mx.array:
         B, T, _ = x.shape
         heads = self.num_heads + 2 * self.num_kv_heads
-        qkv = self.qkv_proj(x).reshape(B, T, heads, -1).transpose(0, 2, 1, 3)
-        rotated, values = qkv[:, : -self.num_kv_heads], qkv[:, -self.num_kv_heads :]
-        rotated = self.rope(rotated, offset=0 if cache is None else cache.offset)
-        queries, keys = rotated[:, : self.num_heads], rotated[:, self.num_heads :]
-        if cache is not None:
-            keys, values = cache.update_and_fetch(keys, values)
+        qkv = project(self.qkv_proj, x).reshape(B, T, heads, -1)
+        if is_step(T, cache):
+            qkv = rotate(qkv.reshape(B * heads, 1, -1)).reshape(B, heads, 1, -1)
+            queries = qkv[:, : self.num_heads]
+            keys, values = cache.append(qkv[:, self.num_heads :])
+        else:
+            qkv = qkv.transpose(0, 2, 1, 3)
+            rotated, values = rotate(qkv[:, : -self.num_kv_heads]), qkv[:, -self.num_kv_heads :]
+            queries, keys = rotated[:, : self.num_heads], rotated[:, self.num_heads :]
+            if cache is not None:
+                keys, values = cache.update_and_fetch(keys, values)
         y = _attend(queries, keys, values, cache, self.scale, mask)
-        return self.o_proj(y.transpose(0, 2, 1, 3).reshape(B, T, -1))
+        return project(self.o_proj, y.transpose(0, 2, 1, 3).reshape(B, T, -1), residual)
 
 
 class MLP(nn.Module):
@@ -153,12 +283,12 @@ class MLP(nn.Module):
         self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
-    def __call__(self, x: mx.array) -> mx.array:
+    def __call__(self, x: mx.array, residual: mx.array) -> mx.array:
         if isinstance(self.gate_up_proj, SideBySide):
-            gate, up = (layer(x) for layer in self.gate_up_proj.layers)
+            gate, up = (project(layer, x) for layer in self.gate_up_proj.layers)
         else:
-            gate, up = mx.split(self.gate_up_proj(x), 2, axis=-1)
-        return self.down_proj(_swiglu(gate, up))
+            gate, up = mx.split(project(self.gate_up_proj, x), 2, axis=-1)
+        return project(self.down_proj, _swiglu(gate, up), residual)
 
 
 class Block(nn.Module):
@@ -166,14 +296,14 @@ class Block(nn.Module):
 
     def __init__(self, config: TextConfig):
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.self_attn = Attention(config)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def __call__(self, x: mx.array, mask: Any, cache: Any) -> mx.array:
-        x = x + self.self_attn(self.input_layernorm(x), mask, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def __call__(self, x: mx.array, mask: Any, cache: Any, rotate: Rotation) -> mx.array:
+        x = self.self_attn(self.input_layernorm(x), mask, cache, rotate, residual=x)
+        return self.mlp(self.post_attention_layernorm(x), residual=x)
 
 
 class Qwen2(nn.Module):
@@ -184,7 +314,7 @@ class Qwen2(nn.Module):
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = [Block(config) for _ in range(config.num_hidden_layers)]
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
@@ -216,15 +346,18 @@ class Qwen2(nn.Module):
         x = self.embed_tokens(input_ids) if input_embeddings is None else input_embeddings
         caches = [None] * len(self.layers) if cache is None else cache
         mask = _make_mask(x.shape[1], caches[0])
+        rotate = make_rotation(self.config, x, caches[0])
         for layer, layer_cache in zip(self.layers, caches, strict=True):
-            x = layer(x, mask, layer_cache)
+            x = layer(x, mask, layer_cache, rotate)
         return self.norm(x)
 
     def logits(self, hidden_states: mx.array) -> mx.array:
         """[..., hidden_size] → [..., vocab_size]."""
         if self.config.tie_word_embeddings:
+            if is_row(hidden_states, self.embed_tokens):
+                return times_row(hidden_states, self.embed_tokens.weight)
             return self.embed_tokens.as_linear(hidden_states)
-        return self.lm_head(hidden_states)
+        return project(self.lm_head, hidden_states)
 
 
 def _make_mask(length: int, cache: Any) -> Any:

@@ -404,7 +404,7 @@ def interrupted_at(call: int, target: type, name: str, patch: pytest.MonkeyPatch
     patch.setattr(target, name, interrupt)
 
 
-@pytest.mark.parametrize("target, name, calls", [(Block, "__call__", 2), (KVCache, "_write", 4)])
+@pytest.mark.parametrize("target, name, calls", [(Block, "__call__", 2), (KVCache, "_make_room", 2)])
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_interrupt_amid_the_layers(target: type, name: str, calls: int, stream: bool) -> None:
     """Wherever Ctrl-C comes, the next answer fits what the conversation then holds."""
