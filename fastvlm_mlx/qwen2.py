@@ -26,7 +26,7 @@ LARGE = 2**18
 class KVCache:
     """Keys and values of one layer, growing in steps; the interface is that of mlx_lm's caches.
 
-    They are kept side by side, [B, 2 kv_heads, S, D], so that those of a token are written at once.
+    Both are in one array, [2, B, kv_heads, S, D], so that those of a token are written at once.
     """
 
     step = 256
@@ -37,42 +37,41 @@ class KVCache:
 
     @property
     def keys(self) -> mx.array | None:
-        return None if self.stored is None else self.stored[:, : self.stored.shape[1] // 2]
+        return None if self.stored is None else self.stored[:1].squeeze(0)
 
     @property
     def values(self) -> mx.array | None:
-        return None if self.stored is None else self.stored[:, self.stored.shape[1] // 2 :]
+        return None if self.stored is None else self.stored[1:].squeeze(0)
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Append [B, kv_heads, T, D] keys and values and return all of them."""
-        heads = keys.shape[1]
-        stored, start = self._make_room(2 * heads, keys)
-        stored[:, :heads, start : self.offset] = keys
-        stored[:, heads:, start : self.offset] = values
+        stored, start = self._make_room(keys)
+        stored[:1, ..., start : self.offset, :] = keys[None]
+        stored[1:, ..., start : self.offset, :] = values[None]
         return self._fetch()
 
     def append(self, keys_and_values: mx.array) -> tuple[mx.array, mx.array]:
-        """As `update_and_fetch`, given both in one [B, 2 kv_heads, T, D]."""
-        stored, start = self._make_room(keys_and_values.shape[1], keys_and_values)
-        stored[:, :, start : self.offset] = keys_and_values
+        """As `update_and_fetch`, given both in one [2, B, kv_heads, T, D]."""
+        stored, start = self._make_room(keys_and_values[:1].squeeze(0))
+        stored[..., start : self.offset, :] = keys_and_values
         return self._fetch()
 
-    def _make_room(self, heads: int, added: mx.array) -> tuple[mx.array, int]:
-        """Count in the positions of `added`; the array with room for them, and where they start."""
-        B, _, T, D = added.shape
+    def _make_room(self, keys: mx.array) -> tuple[mx.array, int]:
+        """Count in the positions of `keys`; the array with room for them, and where they start."""
+        B, heads, T, D = keys.shape
         start, end = self.offset, self.offset + T
-        if self.stored is None or end > self.stored.shape[2]:
-            room = mx.zeros((B, heads, -(-end // self.step) * self.step - start, D), added.dtype)
+        if self.stored is None or end > self.stored.shape[3]:
+            room = mx.zeros((2, B, heads, -(-end // self.step) * self.step - start, D), keys.dtype)
             if self.stored is not None:
-                room = mx.concatenate([self.stored[:, :, :start], room], axis=2)
+                room = mx.concatenate([self.stored[..., :start, :], room], axis=3)
             self.stored = room
         self.offset = end
         return self.stored, start
 
     def _fetch(self) -> tuple[mx.array, mx.array]:
         assert self.stored is not None
-        keys, values = mx.split(self.stored[:, :, : self.offset], 2, axis=1)
-        return keys, values
+        keys, values = mx.split(self.stored[..., : self.offset, :], 2)
+        return keys.squeeze(0), values.squeeze(0)
 
     def make_mask(
         self, N: int, return_array: bool = False, window_size: int | None = None
@@ -112,7 +111,7 @@ class KVCache:
         if keys is None or values is None:
             self.stored = None
         else:
-            self.stored = mx.concatenate([keys, values], axis=1)
+            self.stored = mx.stack([keys, values])
 
     @property
     def nbytes(self) -> int:
@@ -263,8 +262,9 @@ class Attention(nn.Module):
         qkv = project(self.qkv_proj, x).reshape(B, T, heads, -1)
         if is_step(T, cache):
             qkv = rotate(qkv.reshape(B * heads, 1, -1)).reshape(B, heads, 1, -1)
-            queries = qkv[:, : self.num_heads]
-            keys, values = cache.append(qkv[:, self.num_heads :])
+            queries, keys_and_values = mx.split(qkv, [self.num_heads], axis=1)
+            keys_and_values = keys_and_values.reshape(B, 2, self.num_kv_heads, 1, -1)
+            keys, values = cache.append(keys_and_values.swapaxes(0, 1))
         else:
             qkv = qkv.transpose(0, 2, 1, 3)
             rotated, values = rotate(qkv[:, : -self.num_kv_heads]), qkv[:, -self.num_kv_heads :]
