@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -347,12 +347,39 @@ class Processor:
     patch_size: int = 64
     max_length: int = 8192
 
-    def preprocess(self, image: Any, image_size: int | None = None) -> mx.array:
-        """Pixels float32 [N, S, S, 3] of an image, by default at the model's own size."""
+    def preprocess(
+        self,
+        image: Any,
+        image_size: int | None = None,
+        *,
+        fast: bool = False,
+        dtype: mx.Dtype = mx.float32,
+    ) -> mx.array:
+        """Pixels [N, S, S, 3] of an image, by default at the model's own size.
+
+        `fast` and `dtype` are those of `fastvlm_mlx.preprocess`.
+        """
         from fastvlm_mlx.image import preprocess
 
         size = self.image_size if image_size is None else image_size
-        return preprocess(image, size, self.mode, self.grid_pinpoints)
+        return preprocess(image, size, self.mode, self.grid_pinpoints, fast=fast, dtype=dtype)
+
+    def preprocess_each(
+        self,
+        images: Sequence[Any],
+        image_size: int | None = None,
+        *,
+        fast: bool = False,
+        dtype: mx.Dtype = mx.float32,
+    ) -> Iterator[tuple[mx.array, tuple[int, int]]]:
+        """Pixels and upright (width, height) of each image; threads decode those that follow.
+
+        As `fastvlm_mlx.image.preprocess_each`, by default at the model's own size.
+        """
+        from fastvlm_mlx.image import preprocess_each
+
+        size = self.image_size if image_size is None else image_size
+        return preprocess_each(images, size, self.mode, self.grid_pinpoints, fast=fast, dtype=dtype)
 
     def num_visual_tokens(self, image_size: int | None = None) -> int:
         """Visual tokens of one square of S = `image_size` pixels: (S / patch_size)².

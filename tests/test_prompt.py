@@ -577,12 +577,21 @@ def test_pad_batch():
 def test_processor(tokenizer, monkeypatch):
     seen = []
     image = type(sys)("fastvlm_mlx.image")
-    image.preprocess = lambda *args: seen.append(args)
+    image.preprocess = lambda *args, **options: seen.append((*args, options))
+    image.preprocess_each = image.preprocess
     monkeypatch.setitem(sys.modules, "fastvlm_mlx.image", image)
     processor = Processor(tokenizer, 256, mode="anyres", grid_pinpoints=[(512, 256)])
-    processor.preprocess("cat.png")
-    processor.preprocess("cat.png", 512)
-    assert seen == [("cat.png", size, "anyres", [(512, 256)]) for size in (256, 512)]
+    for call in (processor.preprocess, processor.preprocess_each):
+        call("cat.png")
+        call("cat.png", 512, fast=True, dtype=mx.uint8)
+        assert seen.pop(0) == (
+            *("cat.png", 256, "anyres", [(512, 256)]),
+            {"fast": False, "dtype": mx.float32},
+        )
+        assert seen.pop(0) == (
+            *("cat.png", 512, "anyres", [(512, 256)]),
+            {"fast": True, "dtype": mx.uint8},
+        )
     assert processor.num_visual_tokens() == 16
     assert processor.num_visual_tokens(1024) == 256
     for size in (0, 100):
