@@ -21,6 +21,7 @@ from .generate import Part, generate, stream_generate
 from .image import load_image, preprocess
 from .model import FastVLM
 from .prompt import Processor
+from .reuse import Reuse
 from .version import __version__
 from .weights import load, load_model
 
@@ -31,6 +32,7 @@ __all__ = [
     "FastVLMConfig",
     "Part",
     "Processor",
+    "Reuse",
     "__version__",
     "convert",
     "generate",

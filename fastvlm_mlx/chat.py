@@ -22,6 +22,7 @@ from .generate import (
 from .image import ImageSource
 from .model import FastVLM
 from .prompt import IMAGE_MARK, Processor, build_prompt, check_marks
+from .reuse import common_prefix
 
 Images: TypeAlias = "ImageSource | Sequence[ImageSource] | None"
 
@@ -36,6 +37,7 @@ class Chat:
         model, processor: from `load`.
         system: the system prompt, if not the model's own.
         image_size: side in pixels, a multiple of 64, if not the model's own.
+        fast: decode large JPEGs at less than their full resolution, as `generate` does.
         **options: fields of `generate.Options`, for every turn.
 
     Attributes:
@@ -49,12 +51,14 @@ class Chat:
         *,
         system: str | None = None,
         image_size: int | None = None,
+        fast: bool = False,
         **options: Any,
     ):
         self.model = model
         self.processor = processor
         self.system = system
         self.image_size = image_size
+        self.fast = fast
         self.options = options
         Options(**options)
         self._running: Iterator[Part] | None = None
@@ -108,7 +112,9 @@ class Chat:
     def _answer(self, prompt: str, images: list[ImageSource], options: Options) -> Iterator[Part]:
         start = time.perf_counter()
         check_marks(prompt, len(images))
-        pixel_values, sizes = preprocess_images(self.processor, images, self.image_size)
+        pixel_values, sizes = preprocess_images(
+            self.processor, images, self.image_size, fast=self.fast
+        )
         preprocessed = time.perf_counter()
         features = self._features + encode_images(self.model, pixel_values, sizes)
         encoded = time.perf_counter()
@@ -179,11 +185,3 @@ class Chat:
             parts.close()  # type: ignore[attr-defined]
             self.messages = [*messages, {"role": "assistant", "content": answer}]
             self._features = features
-
-
-def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many of the first items are the same."""
-    for n, (x, y) in enumerate(zip(a, b, strict=False)):
-        if x != y:
-            return n
-    return min(len(a), len(b))

@@ -10,9 +10,10 @@ from typing import Any, cast
 
 import mlx.core as mx
 
-from .image import ImageSource, load_image
+from .image import ImageSource
 from .model import FastVLM
 from .prompt import Detokenizer, Processor, build_prompt, check_marks
+from .reuse import Reuse
 
 Sampler = Callable[[mx.array], mx.array]
 LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
@@ -142,6 +143,11 @@ def generate(
     system: str | None = None,
     image_size: int | None = None,
     conv_mode: str | None = None,
+    fast: bool = False,
+    reuse: Reuse | None = None,
+    prompt_lookup: int | None = None,
+    draft_model: tuple[FastVLM, Processor] | None = None,
+    num_draft_tokens: int = 3,
     **options: Any,
 ) -> str:
     """Answer a prompt about any number of images; the whole text.
@@ -154,6 +160,15 @@ def generate(
         system: the system prompt, if not the model's own.
         image_size: side in pixels, a multiple of 64, if not the model's own; smaller is faster.
         conv_mode: a conversation template by name, if not the tokenizer's own.
+        fast: decode large JPEGs at less than their full resolution, in half the time; the pixels
+            differ slightly (`image.preprocess` says by how much).
+        reuse: what earlier calls computed, so that an image asked about again is neither encoded
+            nor read by the decoder again.
+        prompt_lookup: speculative decoding: look in prompt and answer for what followed the last
+            tokens before, and have up to this many tokens checked in one step. The answer stays
+            the same; see `speculate`.
+        draft_model: the same with a smaller model of the same family, from `load`, as drafter.
+        num_draft_tokens: tokens that `draft_model` proposes at a time.
         **options: the fields of `Options`.
 
     Raises:
@@ -169,6 +184,11 @@ def generate(
         system=system,
         image_size=image_size,
         conv_mode=conv_mode,
+        fast=fast,
+        reuse=reuse,
+        prompt_lookup=prompt_lookup,
+        draft_model=draft_model,
+        num_draft_tokens=num_draft_tokens,
         **options,
     )
     return "".join(part.text for part in parts)
@@ -183,6 +203,11 @@ def stream_generate(
     system: str | None = None,
     image_size: int | None = None,
     conv_mode: str | None = None,
+    fast: bool = False,
+    reuse: Reuse | None = None,
+    prompt_lookup: int | None = None,
+    draft_model: tuple[FastVLM, Processor] | None = None,
+    num_draft_tokens: int = 3,
     **options: Any,
 ) -> Iterator[Part]:
     """As `generate`, piece by piece; bad arguments raise on the call, not on the first piece."""
@@ -190,9 +215,13 @@ def stream_generate(
     chosen = Options(**options)
     images = list_images(image)
     check_marks(prompt, len(images))
-    pixel_values, image_sizes = preprocess_images(processor, images, image_size)
+    pixel_values, image_sizes = preprocess_images(processor, images, image_size, fast=fast)
     preprocessed = time.perf_counter()
-    features = encode_images(model, pixel_values, image_sizes)
+    image_keys: list[bytes] = []
+    if reuse is None:
+        features = encode_images(model, pixel_values, image_sizes)
+    else:
+        features, image_keys = reuse.encode(model, pixel_values, image_sizes)
     encoded = time.perf_counter()
     input_ids = build_prompt(
         processor.tokenizer,
@@ -204,10 +233,33 @@ def stream_generate(
     )
     check_length(input_ids, processor.max_length)
     embeddings = model.embed_inputs(mx.array([input_ids]), image_features=features)
-    del features, pixel_values
     limit = min(chosen.max_tokens, processor.max_length - len(input_ids))
     cache = make_kv_cache(model, chosen)
-    tokens = generate_tokens(model, input_ids, embeddings, cache, chosen, limit)
+    keeps_prompt = reuse is not None and chosen.max_kv_size is None and chosen.kv_bits is None
+    if reuse is not None and keeps_prompt:
+        ids = reuse.mark(input_ids, features, image_keys)
+        embeddings = embeddings[:, reuse.start(ids, cache) :]
+    if prompt_lookup is None and draft_model is None:
+        tokens = generate_tokens(model, input_ids, embeddings, cache, chosen, limit)
+    else:
+        from .speculate import make_drafter, speculate_tokens
+
+        drafter = make_drafter(
+            processor,
+            prompt,
+            input_ids,
+            pixel_values,
+            image_sizes,
+            prompt_lookup=prompt_lookup,
+            draft_model=draft_model,
+            num_draft_tokens=num_draft_tokens,
+            system=system,
+            conv_mode=conv_mode,
+        )
+        tokens = speculate_tokens(model, input_ids, embeddings, cache, chosen, limit, drafter)
+    if reuse is not None and keeps_prompt:
+        tokens = keep_prompt(reuse, ids, cache, tokens)
+    del features, pixel_values, embeddings
     times = (start, preprocessed, encoded)
     return stream_parts(tokens, processor, len(input_ids), chosen.stop, limit, times)
 
@@ -222,11 +274,25 @@ def list_images(image: ImageSource | Sequence[ImageSource] | None) -> list[Image
 
 
 def preprocess_images(
-    processor: Processor, images: Sequence[ImageSource], image_size: int | None = None
+    processor: Processor,
+    images: Sequence[ImageSource],
+    image_size: int | None = None,
+    *,
+    fast: bool = False,
 ) -> tuple[list[mx.array], list[tuple[int, int]]]:
-    """Pixels [n, S, S, 3] and original (width, height) of each image."""
-    opened = [load_image(image) for image in images]
-    return [processor.preprocess(image, image_size) for image in opened], [i.size for i in opened]
+    """Pixels, uint8 [n, S, S, 3], and original (width, height) of each image."""
+    each = list(processor.preprocess_each(images, image_size, fast=fast, dtype=mx.uint8))
+    return [pixels for pixels, _ in each], [size for _, size in each]
+
+
+def keep_prompt(
+    reuse: Reuse, ids: list[int], cache: list[Any], tokens: Iterator[int]
+) -> Iterator[int]:
+    """The tokens, and once the first shows that the prompt was read, it is remembered."""
+    for n, token in enumerate(tokens):
+        if n == 0:
+            reuse.keep(ids, cache)
+        yield token
 
 
 def encode_images(

@@ -8,7 +8,9 @@ convolutions, matrix products, GELU and attention. Comments name the modules of 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from typing import cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -81,8 +83,20 @@ def _exp_negative(x: mx.array) -> mx.array:
 def gelu(x: mx.array) -> mx.array:
     """The exact GELU, x times the normal distribution function, elementwise."""
     if on_cpu() and x.dtype == mx.float32:
-        return _gelu_rational(x)
+        return cast(mx.array, _gelu_on_cpu(x))
     return nn.gelu(x)
+
+
+@mx.custom_function
+def _gelu_on_cpu(x: mx.array) -> mx.array:
+    return _gelu_rational(x)
+
+
+@_gelu_on_cpu.vjp
+def _gelu_gradient(x: mx.array, cotangent: mx.array, _: mx.array) -> mx.array:
+    # That of the rational form would overflow where x is large.
+    distribution = 0.5 * (1 + mx.erf(x * 0.5**0.5))
+    return cotangent * (distribution + x * mx.exp(-0.5 * x * x) * (2 * math.pi) ** -0.5)
 
 
 @mx.compile
@@ -303,7 +317,8 @@ class FastViTHD(nn.Module):
         """Encode images.
 
         Args:
-            pixel_values: [B, S, S, 3] in [0, 1], float; S any multiple of the patch size (64).
+            pixel_values: [B, S, S, 3] in [0, 1] as float or 0 to 255 as uint8; S any multiple of
+                the patch size (64).
 
         Returns:
             [B, (S/64)², C] features, row by row; C = `config.hidden_size`.
@@ -312,6 +327,8 @@ class FastViTHD(nn.Module):
             ValueError: the shape is not that of channels-last images of such a size.
         """
         self._check(pixel_values)
+        if pixel_values.dtype == mx.uint8:
+            pixel_values = pixel_values / 255
         x = self.stem(pixel_values.astype(self.stem.conv.weight.dtype))
         for layer in self.network:
             x = layer(x)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from mlx.utils import tree_map
 
 import fastvlm_mlx as fv
-from fastvlm_mlx.chat import Chat, common_prefix
+from fastvlm_mlx.chat import Chat
 from fastvlm_mlx.config import FastVLMConfig
 from fastvlm_mlx.generate import generate, stream_generate
 from fastvlm_mlx.hub import NANO
@@ -404,7 +404,9 @@ def interrupted_at(call: int, target: type, name: str, patch: pytest.MonkeyPatch
     patch.setattr(target, name, interrupt)
 
 
-@pytest.mark.parametrize("target, name, calls", [(Block, "__call__", 2), (KVCache, "_make_room", 2)])
+@pytest.mark.parametrize(
+    "target, name, calls", [(Block, "__call__", 2), (KVCache, "_make_room", 2)]
+)
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_interrupt_amid_the_layers(target: type, name: str, calls: int, stream: bool) -> None:
     """Wherever Ctrl-C comes, the next answer fits what the conversation then holds."""
@@ -449,9 +451,3 @@ def test_a_wrapped_cache_keeps_answering() -> None:
     # What was closed can't be trimmed from a cache that wrapped, so all is computed anew.
     turns = [*chat.messages, {"role": "user", "content": "Then"}]
     assert chat.ask("Then") == generate(*noise, turns, image=[pixels[0]], **options)
-
-
-def test_common_prefix() -> None:
-    assert common_prefix([], [1]) == common_prefix([2], [1]) == 0
-    assert common_prefix([1, 2, 3], [1, 2, 4]) == 2
-    assert common_prefix([1, 2], [1, 2, 4]) == common_prefix([1, 2, 4], [1, 2]) == 2
