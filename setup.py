@@ -34,6 +34,8 @@ setup(
         "torch": ["torch"],
         # Reads and writes the Core ML package of the Apple silicon checkpoints.
         "coreml": ["coremltools>=8"],
+        # Draws the plots of benchmarks/report.py.
+        "benchmark": ["matplotlib"],
         "test": ["pytest", "hypothesis"],
         "dev": ["pytest", "hypothesis", "ruff", "mypy", "pre-commit"],
     },

@@ -45,6 +45,25 @@ SIZES: dict[str, dict[str, Any]] = {
         "eos_token_id": 511,
         "mm_vision_tower": "mobileclip_l_256",
     },
+    # The bundled model's geometry: so little arithmetic that what counts is overhead.
+    "nano": {
+        "hidden_size": 256,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 640,
+        "vocab_size": 768,
+        "bos_token_id": 740,
+        "eos_token_id": 742,
+        "mm_hidden_size": 512,
+        "mm_vision_tower": "mobileclip_nano_256",
+        "vision_config": {
+            "image_size": 256,
+            "layers": [1, 2, 4, 1, 1],
+            "embed_dims": [16, 32, 64, 128, 256],
+            "projection_dim": 64,
+        },
+    },
     "0.5b": {
         "hidden_size": 896,
         "num_hidden_layers": 24,

@@ -1,0 +1,231 @@
+"""This library and mlx-vlm, each driven as its own `generate` drives it; see `worker.Side`."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+from collections.abc import Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from unittest.mock import patch
+
+import mlx.core as mx
+import numpy as np
+
+IMAGE = -200
+# What mlx-vlm's VisionConfig has as constants of the class, not as fields to read.
+VISION_CONSTANTS = (
+    "layers",
+    "embed_dims",
+    "mlp_ratios",
+    "token_mixers",
+    "pos_embs_shapes",
+    "downsamples",
+    "down_patch_size",
+    "down_stride",
+    "repmixer_kernel_size",
+    "cls_ratio",
+)
+
+
+class MlxSide:
+    """What any library on MLX does alike."""
+
+    package: str
+    model: Any
+
+    def about(self) -> dict[str, str]:
+        return {"library": version(self.package), "mlx": version("mlx"), "device": device_name()}
+
+    def load(self, folder: Path, dtype: str) -> None:
+        vars(self).pop("model", None)  # not two models at once
+        mx.clear_cache()
+        self.model = self.read_model(folder, dtype)
+
+    def to_device(self, pixel_values: np.ndarray) -> mx.array:
+        array = mx.array(pixel_values)
+        mx.eval(array)
+        return array
+
+    def features(self, pixel_values: mx.array) -> np.ndarray:
+        return np.array(self.vision_features(pixel_values).astype(mx.float32))
+
+    def encode(self, pixel_values: mx.array) -> None:
+        mx.eval(self.visual_tokens(pixel_values))
+
+    def logits(self, pixel_values: mx.array, prompt: Sequence[int]) -> np.ndarray:
+        return np.array(self.next_logits(pixel_values, prompt).astype(mx.float32))
+
+    def peak_array_bytes(self) -> int:
+        return mx.get_peak_memory()
+
+    def launches(
+        self, folder: Path, dtype: str, image_size: int, prompt: Sequence[int], graph: str
+    ) -> dict[str, Any]:
+        """Primitives and kernel launches of encoding an image and of one step of decoding.
+
+        Args:
+            folder, dtype: as `load` takes.
+            image_size: of the image whose encoding is counted, not computed.
+            prompt: as `generate` takes.
+            graph: path of `fastvlm_mlx/graph.py`.
+        """
+        graphs = import_file(graph)
+        pixel_values, patch = mx.zeros((1, image_size, image_size, 3)), mx.zeros((1, 64, 64, 3))
+        mx.eval(pixel_values, patch)
+        with graphs.as_on_gpu():  # what is joined on loading may depend on the device too
+            self.load(folder, dtype)
+            encode = graphs.count(self.visual_tokens(pixel_values))
+        # One step is submitted ahead: the first token is there, and the third is counted.
+        tokens = self.generate(patch, prompt, 4)
+        next(tokens)
+        with graphs.as_on_gpu():
+            decode = graphs.count(next_submitted(tokens))
+        found = {"encode": encode, "decode": decode}
+        return {
+            name: {"launches": counts.launches, "primitives": dict(counts.primitives)}
+            for name, counts in found.items()
+        }
+
+    def generate(
+        self, pixel_values: mx.array, prompt: Sequence[int], max_tokens: int
+    ) -> Iterator[int]:
+        raise NotImplementedError
+
+    def read_model(self, folder: Path, dtype: str) -> Any:
+        raise NotImplementedError
+
+    def vision_features(self, pixel_values: mx.array) -> mx.array:
+        raise NotImplementedError
+
+    def visual_tokens(self, pixel_values: mx.array) -> mx.array:
+        raise NotImplementedError
+
+    def next_logits(self, pixel_values: mx.array, prompt: Sequence[int]) -> mx.array:
+        raise NotImplementedError
+
+
+class Ours(MlxSide):
+    """This library."""
+
+    package = "fastvlm-mlx"
+
+    def __init__(self) -> None:
+        self.library = importlib.import_module("fastvlm_mlx.generate")
+        self.weights = importlib.import_module("fastvlm_mlx.weights")
+
+    def read_model(self, folder: Path, dtype: str) -> Any:
+        return self.weights.load_model(folder, dtype=dtype)
+
+    def vision_features(self, pixel_values: mx.array) -> mx.array:
+        return self.model.vision_tower(pixel_values)
+
+    def visual_tokens(self, pixel_values: mx.array) -> mx.array:
+        return self.model.encode_image(pixel_values)
+
+    def generate(
+        self, pixel_values: mx.array, prompt: Sequence[int], max_tokens: int
+    ) -> Iterator[int]:
+        input_ids, embeddings = self._read(pixel_values, prompt)
+        cache = self.model.make_kv_cache()
+        options = self.library.Options()
+        yield from self.library.generate_tokens(
+            self.model, input_ids, embeddings, cache, options, max_tokens
+        )
+
+    def next_logits(self, pixel_values: mx.array, prompt: Sequence[int]) -> mx.array:
+        _, embeddings = self._read(pixel_values, prompt)
+        hidden_states = self.model.language_model.hidden_states(None, None, embeddings)
+        return self.model.language_model.logits(hidden_states[0, -1])
+
+    def _read(self, pixel_values: mx.array, prompt: Sequence[int]) -> tuple[list[int], mx.array]:
+        features = self.model.encode_images(pixel_values)
+        mx.eval(features)
+        at = list(prompt).index(IMAGE)
+        input_ids = [*prompt[:at], *[IMAGE] * len(features[0]), *prompt[at + 1 :]]
+        return input_ids, self.model.embed_inputs(mx.array([input_ids]), image_features=features)
+
+
+class MlxVlm(MlxSide):
+    """mlx-vlm."""
+
+    package = "mlx-vlm"
+
+    def __init__(self) -> None:
+        self.library = importlib.import_module("mlx_vlm.generate")
+        self.common = importlib.import_module("mlx_vlm.generate.common")
+        self.weights = importlib.import_module("mlx_vlm.utils")
+
+    def read_model(self, folder: Path, dtype: str) -> Any:
+        vision = json.loads((folder / "config.json").read_text())["vision_config"]
+        config = importlib.import_module("mlx_vlm.models.fastvlm.config").VisionConfig
+        shapes = [shape and tuple(shape) for shape in vision["pos_embs_shapes"]]
+        for name in VISION_CONSTANTS:
+            setattr(config, name, shapes if name == "pos_embs_shapes" else vision[name])
+        return self.weights.load_model(folder)  # in the folder's dtype, which is `dtype`
+
+    def vision_features(self, pixel_values: mx.array) -> mx.array:
+        dtype = self.model.mm_projector[0].bias.dtype
+        _, features, _ = self.model.vision_tower(pixel_values.astype(dtype))
+        return features.flatten(1, 2)
+
+    def visual_tokens(self, pixel_values: mx.array) -> mx.array:
+        return self.model.mm_projector(self.vision_features(pixel_values))
+
+    def generate(
+        self, pixel_values: mx.array, prompt: Sequence[int], max_tokens: int
+    ) -> Iterator[int]:
+        input_ids, channels_first, mask = self._read(pixel_values, prompt)
+        with self.common.wired_limit(self.model, [self.common.generation_stream]):
+            for token, _ in self.library.generate_step(
+                input_ids, self.model, channels_first, mask, max_tokens=max_tokens, temperature=0.0
+            ):
+                yield token
+
+    def next_logits(self, pixel_values: mx.array, prompt: Sequence[int]) -> mx.array:
+        input_ids, channels_first, mask = self._read(pixel_values, prompt)
+        embeddings = self.model.get_input_embeddings(input_ids, channels_first, mask=mask)
+        output = self.model.language_model(None, inputs_embeds=embeddings.inputs_embeds)
+        return output.logits[0, -1]
+
+    def _read(
+        self, pixel_values: mx.array, prompt: Sequence[int]
+    ) -> tuple[mx.array, mx.array, mx.array]:
+        input_ids = mx.array([list(prompt)])
+        return input_ids, pixel_values.transpose(0, 3, 1, 2), mx.ones_like(input_ids)
+
+
+class Submitted(Exception):
+    """Carries what a loop gives MLX to compute."""
+
+
+def next_submitted(tokens: Iterator[int]) -> tuple[mx.array, ...]:
+    """What the next step of a decoding loop asks MLX to compute; the loop ends there."""
+
+    def submit(*arrays: mx.array) -> None:
+        raise Submitted(arrays)
+
+    with patch.object(mx, "async_eval", submit):
+        try:
+            next(tokens)
+        except Submitted as submitted:
+            return submitted.args[0]
+    raise RuntimeError("The decoding loop does not call mx.async_eval.")
+
+
+def import_file(file: str) -> ModuleType:
+    """A module by its path, which may lie in no package."""
+    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def device_name() -> str:
+    if mx.default_device().type == mx.DeviceType.cpu:
+        return "CPU"
+    return str(mx.device_info().get("device_name", "GPU"))
