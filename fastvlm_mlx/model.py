@@ -154,7 +154,7 @@ class FastVLM(nn.Module):
             ValueError: the places and the visual tokens differ in number.
         """
         places = input_ids == self.config.image_token_index
-        embeddings = self.language_model.embed_tokens(mx.where(places, 0, input_ids))
+        embeddings = self.language_model.embed(mx.where(places, 0, input_ids))
         if image_features is None:
             image_features = (
                 [] if pixel_values is None else self.encode_images(pixel_values, image_sizes)

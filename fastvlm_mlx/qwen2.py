@@ -336,6 +336,10 @@ class Qwen2(nn.Module):
         """
         return self.logits(self.hidden_states(input_ids, cache, input_embeddings))
 
+    def embed(self, input_ids: mx.array | None) -> mx.array:
+        """[B, T] → [B, T, hidden_size], in the model's dtype, which some quantized tables lack."""
+        return self.embed_tokens(input_ids).astype(self.norm.weight.dtype)
+
     def hidden_states(
         self,
         input_ids: mx.array | None,
@@ -343,7 +347,7 @@ class Qwen2(nn.Module):
         input_embeddings: mx.array | None = None,
     ) -> mx.array:
         """As a call, but what comes before the output layer: [B, T, hidden_size]."""
-        x = self.embed_tokens(input_ids) if input_embeddings is None else input_embeddings
+        x = self.embed(input_ids) if input_embeddings is None else input_embeddings
         caches = [None] * len(self.layers) if cache is None else cache
         mask = _make_mask(x.shape[1], caches[0])
         rotate = make_rotation(self.config, x, caches[0])

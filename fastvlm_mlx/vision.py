@@ -9,7 +9,7 @@ convolutions, matrix products, GELU and attention. Comments name the modules of 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import cast
 
 import mlx.core as mx
@@ -19,9 +19,10 @@ from .config import VisionConfig
 
 CONV_FFN_KERNEL = 7
 STEM_KERNEL = 3
+STEM_STRIDE = 4
 SE_REDUCTION = 16
 FUSED_HEAD_DIM = 64  # the narrowest heads that Metal's attention kernel takes
-MAX_HIDDEN = 2_000_000  # values between the two products of a ConvFFN on the CPU
+MAX_HIDDEN = 2_000_000  # values at a time, on the CPU, in the stem and within a ConvFFN
 
 
 def on_cpu() -> bool:
@@ -78,6 +79,17 @@ def _exp_negative(x: mx.array) -> mx.array:
     root = 1 + (ab + cd + ab * cd)
     square = root * root
     return 1 / (square * square)
+
+
+def one_by_one(
+    function: Callable[..., mx.array], pieces: Iterable[Sequence[mx.array]]
+) -> list[mx.array]:
+    """The function of each piece's arrays; none is begun before the one before it is done, so that
+    memory holds what is needed for one."""
+    done: list[mx.array] = []
+    for piece in pieces:
+        done.append(function(*(mx.depends(list(piece), done[-1:]) if done else piece)))
+    return done
 
 
 def gelu(x: mx.array) -> mx.array:
@@ -167,12 +179,16 @@ def attend(qkv: mx.array, scale: float) -> mx.array:
     if not on_cpu() or q.dtype != mx.float32:
         y = mx.fast.scaled_dot_product_attention(q, k, v, scale=scale)
         return y.swapaxes(1, 2)[..., :D]
-    heads = []
-    for i in range(q.shape[1]):
-        scores = (scale * q[:, i : i + 1]) @ k[:, i : i + 1].swapaxes(-1, -2)
-        weights = _exp_negative(scores.max(axis=-1, keepdims=True) - scores)
-        heads.append(weights @ v[:, i : i + 1] / weights.sum(axis=-1, keepdims=True))
-    return mx.concatenate(heads, axis=1).swapaxes(1, 2)
+
+    heads = zip(*(mx.split(x, x.shape[1], axis=1) for x in (q, k, v)), strict=True)
+    outputs = one_by_one(lambda q, k, v: _attend_head(scale * q, k, v), heads)
+    return mx.concatenate(outputs, axis=1).swapaxes(1, 2)
+
+
+def _attend_head(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+    scores = q @ k.swapaxes(-1, -2)
+    weights = _exp_negative(scores.max(axis=-1, keepdims=True) - scores)
+    return weights @ v / weights.sum(axis=-1, keepdims=True)
 
 
 class ConvFFN(nn.Module):
@@ -192,7 +208,8 @@ class ConvFFN(nn.Module):
         # Hidden values in pieces: fresh pages for all of them cost more than the arithmetic.
         rows = x.reshape(-1, x.shape[-1])
         step = max(1, MAX_HIDDEN // self.fc1.bias.shape[0])
-        mixed = [self.fc2(self.expand(rows[i : i + step])) for i in range(0, len(rows), step)]
+        pieces = [[rows[i : i + step]] for i in range(0, len(rows), step)]
+        mixed = one_by_one(lambda piece: self.fc2(self.expand(piece)), pieces)
         return mx.concatenate(mixed).reshape(x.shape)
 
     def expand(self, x: mx.array) -> mx.array:
@@ -263,6 +280,19 @@ class Stem(nn.Module):
         self.pointwise = nn.Linear(dim, dim)
 
     def __call__(self, x: mx.array) -> mx.array:
+        if not on_cpu():
+            return self._run(x)
+        # In bands of rows: whole, these would be the largest arrays of all. The first row of a
+        # band is one too much, since what lies above the band counts as zero in it.
+        step = max(1, MAX_HIDDEN // (x.shape[2] * self.pointwise.bias.size))
+        tops = [max(row - 1, 0) for row in range(0, x.shape[1] // STEM_STRIDE, step)]
+        bands = [
+            [x[:, STEM_STRIDE * top : STEM_STRIDE * (i + 1) * step]] for i, top in enumerate(tops)
+        ]
+        outputs = one_by_one(self._run, bands)
+        return mx.concatenate([outputs[0], *(y[:, 1:] for y in outputs[1:])], axis=1)
+
+    def _run(self, x: mx.array) -> mx.array:
         return gelu(self.pointwise(gelu(self.depthwise(gelu(self.conv(x))))))
 
 
