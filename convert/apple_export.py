@@ -108,7 +108,6 @@ def export(
             raise ValueError(f"{folder} can't be exported: its vocabulary has no room for <image>.")
         written = config_json(config, "float16", quantization)
         written["image_token_index"] = image_token_index
-        written.setdefault("mm_vision_tower", f"mobileclip_l_{config.vision.image_size}")
         weights.write_json(temporary / "config.json", written)
         write_llava_processor(temporary, config.vision.patch_size)
         layers = dict(

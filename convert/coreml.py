@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -536,6 +537,7 @@ def write_vision_package(
     Raises:
         CheckpointError: coremltools is missing.
         ValueError: there is no such precision.
+        OSError: the package can't be written.
     """
     if precision not in ("float32", "float16"):
         raise ValueError(f"precision must be float32 or float16, found {precision!r}.")
@@ -553,14 +555,24 @@ def write_vision_package(
 
     # The names of `Writer.channel_norm`'s operations.
     half = ct.transform.FP16ComputePrecision(op_selector=lambda op: "_norm" not in op.name)
-    model = ct.convert(
-        program,
-        convert_to="mlprogram",
-        minimum_deployment_target=ct.target.iOS16,
-        compute_precision=half if precision == "float16" else ct.precision.FLOAT32,
-        skip_model_load=True,
-    )
-    model.short_description = "FastViTHD, the vision encoder of FastVLM"
-    model.input_description[INPUT] = "RGB image in [0, 1], channels first"
-    model.output_description[OUTPUT] = "Visual tokens, row by row"
-    model.save(str(path))
+    try:
+        model = ct.convert(
+            program,
+            convert_to="mlprogram",
+            minimum_deployment_target=ct.target.iOS16,
+            compute_precision=half if precision == "float16" else ct.precision.FLOAT32,
+            skip_model_load=True,
+        )
+        model.short_description = "FastViTHD, the vision encoder of FastVLM"
+        model.input_description[INPUT] = "RGB image in [0, 1], channels first"
+        model.output_description[OUTPUT] = "Visual tokens, row by row"
+        model.save(str(path))
+    except (RuntimeError, shutil.Error) as error:  # so coremltools says that the disk is full
+        raise OSError(f"{path} can't be written ({_reason(error)}).") from None
+
+
+def _reason(error: Exception) -> str:
+    """Why a package could not be written, in a few words."""
+    if isinstance(error, shutil.Error):  # a list of (source, target, reason)
+        return str(error.args[0][0][2]).partition(": '")[0]
+    return str(error).splitlines()[0].rstrip(".")

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fastvlm_mlx.config import FastVLMConfig, read_json
+from fastvlm_mlx.config import IMAGE_TOKEN_INDEX, FastVLMConfig, load_config, read_json
 
 IMAGE_TOKEN = "<image>"
+# What the original's code would else take otherwise: it would add tokens to the vocabulary, and
+# leave an encoder that is not to be trained without its weights.
+ORIGINAL = {
+    "mm_use_im_patch_token": False,
+    "mm_use_im_start_end": False,
+    "unfreeze_mm_vision_tower": True,
+}
+ADDED_TOKEN = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
 COPIED = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -26,27 +35,32 @@ COPIED = (
 def config_json(
     config: FastVLMConfig, dtype: str, quantization: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """config.json for this project, mlx-vlm and mlx-swift; fields of the source are kept.
+    """config.json for this project, mlx-vlm, mlx-swift and the original; the source's fields stay.
+
+    Those readers know one `eos_token_id`, of several the first; `write_processor` keeps the others.
 
     Args:
         config: the model's.
         dtype: name of the dtype of what is not quantized.
         quantization: settings, or an empty mapping.
     """
-    vision, text = config.vision, config.text
-    eos = list(config.eos_token_ids)
-    written = dict(config.source) | {
+    vision = config.vision
+    tower = {"mm_vision_tower": f"mobileclip_l_{vision.image_size}"}
+    written = tower | ORIGINAL | dict(config.source)
+    written.pop("dtype", None)  # transformers' name of torch_dtype
+    written.pop("auto_map", None)  # names code that does not come along
+    written |= {
+        **asdict(config.text),
         "model_type": "llava_qwen2",
         "torch_dtype": dtype,
-        "tie_word_embeddings": text.tie_word_embeddings,
-        "image_token_index": config.image_token_index,
+        "image_token_index": IMAGE_TOKEN_INDEX,
         "image_aspect_ratio": config.image_aspect_ratio,
         "mm_projector_type": config.mm_projector_type,
         "mm_hidden_size": config.mm_hidden_size,
         "mm_patch_merge_type": config.mm_patch_merge_type,
         "tokenizer_model_max_length": config.max_length,
         "tokenizer_padding_side": config.source.get("tokenizer_padding_side", "right"),
-        "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
+        "eos_token_id": config.eos_token_ids[0] if config.eos_token_ids else None,
         "vision_config": {
             "model_type": "llava_qwen2",
             "hidden_size": vision.hidden_size,
@@ -84,6 +98,7 @@ def write_processor(source: Path, target: Path, image_size: int) -> None:
     for name in (*COPIED, *licences):
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
+    _write_ends(source, target / "generation_config.json")
     own = source / "preprocessor_config.json"
     defaults = {
         "do_center_crop": True,
@@ -101,7 +116,21 @@ def write_processor(source: Path, target: Path, image_size: int) -> None:
     written["crop_size"] = {"height": image_size, "width": image_size}
     written["size"] = {"shortest_edge": image_size}
     written["processor_class"] = "FastVLMProcessor"
+    written.pop("auto_map", None)
     write_json(target / "preprocessor_config.json", written)
+
+
+def _write_ends(source: Path, file: Path) -> None:
+    """Where several ids end an answer, name them all in generation_config.json."""
+    ends = load_config(source).eos_token_ids if (source / "config.json").is_file() else ()
+    if len(ends) < 2:
+        return
+    from fastvlm_mlx.weights import write_json
+
+    written = read_json(file) if file.is_file() else {}
+    own = written.get("eos_token_id")
+    more = own if isinstance(own, list) else [i for i in [own] if i is not None]
+    write_json(file, written | {"eos_token_id": list(dict.fromkeys([*ends, *more]))})
 
 
 def write_image_token(source: Path, target: Path) -> int:
@@ -117,11 +146,12 @@ def write_image_token(source: Path, target: Path) -> int:
     bpe.add_special_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)])
     bpe.save(str(target / "tokenizer.json"))
     index = bpe.get_vocab()[IMAGE_TOKEN]
-    entry = {"content": IMAGE_TOKEN, "special": True}
-    entry |= dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
-    settings["added_tokens_decoder"] = (settings.get("added_tokens_decoder") or {}) | {
-        str(index): entry
+    # Readers take this list for the whole one, whatever tokenizer.json has.
+    added = {
+        str(i): {name: getattr(token, name) for name in ADDED_TOKEN}
+        for i, token in bpe.get_added_tokens_decoder().items()
     }
+    settings["added_tokens_decoder"] = added | (settings.get("added_tokens_decoder") or {})
     write_json(file, settings)
     return index
 

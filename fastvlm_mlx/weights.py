@@ -174,8 +174,10 @@ def read_checkpoint(folder: Path) -> tuple[Weights, ModuleType]:
     if layout is None:
         found = ", ".join(sorted(tensors)[:3])
         raise CheckpointError(
-            f"{folder} holds tensors of an unknown layout ({found}, …); supported are the original "
-            "PyTorch layout (model.vision_tower.…) and the MLX layout (vision_tower.…)."
+            f"{folder} holds tensors of an unknown layout ({found}, …); supported are those of the "
+            "original PyTorch code (model.vision_tower.vision_tower.…), of transformers "
+            "(model.vision_tower.timm_model.…), of the MLX community (vision_tower.…) and of the "
+            "Apple silicon export (multi_modal_projector.… beside an .mlpackage)."
         )
     weights = layout.to_mlx(tensors)
     if layout is apple_export:

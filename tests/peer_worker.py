@@ -1,0 +1,120 @@
+"""Another library on a folder that this one wrote; run by that library's Python.
+
+    python peer_worker.py LIBRARY FOLDER INPUTS.npz OUTPUTS.npz
+
+For a model, INPUTS holds pixel_values [1, S, S, 3], input_ids [T] with images as the library wants
+them, and the number of greedy tokens; OUTPUTS gets features [n, C] before the projector, logits
+[T, V] of the prompt or [V] of its last token, and the tokens.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Arrays = dict[str, Any]
+
+
+def run_mlx_vlm(folder: Path, inputs: Arrays) -> Arrays:
+    import mlx.core as mx
+    from mlx_vlm.generate import generate_step
+    from mlx_vlm.utils import load_model
+
+    model = load_model(folder)
+    pixel_values = mx.array(inputs["pixel_values"])
+    input_ids = mx.array(inputs["input_ids"])[None]
+    mask, channels_first = mx.ones_like(input_ids), pixel_values.transpose(0, 3, 1, 2)
+    _, features, _ = model.vision_tower(pixel_values)
+    embeddings = model.get_input_embeddings(input_ids, channels_first, mask=mask).inputs_embeds
+    logits = model.language_model(None, inputs_embeds=embeddings).logits
+    steps = generate_step(
+        input_ids, model, channels_first, mask, max_tokens=int(inputs["tokens"]), temperature=0.0
+    )
+    tokens = [int(token) for token, _ in steps]
+    return {"features": features.flatten(1, 2)[0], "logits": logits[0, -1], "tokens": tokens}
+
+
+def run_processor(folder: Path, inputs: Arrays) -> Arrays:
+    """mlx-vlm's."""
+    import mlx_vlm.models.fastvlm  # noqa: F401  so that the next knows it
+    from mlx_vlm.utils import load_processor
+    from PIL import Image
+
+    processor = load_processor(folder)
+    image = Image.open(str(inputs["image"]))
+    made = processor(images=image, text=str(inputs["text"]), return_tensors=None)
+    return {"input_ids": made["input_ids"][0], "pixel_values": made["pixel_values"]}
+
+
+def run_transformers(folder: Path, inputs: Arrays) -> Arrays:
+    import torch
+    from transformers import AutoModelForImageTextToText, AutoTokenizer
+
+    model, loading = AutoModelForImageTextToText.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True
+    )
+    assert type(model).__name__ == "FastVlmForConditionalGeneration"
+    problems = {name: sorted(found) for name, found in loading.items() if found}
+    assert not problems, problems
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    text = tokenizer(str(inputs["text"]), add_special_tokens=False).input_ids
+    return outputs_of(model.eval(), inputs) | {"text_ids": text}
+
+
+def write_training_form(folder: Path, inputs: Arrays) -> Arrays:
+    """A random model in training form, with its weights saved to the folder."""
+    import torch
+    from transformers import AutoConfig, FastVlmForConditionalGeneration
+
+    config = AutoConfig.from_pretrained(folder)
+    config.vision_config.model_args["inference_mode"] = False
+    torch.manual_seed(0)
+    model = FastVlmForConditionalGeneration(config).float().eval()
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            if tensor.ndim == 1 or "gamma" in name:
+                centre = 0.0 if name.endswith("bias") else 1.0
+                tensor.copy_(centre + 0.2 * torch.randn(tensor.shape))
+        for name, tensor in model.named_buffers():
+            if name.endswith("running_var"):
+                tensor.copy_(0.5 + torch.rand(tensor.shape))
+            elif name.endswith("running_mean"):
+                tensor.copy_(0.2 * torch.randn(tensor.shape))
+    model.save_pretrained(folder)
+    return outputs_of(model, inputs)
+
+
+def outputs_of(model: Any, inputs: Arrays) -> Arrays:
+    import torch
+
+    pixel_values = torch.from_numpy(inputs["pixel_values"]).permute(0, 3, 1, 2).contiguous()
+    input_ids = torch.from_numpy(inputs["input_ids"]).long()[None]
+    with torch.no_grad():
+        features = model.model.vision_tower(pixel_values).last_hidden_state
+        out = model(input_ids=input_ids, pixel_values=pixel_values, use_cache=True)
+        logits, tokens = out.logits[0], []
+        for _ in range(int(inputs["tokens"])):
+            token = out.logits[:, -1].argmax(-1)
+            tokens.append(int(token))
+            out = model(input_ids=token[None], past_key_values=out.past_key_values, use_cache=True)
+    return {"features": features.flatten(2)[0].T, "logits": logits, "tokens": tokens}
+
+
+LIBRARIES = {
+    "mlx-vlm": run_mlx_vlm,
+    "processor": run_processor,
+    "transformers": run_transformers,
+    "training-form": write_training_form,
+}
+
+
+def main() -> None:
+    library, folder, inputs, target = sys.argv[1:]
+    with np.load(inputs) as given:
+        outputs = LIBRARIES[library](Path(folder), dict(given))
+    np.savez(target, **{name: np.array(value) for name, value in outputs.items()})
+
+
+if __name__ == "__main__":
+    main()
