@@ -21,6 +21,7 @@ def convert(
     revision: str | None = None,
     dtype: str | None = None,
     quantize: int | str | Mapping[str, Any] | None = None,
+    calibrate: str | os.PathLike[str] | None = None,
     layout: str = "mlx",
     overwrite: bool = False,
     progress: bool = True,
@@ -35,6 +36,8 @@ def convert(
         revision: branch, tag or commit on the Hub.
         dtype: float32, float16 or bfloat16; by default the checkpoint's own.
         quantize: bits a weight, a mode or preset by name, or a mapping; see `quantize.settings`.
+        calibrate: a folder of images on which the quantized decoder learns to answer as the source
+            does; see `calibrate.calibrate`.
         layout: "mlx", the MLX community's, which mlx-vlm and mlx-swift read too; "llava", the
             original PyTorch code's; "transformers", Hugging Face's; "apple-export", the original
             demo app's for iOS and macOS.
@@ -46,17 +49,22 @@ def convert(
 
     Raises:
         FileExistsError: the target exists and `overwrite` is not set.
-        FileNotFoundError: there is no such source.
+        FileNotFoundError: there is no such source, or no images to calibrate on.
         CheckpointError: the source is not a whole FastVLM.
-        ValueError: `dtype`, `quantize` or `layout` is not one that exists, or they don't go
-            together.
+        ValueError: `dtype`, `quantize` or `layout` is not one that exists, or they and
+            `calibrate` don't go together.
     """
     from fastvlm_mlx import hub, weights
+    from fastvlm_mlx.calibrate import calibrate as tune
     from fastvlm_mlx.card import license_of, model_card
     from fastvlm_mlx.quantize import quantize_checkpoint
 
     if layout not in WRITTEN:
         raise ValueError(f"layout must be one of {', '.join(WRITTEN)}, found {layout!r}.")
+    if calibrate is not None and quantize is None:
+        raise ValueError("calibrate tunes a quantized model; give quantize too.")
+    if calibrate is not None and layout != "mlx":
+        raise ValueError(f"calibrate goes with the mlx layout alone, found {layout}.")
     folder = hub.resolve(source, revision=revision)
     target = Path(target).expanduser()
     weights.check_target(target, folder)
@@ -76,6 +84,9 @@ def convert(
     if quantization and layout != "mlx":
         raise ValueError(f"The {layout} layout holds no quantized weights; leave out quantize.")
     with weights.folder_written_whole(target, overwrite=overwrite) as temporary:
+        if quantize is not None and calibrate is not None:
+            tuned = tune(folder, quantize, Path(calibrate), progress=progress)
+            tensors |= {name: weights.cast(tensor, chosen) for name, tensor in tuned.items()}
         name = str(chosen).removeprefix("mlx.core.")
         packed = weights.quantized_linears(tensors, replace(config, quantization=quantization))
         license = license_of(folder, source)

@@ -56,6 +56,7 @@ ImageSize = Annotated[
     int | None,
     typer.Option(help="Side in pixels, a multiple of 64; smaller is faster and coarser."),
 ]
+Fast = Annotated[bool, typer.Option("--fast", help="Decode large JPEGs coarser, in half the time.")]
 System = Annotated[str | None, typer.Option(help="System prompt, if not the model's own.")]
 MaxTokens = Annotated[int, typer.Option(help="Most tokens to generate.")]
 Temperature = Annotated[float, typer.Option(help="0 is greedy; above, answers vary.")]
@@ -110,12 +111,24 @@ def generate(
     seed: Seed = None,
     stop: Stop = None,
     image_size: ImageSize = None,
+    fast: Fast = False,
     max_kv_size: MaxKvSize = None,
     kv_bits: KvBits = None,
     prefill_step_size: PrefillStepSize = 2048,
     conv_mode: Annotated[
         str | None, typer.Option(help="Conversation template, such as qwen_2 or plain.")
     ] = None,
+    prompt_lookup: Annotated[
+        int | None,
+        typer.Option(help="Check up to this many tokens a step that stood in the prompt before."),
+    ] = None,
+    draft_model: Annotated[
+        str | None,
+        typer.Option(help="A smaller model (as --model) that proposes tokens, checked in a step."),
+    ] = None,
+    num_draft_tokens: Annotated[
+        int, typer.Option(help="Tokens that --draft-model proposes at a time.")
+    ] = 3,
     revision: Revision = None,
     dtype: Dtype = None,
     quantize: QuantizeBits = None,
@@ -159,6 +172,10 @@ def generate(
         system=system,
         image_size=image_size,
         conv_mode=conv_mode,
+        fast=fast,
+        prompt_lookup=prompt_lookup,
+        draft_model=None if draft_model is None else load(draft_model, dtype=dtype),
+        num_draft_tokens=num_draft_tokens,
         **vars(options),
     )
     text, last = show(parts, quiet=as_json)
@@ -213,6 +230,7 @@ def chat(
     top_p: TopP = 1.0,
     seed: Seed = None,
     image_size: ImageSize = None,
+    fast: Fast = False,
     max_kv_size: MaxKvSize = None,
     kv_bits: KvBits = None,
     revision: Revision = None,
@@ -232,6 +250,7 @@ def chat(
         processor,
         system=system,
         image_size=image_size,
+        fast=fast,
         max_tokens=max_tokens,
         temperature=temperature,
         top_p=top_p,
@@ -335,6 +354,13 @@ def convert(
     quantize_embeddings: Annotated[
         str | None, typer.Option(help="Bits of embeddings and output layer, or none.")
     ] = None,
+    calibrate: Annotated[
+        Path | None,
+        typer.Option(
+            help="A folder of images, and .jsonl of image and question if there is one, on which "
+            "a decoder below 8 bits learns to answer as the source does."
+        ),
+    ] = None,
     layout: Annotated[
         str, typer.Option(help="mlx, llava, transformers or apple-export (needs coremltools).")
     ] = "mlx",
@@ -356,6 +382,8 @@ def convert(
 
     fastvlm convert apple/FastVLM-0.5B fastvlm-0.5b-4bit --quantize 4 --quantize-vision 8
     """
+    from tempfile import TemporaryDirectory
+
     from .convert import convert as run
 
     parts = {
@@ -366,20 +394,27 @@ def convert(
     settings = quantize_settings(quantize, group_size, mode, parts)
     if target is None and not report:
         raise ValueError("Name the folder to write, or ask for a --report.")
-    if report:
-        compared = None if settings is None else {"asked for": settings}
-        print_report(source, revision, compared, questions, as_json)
+    with TemporaryDirectory() as temporary:
+        # What calibration gains is measured on the folder that it wrote.
+        written = target or (Path(temporary) / "calibrated" if calibrate else None)
+        if written is not None:
+            run(
+                source,
+                written,
+                revision=revision,
+                dtype=dtype,
+                quantize=settings,
+                calibrate=calibrate,
+                layout=layout,
+                overwrite=overwrite,
+            )
+        if report:
+            name = f"{quantize} bits" if (quantize or "").isdigit() else quantize or "asked for"
+            compared = None if settings is None else {name: settings}
+            folders = {f"{name}, calibrated": written} if written and calibrate else {}
+            print_report(source, revision, compared, folders, questions, as_json)
     if target is None:
         return
-    run(
-        source,
-        target,
-        revision=revision,
-        dtype=dtype,
-        quantize=settings,
-        layout=layout,
-        overwrite=overwrite,
-    )
     typer.echo(f"Wrote {target}.")
     if upload_repo is not None:
         upload(target, upload_repo)
@@ -430,10 +465,72 @@ def upload(
     typer.echo(url)
 
 
+@app.command(
+    epilog="Each row is the median of warm runs of one answer, from the file to the last token. "
+    "Its floor is the least that the machine needs for it: the floating-point operations of matrix "
+    "products, convolutions and attention at the rate of a large matrix product, or the bytes of "
+    "weights and activations at the rate of a large copy, whichever takes longer. Small models "
+    "and single tokens are bound by the launches of GPU kernels instead; they are counted below."
+)
+def bench(
+    model: Model = None,
+    image: Annotated[
+        Path | None,
+        typer.Option(help="A picture; by default one of 12 megapixels, as a JPEG in memory."),
+    ] = None,
+    image_size: ImageSize = None,
+    prompt_tokens: Annotated[int, typer.Option(help="Text tokens beside the image's.")] = 32,
+    tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 32,
+    runs: Annotated[int, typer.Option(help="Of everything, after one that does not count.")] = 5,
+    revision: Revision = None,
+    dtype: Dtype = None,
+    quantize: QuantizeBits = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print every sample and count as one JSON object.")
+    ] = False,
+    compare: Annotated[
+        Path | None,
+        typer.Option(help="What --json printed before: say how many times better each stage is."),
+    ] = None,
+) -> None:
+    """Measure how fast a model runs here, stage by stage, and how far that is from the hardware.
+
+    fastvlm bench --model apple/FastVLM-0.5B --quantize 4
+
+    fastvlm bench --json > before.json
+
+    fastvlm bench --compare before.json
+    """
+    from .bench import bench as run
+    from .bench import differences, print_result, read_result, times_better
+
+    earlier = None if compare is None else read_result(compare)
+    result = run(
+        model,
+        image=image,
+        image_size=image_size,
+        prompt_tokens=prompt_tokens,
+        tokens=tokens,
+        runs=runs,
+        revision=revision,
+        dtype=dtype,
+        quantize=quantize,
+        note=lambda line: typer.echo(line, err=True),
+    )
+    if not as_json:
+        print_result(result, earlier)
+        return
+    if earlier is not None:
+        result["times_better"] = times_better(result, earlier)
+        result["differences"] = differences(result, earlier)
+    typer.echo(json.dumps(result))
+
+
 def print_report(
     source: str,
     revision: str | None,
     compared: dict[str, Any] | None,
+    folders: dict[str, Path],
     questions: Path | None,
     as_json: bool,
 ) -> None:
@@ -445,8 +542,12 @@ def print_report(
 
     rows: list[Any] = []
     settings = COMPARED if compared is None else compared
-    for row in precision_report(source, settings, questions=questions, revision=revision):
-        typer.echo(f"{len(rows) + 1} of {len(settings) + 1}: {row.name}", err=True)
+    count = 1 + len(settings) + len(folders)
+    report = precision_report(
+        source, settings, folders=folders, questions=questions, revision=revision
+    )
+    for row in report:
+        typer.echo(f"{len(rows) + 1} of {count}: {row.name}", err=True)
         rows.append(row)
     if as_json:
         typer.echo(json.dumps([asdict(row) for row in rows]))

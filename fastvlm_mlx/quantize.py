@@ -109,10 +109,11 @@ def plan(weights: Weights, config: FastVLMConfig, quantize: Quantize) -> dict[st
     low, high = MIXED.get(given.get("preset", ""), (None, None))
     planned: dict[str, Settings] = {}
     for name, tensor in weights.items():
-        chosen = parts.get(part_of(name))
+        part = part_of(name)
+        chosen = parts.get(part)
         if chosen is None or not is_matrix(name, tensor):
             continue
-        if low and part_of(name) in ("decoder", "embeddings"):
+        if low and part in ("decoder", "embeddings") and part not in given:
             sensitive = is_sensitive(name, config.text.num_hidden_layers)
             chosen = chosen | {"bits": high if sensitive else low}
         if tensor.shape[-1] % chosen["group_size"] == 0:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import mlx.core as mx
 
 from . import hub, weights
+from .convert.fold import Weights
 from .generate import generate, preprocess_images, stream_generate
 from .model import FastVLM
 from .prompt import Processor, build_prompt
@@ -20,6 +21,7 @@ from .quantize import Quantize, quantize_checkpoint
 SAMPLES = tuple(sorted((hub.NANO / "images").glob("*.png")))
 QUESTION = "Describe the image."
 ANSWER_TOKENS = 32
+FIELDS = ("image", "question", "answer")
 
 # Settings that a report compares when none are given.
 COMPARED: dict[str, Quantize] = {
@@ -76,6 +78,7 @@ def precision_report(
     source: str | Path | None,
     compared: dict[str, Quantize] | None = None,
     *,
+    folders: Mapping[str, Path] | None = None,
     images: Sequence[Any] = SAMPLES,
     questions: Path | None = None,
     revision: str | None = None,
@@ -85,13 +88,14 @@ def precision_report(
     Args:
         source: a full-precision folder or Hub id.
         compared: settings by name; a wide choice by default.
+        folders: more quantized forms by name, which `convert` wrote.
         images: on which features, logits and answers are compared.
         questions: a .jsonl file of {"image", "question", "answer", "task"}; an answer is right if
             it is the same to the letter.
         revision: branch, tag or commit on the Hub.
 
     Yields:
-        The source's row, then one a setting.
+        The source's row, then one a setting, then one a folder.
 
     Raises:
         ValueError: the source is quantized already, or a setting is not one that exists.
@@ -109,13 +113,13 @@ def precision_report(
     exact = sample_outputs(model, processor, images)
     name = str(tensors["language_model.model.norm.weight"].dtype).removeprefix("mlx.core.")
     yield Row(name, size, 8 * size / count, accuracy=accuracy(model, processor, asked))
-    for name, quantize in (COMPARED if compared is None else compared).items():
-        packed, _, _ = quantize_checkpoint(tensors, config, quantize)
-        size = sum(tensor.nbytes for tensor in packed.values())
-        del packed
-        model = weights.load_model(folder, quantize=quantize)
+    del model
+
+    def row(name: str, tensors: Weights, model: FastVLM) -> Row:
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        tensors.clear()
         found = sample_outputs(model, processor, images)
-        yield Row(
+        return Row(
             name,
             size,
             8 * size / count,
@@ -124,6 +128,13 @@ def precision_report(
             token_agreement(found.tokens, exact.tokens),
             accuracy(model, processor, asked),
         )
+
+    for name, quantize in (COMPARED if compared is None else compared).items():
+        packed, _, _ = quantize_checkpoint(tensors, config, quantize)
+        yield row(name, packed, weights.load_model(folder, quantize=quantize))
+    for name, written in (folders or {}).items():
+        _, packed = weights.read_whole(written)
+        yield row(name, packed, weights.load_model(written))
 
 
 def sample_outputs(model: FastVLM, processor: Processor, images: Sequence[Any]) -> Outputs:
@@ -166,8 +177,12 @@ def token_agreement(found: Sequence[list[int]], exact: Sequence[list[int]]) -> f
     return same / sum(len(wanted) for wanted in exact)
 
 
-def read_questions(file: Path) -> list[dict[str, str]]:
+def read_questions(file: Path, fields: Sequence[str] = FIELDS) -> list[dict[str, str]]:
     """The lines of a .jsonl file, with images' paths made whole.
+
+    Args:
+        file: of objects with `fields`, and maybe a `task`.
+        fields: `image` and others that must be there.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -178,11 +193,12 @@ def read_questions(file: Path) -> list[dict[str, str]]:
         try:
             row = json.loads(line)
             image = file.parent / row["image"]
-            rows.append({"task": "all", **row, "image": str(image), "answer": row["answer"]})
-            rows[-1]["question"]
+            rows.append({"task": "all", **row, "image": str(image)})
+            if not all(isinstance(rows[-1][name], str) for name in fields):
+                raise TypeError
         except (ValueError, TypeError, KeyError):
             raise ValueError(
-                f"{file}, line {number} is not an object with image, question and answer."
+                f"{file}, line {number} is not an object with the texts {', '.join(fields)}."
             ) from None
     return rows
 

@@ -30,7 +30,6 @@ from fastvlm_mlx import cli
 from fastvlm_mlx.chat import Chat
 from fastvlm_mlx.generate import Options
 from fastvlm_mlx.hub import NANO
-from fastvlm_mlx.image import load_image
 from fastvlm_mlx.qwen2 import Block
 from fastvlm_mlx.version import __version__
 from fastvlm_mlx.vision import FastViTHD
@@ -290,9 +289,10 @@ def test_options_reach_generate(cache: dict, run: Run, monkeypatch: pytest.Monke
     assert loads == [(("user/name",), LOAD)]
     ((arguments, given),) = calls
     assert arguments == ("model", "processor", "What?")
-    assert given.pop("image") == ["a.png", "b.png"]
-    defaults = {**vars(Options()), "system": None, "image_size": None, "conv_mode": None}
-    assert given == {**defaults, **options}
+    assert given["image"] == ["a.png", "b.png"]
+    own = signature(fv.stream_generate).parameters.values()
+    defaults = vars(Options()) | {p.name: p.default for p in own if p.kind is p.KEYWORD_ONLY}
+    assert {"reuse": None, **given} == {**defaults, **options, "image": given["image"]}
 
 
 @pytest.mark.parametrize("cache", [{"kv_bits": 4}, {"max_kv_size": 64}], ids=str)
@@ -306,7 +306,8 @@ def test_options_reach_chat(cache: dict, run: Run, monkeypatch: pytest.MonkeyPat
     assert loads == [(("user/name",), LOAD)]
     ((arguments, given),) = chats
     assert arguments == ("model", "processor")
-    assert {**dict.fromkeys(("kv_bits", "max_kv_size")), **SHARED, **cache} == given
+    unset = {"kv_bits": None, "max_kv_size": None, "fast": False}
+    assert {**unset, **SHARED, **cache} == given
 
 
 def test_options_have_an_effect(run: Run, nano: tuple) -> None:
@@ -417,7 +418,7 @@ def server() -> Iterator[str]:
 
 
 def test_urls(run: Run, server: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(load_image.__kwdefaults__, "timeout", 0.5)
+    monkeypatch.setattr("fastvlm_mlx.image.TIMEOUT", 0.5)
     assert run("generate", "--image", f"{server}/penguins").out == f"{ANSWER}\n"
     assert_one_error(run("generate", "--image", f"{server}/nothing"), f"{server}/nothing", "404")
     assert_one_error(run("generate", "--image", f"{server}/never"), "/never", "within 0.5 seconds")
@@ -735,14 +736,15 @@ def test_help_names_and_explains_every_option(name: str, run: Run) -> None:
 
 def test_flags_are_the_python_names() -> None:
     flags = {option for p in COMMANDS["generate"].params for option in p.opts}
-    names = [field.name for field in fields(Options) if field.name != "logits_processor"]
+    python_only = {"logits_processor", "reuse"}
+    names = [field.name for field in fields(Options)]
     names += [
         name
         for function in (fv.load, fv.stream_generate)
         for name, parameter in signature(function).parameters.items()
         if parameter.kind is parameter.KEYWORD_ONLY
     ]
-    assert {f"--{name.replace('_', '-')}" for name in names} <= flags
+    assert {f"--{name.replace('_', '-')}" for name in {*names} - python_only} <= flags
     assert {"--model", "--image", "--prompt", "--json", "--verbose"} <= flags
     chat = {option for p in COMMANDS["chat"].params for option in p.opts}
     assert chat <= flags | {"--help", "-h"}
