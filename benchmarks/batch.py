@@ -51,7 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     result = summary(found, seconds)
     print(table(result))
     if options.json:
-        options.json.write_text(json.dumps({**result, "seconds": seconds}, indent=2) + "\n")
+        model_name = Path(options.model).name if options.model else "the bundled model"
+        written = {"kind": "batch", "model": model_name, **result, "seconds": seconds}
+        options.json.write_text(json.dumps(written, indent=1) + "\n")
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

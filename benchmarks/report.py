@@ -44,6 +44,7 @@ COMPARE_GOALS = {
     ("GPU", "7b"): FASTER_ON_GPU,
 }
 MOST_LAUNCHES = 0.6
+LEAST_THROUGHPUT = 3.0
 MOST_DEPARTURE = 0.25
 MOST_DRIFT = 0.02
 MOST_OF_FIRST = 0.1
@@ -194,6 +195,29 @@ def memory_goals(result: Result) -> Iterable[Goal]:
     yield f"{what} beyond the weights", f"≤ {MOST_BYTES / 1e9}", f"{peak / 1e9:.2f}"
 
 
+def batch_title(result: Result) -> str:
+    return f"{result['requests']} requests together, {result['model']}"
+
+
+def batch_page(result: Result) -> str:
+    """Throughput one by one and together."""
+    rows = [
+        [name, f"{seconds:.3g}", f"{result['tokens'] / seconds:.3g}"]
+        for name, seconds in result["seconds (median)"].items()
+    ]
+    least, most = result["times faster (least and most)"]
+    return (
+        f"{markdown_table(['', 's', 'tokens/s'], rows)}\n\n"
+        f"- {result['times faster (median)']:.2f} times as fast ({least:.2f}–{most:.2f}); "
+        f"{result['same answers']} of {result['requests']} answers are the same token for token."
+    )
+
+
+def batch_goals(result: Result) -> Iterable[Goal]:
+    what = f"throughput of {result['requests']} requests together, {result['model']}"
+    yield what, f"≥ {LEAST_THROUGHPUT:g}", f"{result['times faster (median)']:.2f}"
+
+
 def table_title(result: Result) -> str:
     return str(result["title"])
 
@@ -220,6 +244,7 @@ KINDS: dict[str, tuple[Callable, Callable, Callable]] = {
     "second-question": (second_title, second_page, second_goals),
     "growth": (growth_title, growth_page, growth_goals),
     "memory": (memory_title, memory_page, memory_goals),
+    "batch": (batch_title, batch_page, batch_goals),
     "table": (table_title, table_page, table_goals),
 }
 

@@ -23,7 +23,7 @@ from random_checkpoint import SIZES
 from worker import DTYPES
 
 BENCHMARKS = Path(__file__).resolve().parent
-ON_BUNDLED = ("speculate",)  # what is measured on the bundled model, and told nothing more
+ON_BUNDLED = ("batch", "speculate")  # what is measured on the bundled model, and told nothing more
 STEPS = ("compare", "launches", "second_question", "growth", "memory", *ON_BUNDLED)
 GPU_DEFAULTS = (["0.5b", "7b"], "bfloat16")
 CPU_DEFAULTS = (["0.5b", "nano"], "float32")

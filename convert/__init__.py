@@ -71,7 +71,9 @@ def convert(
     if layout == "apple-export":
         from fastvlm_mlx.convert.apple_export import export
 
-        return export(folder, target, quantize=quantize, overwrite=overwrite)
+        if dtype not in (None, "float16"):
+            raise ValueError(f"The apple-export layout is float16; leave out dtype, found {dtype}.")
+        return export(source, target, revision=revision, quantize=quantize, overwrite=overwrite)
     config, tensors = weights.read_whole(folder)
     own = tensors["language_model.model.norm.weight"].dtype
     chosen = weights.resolve_dtype(dtype or own, tensors)
@@ -89,8 +91,14 @@ def convert(
             tensors |= {name: weights.cast(tensor, chosen) for name, tensor in tuned.items()}
         name = str(chosen).removeprefix("mlx.core.")
         packed = weights.quantized_linears(tensors, replace(config, quantization=quantization))
-        license = license_of(folder, source)
-        card = model_card(target.name, source, name, layers=dict(packed), license=license)
+        card = model_card(
+            target.name,
+            source,
+            name,
+            layers=dict(packed),
+            license=license_of(folder, source),
+            calibrated=calibrate is not None,
+        )
         (temporary / "README.md").write_text(card, encoding="utf-8")
         tensors = _write_files(folder, temporary, config, tensors, name, quantization, layout)
         with _bar(sum(t.nbytes for t in tensors.values()), shown=progress) as bar:

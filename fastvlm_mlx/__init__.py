@@ -15,6 +15,7 @@ except ImportError as error:
     ) from error
 
 from . import convert
+from .batch import batch_generate
 from .chat import Chat
 from .config import CheckpointError, FastVLMConfig
 from .generate import Part, generate, stream_generate
@@ -34,6 +35,7 @@ __all__ = [
     "Processor",
     "Reuse",
     "__version__",
+    "batch_generate",
     "convert",
     "generate",
     "load",

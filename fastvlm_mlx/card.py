@@ -21,8 +21,12 @@ PART_NAMES = {
 APPLE = "Apple Machine Learning Research Model"
 DERIVATIVE = (
     "This folder is a derivative of it: tensors were renamed, transposed, merged and rounded to "
-    "the precision above; nothing was trained."
+    "the precision above; {trained}."
 )
+TRAINED = {
+    False: "nothing was trained",
+    True: "the scales of quantized layers were tuned to give the original's answers",
+}
 USAGE = """\
 ```bash
 pip install fastvlm-mlx
@@ -44,6 +48,7 @@ def model_card(
     *,
     layers: Mapping[str, Mapping[str, Any]] | None = None,
     license: Mapping[str, str] | None = None,
+    calibrated: bool = False,
 ) -> str:
     """The README.md of a converted folder.
 
@@ -54,11 +59,13 @@ def model_card(
         layers: the settings (`bits`, `group_size`, `mode`) of each quantized layer, in the names of
             the MLX layout, as `quantize.plan` and `weights.quantized_linears` give them.
         license: as `license_of` gives it.
+        calibrated: whether scales were tuned (`calibrate`).
     """
     from huggingface_hub.utils import yaml_dump
 
     license = license or {}
     base_model, origin = _origin(source)
+    derivative = DERIVATIVE.format(trained=TRAINED[calibrated])
     metadata = {
         "library_name": "mlx",
         "pipeline_tag": "image-text-to-text",
@@ -74,7 +81,7 @@ def model_card(
         f"- Licence: {_license_line(license)}",
         *_quantization(layers or {}, dtype),
         USAGE,
-        *([f"{zoo.ATTRIBUTION} {DERIVATIVE}"] if license == zoo.LICENSE else []),
+        *([f"{zoo.ATTRIBUTION} {derivative}"] if license == zoo.LICENSE else []),
     ]
     return "\n\n".join(paragraphs) + "\n"
 
