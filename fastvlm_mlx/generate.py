@@ -301,6 +301,7 @@ def encode_images(
     """The visual tokens [n, hidden_size] of each image, computed."""
     features = model.encode_images(pixel_values, image_sizes) if pixel_values else []
     mx.eval(features)
+    mx.clear_cache()  # of the encoder's activations, which the decoder has no use for
     return features
 
 

@@ -124,12 +124,12 @@ def _shifted_conv(x: mx.array, weight: mx.array, bias: mx.array, stride: int) ->
     pad = kernel // 2
     height, width = (H - 1) // stride + 1, (W - 1) // stride + 1
     x = mx.pad(x, [(0, 0), (pad, pad), (pad, pad), (0, 0)])
-    taps = mx.contiguous(weight.reshape(C, kernel, kernel).transpose(1, 2, 0))
+    taps = mx.split(mx.contiguous(weight.reshape(C, -1).T), kernel**2)
     total = mx.broadcast_to(bias, (B, height, width, C))
     for i in range(kernel):
         strip = x[:, i : i + (height - 1) * stride + 1 : stride]
         shifted = [strip[:, :, j : j + (width - 1) * stride + 1 : stride] for j in range(kernel)]
-        total = _add_taps(total, shifted, [taps[i, j] for j in range(kernel)])
+        total = _add_taps(total, shifted, taps[i * kernel : (i + 1) * kernel])
     return total
 
 

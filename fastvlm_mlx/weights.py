@@ -30,7 +30,7 @@ from .model import FastVLM
 from .prompt import Processor, Tokenizer
 from .quantize import Quantize, Settings, layer_settings, quantize_checkpoint
 from .qwen2 import SideBySide
-from .vision import on_cpu
+from .vision import on_cpu, on_metal
 
 LAYOUTS: tuple[ModuleType, ...] = (mlx_vlm, llava, transformers, apple_export)
 VISION = "vision_tower.vision_model."
@@ -143,6 +143,8 @@ def _evaluate(model: FastVLM) -> None:
             mx.eval(waiting)
             waiting.clear()
     mx.eval(model.parameters())
+    if on_metal():  # else the system may page weights out between two answers
+        mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
 
 
 def read_whole(folder: Path) -> tuple[FastVLMConfig, Weights]:

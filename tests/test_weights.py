@@ -812,3 +812,12 @@ def test_end_tokens_come_from_both_configs(tmp_path):
 def test_load_of_a_name_that_is_nothing(tmp_path):
     with pytest.raises(FileNotFoundError, match="no model folder"):
         fv.load(tmp_path / "nothing")
+
+
+def test_weights_are_wired_on_metal(small_folder, monkeypatch):
+    limits = []
+    monkeypatch.setattr(weights, "on_metal", lambda: True)
+    monkeypatch.setattr(mx, "set_wired_limit", limits.append)
+    monkeypatch.setattr(mx, "device_info", lambda: {"max_recommended_working_set_size": 2**34})
+    load_model(small_folder)
+    assert limits == [2**34]
