@@ -124,7 +124,7 @@ def _shifted_conv(x: mx.array, weight: mx.array, bias: mx.array, stride: int) ->
     pad = kernel // 2
     height, width = (H - 1) // stride + 1, (W - 1) // stride + 1
     x = mx.pad(x, [(0, 0), (pad, pad), (pad, pad), (0, 0)])
-    taps = mx.split(mx.contiguous(weight.reshape(C, -1).T), kernel**2)
+    taps = list(mx.split(mx.contiguous(weight.reshape(C, -1).T), kernel**2))
     total = mx.broadcast_to(bias, (B, height, width, C))
     for i in range(kernel):
         strip = x[:, i : i + (height - 1) * stride + 1 : stride]
