@@ -13,7 +13,6 @@ Shapes: B sequences, T tokens, D = head_dim.
 from __future__ import annotations
 
 import os
-import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -50,9 +49,6 @@ Pixels: TypeAlias = "tuple[mx.array, tuple[int, int]]"
 MAX_THREADS = 8  # that read images
 READ_AHEAD = 2  # encoder batches whose images are read in advance
 PIXELS_AT_ONCE, IMAGES_AT_ONCE = 2**22, 8  # that are encoded, if nothing else is asked for
-
-
-_of_thread = threading.local()  # as MLX's streams are
 
 
 class RequestError(ValueError):
@@ -562,34 +558,13 @@ def encode_together(model: FastVLM, images: Sequence[Pixels], encode_batch: int)
         squares = mx.concatenate([images[i][0] for i in alike])
         encoded = []
         for start in range(0, len(squares), encode_batch):
-            encoded += _encode_squares(model, squares[start : start + encode_batch])
+            encoded.append(model.encode_image(squares[start : start + encode_batch] / 255))
             mx.eval(encoded)
         ends = list(accumulate(len(images[i][0]) for i in alike))
         for i, tiles in zip(alike, mx.split(mx.concatenate(encoded), ends[:-1]), strict=True):
             features[i] = model.merge_tiles(tiles, images[i][1])
     mx.eval(features)
     return features
-
-
-def _encode_squares(model: FastVLM, squares: mx.array) -> list[mx.array]:
-    """Visual tokens of uint8 [B, S, S, 3], in shares: most of MLX's CPU operations use one core."""
-    streams = _streams()[: len(squares)]
-    shares = mx.split(squares, [len(squares) * i // len(streams) for i in range(1, len(streams))])
-    encoded = []
-    for stream, share in zip(streams, shares, strict=True):
-        with mx.stream(stream):
-            encoded.append(model.encode_image(share / 255))
-    return encoded
-
-
-def _streams() -> list[mx.Stream]:
-    """Streams whose work runs side by side: one for each core of the CPU, or the GPU's own."""
-    if not on_cpu():
-        return [mx.default_stream(mx.default_device())]
-    if not hasattr(_of_thread, "streams"):
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        _of_thread.streams = [mx.new_stream(mx.cpu) for _ in range(cores or 1)]
-    return _of_thread.streams
 
 
 def sample_rows(rows: Sequence[_Row], logits: mx.array) -> mx.array:
