@@ -14,13 +14,14 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .config import TextConfig
-from .vision import on_cpu
+from .vision import exp_negative, on_cpu, one_by_one
 
 Rotation: TypeAlias = Callable[[mx.array], mx.array]
 
 # On the CPU, a product of one row is taken this many outputs at a time, of weights of this size.
 BLOCK = 128
 LARGE = 2**18
+ROWS = 128  # of queries that attend at a time, on the CPU
 
 
 class KVCache:
@@ -135,7 +136,42 @@ def _attend(
         return quantized_scaled_dot_product_attention(
             queries, keys, values, scale, mask, group_size=cache.group_size, bits=cache.bits
         )
+    is_causal = isinstance(mask, str) and mask == "causal"
+    if is_causal and cache is not None and on_cpu() and queries.dtype == mx.float32:
+        return attend_causally(queries, keys, values, scale)
     return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
+
+
+def attend_causally(q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
+    """Causal attention on the CPU, some rows at a time, each with the keys that it may see.
+
+    Args:
+        q: [B, heads, T, D], the last T of S positions.
+        k, v: [B, kv_heads, S, D].
+        scale: of the scores.
+
+    Returns:
+        [B, heads, T, D].
+    """
+    B, heads, T, D = q.shape
+    kv_heads, before = k.shape[1], k.shape[2] - T
+    q = (scale * q).reshape(B, kv_heads, heads // kv_heads, T, D)
+    k, v = k[:, :, None], v[:, :, None]
+    ends = [min(start + ROWS, T) for start in range(0, T, ROWS)]
+    pieces = [
+        (q[..., i * ROWS : end, :], k[..., : before + end, :], v[..., : before + end, :])
+        for i, end in enumerate(ends)
+    ]
+    return mx.concatenate(one_by_one(_attend_rows, pieces), axis=-2).reshape(B, heads, T, D)
+
+
+def _attend_rows(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+    scores = q @ k.swapaxes(-1, -2)
+    rows, seen = scores.shape[-2:]
+    sees = mx.arange(seen - rows, seen)[:, None] >= mx.arange(seen)
+    scores = mx.where(sees, scores, -mx.inf)
+    weights = exp_negative(scores.max(axis=-1, keepdims=True) - scores)
+    return weights @ v / weights.sum(axis=-1, keepdims=True)
 
 
 def is_step(length: int, cache: Any) -> bool:

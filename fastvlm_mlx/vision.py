@@ -71,7 +71,7 @@ def _gelu_rational(x: mx.array) -> mx.array:
 
 
 @mx.compile
-def _exp_negative(x: mx.array) -> mx.array:
+def exp_negative(x: mx.array) -> mx.array:
     # exp(-x) for x from 0, within 5e-7. The ones are left out of the factors and of the first
     # products, so that little is rounded away near 0, where it counts.
     a, b, c, d = (x * (b + c * x) for b, c in EXP_QUADRATICS)
@@ -187,7 +187,7 @@ def attend(qkv: mx.array, scale: float) -> mx.array:
 
 def _attend_head(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
     scores = q @ k.swapaxes(-1, -2)
-    weights = _exp_negative(scores.max(axis=-1, keepdims=True) - scores)
+    weights = exp_negative(scores.max(axis=-1, keepdims=True) - scores)
     return weights @ v / weights.sum(axis=-1, keepdims=True)
 
 

@@ -14,7 +14,7 @@ from mlx_lm.models import cache as mlx_lm_cache
 from fastvlm_mlx.config import FastVLMConfig
 from fastvlm_mlx.generate import Options, generate_tokens
 from fastvlm_mlx.model import FastVLM
-from fastvlm_mlx.qwen2 import KVCache
+from fastvlm_mlx.qwen2 import KVCache, attend_causally
 from fastvlm_mlx.weights import to_checkpoint
 
 VOCAB_SIZE = 100
@@ -152,6 +152,18 @@ def test_same_as_mlx_lm_where_the_cache_grows(prompt: int, model: FastVLM) -> No
         assert_close(model(step, cache=ours), model(step, cache=theirs), 1e-5)
     assert_close(model(ids)[:, -1:], model(ids[:, -1:], cache=_trimmed(ours, 1)))
     assert ours[0].keys.shape[2] % KVCache.step == 0
+
+
+@pytest.mark.parametrize("heads, kv_heads", [(4, 2), (3, 3), (6, 1)])
+@pytest.mark.parametrize(
+    "length, before", [(2, 0), (2, 7), (127, 0), (128, 1), (129, 0), (300, 40)]
+)
+def test_attention_by_rows(heads: int, kv_heads: int, length: int, before: int) -> None:
+    q = mx.random.normal((2, heads, length, 16), key=mx.random.key(0))
+    k, v = mx.random.normal((2, 2, kv_heads, before + length, 16), key=mx.random.key(1))
+    found = attend_causally(q, 3 * k, v, 0.25)
+    wanted = mx.fast.scaled_dot_product_attention(q, 3 * k, v, scale=0.25, mask="causal")
+    assert_close(found, wanted, 1e-5)
 
 
 def _trimmed(cache: list[KVCache], n: int) -> list[KVCache]:
