@@ -558,7 +558,7 @@ def encode_together(model: FastVLM, images: Sequence[Pixels], encode_batch: int)
         squares = mx.concatenate([images[i][0] for i in alike])
         encoded = []
         for start in range(0, len(squares), encode_batch):
-            encoded.append(model.encode_image(squares[start : start + encode_batch] / 255))
+            encoded.append(model.encode_image(squares[start : start + encode_batch]))
             mx.eval(encoded)
         ends = list(accumulate(len(images[i][0]) for i in alike))
         for i, tiles in zip(alike, mx.split(mx.concatenate(encoded), ends[:-1]), strict=True):

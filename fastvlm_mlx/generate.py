@@ -6,14 +6,16 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
 
 from .image import ImageSource
 from .model import FastVLM
 from .prompt import Detokenizer, Processor, build_prompt, check_marks
-from .reuse import Reuse
+
+if TYPE_CHECKING:
+    from .reuse import Reuse
 
 Sampler = Callable[[mx.array], mx.array]
 LogitsProcessor = Callable[[mx.array, mx.array], mx.array]

@@ -13,6 +13,7 @@ from hashlib import blake2b
 
 import mlx.core as mx
 
+from .generate import encode_images
 from .model import FastVLM
 from .qwen2 import KVCache
 
@@ -79,9 +80,7 @@ class Reuse:
         for pixels, size in zip(pixel_values, image_sizes, strict=True):
             key = image_key(pixels, size)
             if key not in self._features:
-                (visual,) = model.encode_images([pixels], [size])
-                mx.eval(visual)
-                self._features[key] = visual
+                (self._features[key],) = encode_images(model, [pixels], [size])
             self._features.move_to_end(key)
             features.append(self._features[key])
             keys.append(key)
@@ -122,7 +121,8 @@ class Reuse:
         """Remember a prompt whose keys and values are the first of a cache."""
         if any(prefix.ids[: len(ids)] == ids for prefix in self._prefixes):
             return
-        stored = [layer.stored[..., : len(ids), :] for layer in cache if layer.stored is not None]
+        kept = [layer.stored[..., : len(ids), :] for layer in cache if layer.stored is not None]
+        stored = [mx.contiguous(a) for a in kept]  # without the room that the cache grows into
         mx.async_eval(stored)
         self._prefixes = [p for p in self._prefixes if ids[: len(p.ids)] != p.ids]
         self._prefixes.append(Prefix(ids, stored))

@@ -342,7 +342,7 @@ def test_tiles_stay_with_their_image() -> None:
         """A model whose visual tokens are the mean of each square."""
 
         def encode_image(self, pixel_values: mx.array) -> mx.array:
-            return pixel_values.mean(axis=(1, 2, 3)).reshape(-1, 1, 1) * 255
+            return pixel_values.mean(axis=(1, 2, 3)).reshape(-1, 1, 1)
 
         def merge_tiles(self, features: mx.array, image_size: tuple[int, int]) -> mx.array:
             return mx.concatenate([features[:, 0], mx.array([[image_size[0]]])])
