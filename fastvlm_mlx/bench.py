@@ -37,6 +37,7 @@ from .generate import (
     make_kv_cache,
     preprocess_images,
 )
+from .linear import QuantizedLinear
 from .model import FastVLM
 from .prompt import Processor, Tokenizer
 from .version import __version__
@@ -225,9 +226,10 @@ def quantized_product(layer: nn.QuantizedLinear, dtype: mx.Dtype, n: int) -> Cal
     """A product of n x n matrices, the second quantized as a layer is."""
     settings = {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode}
     a = mx.random.normal((n, n)).astype(dtype)
-    packed = mx.quantize(a, **settings)
-    mx.eval(a, packed)
-    return lambda: mx.eval(mx.quantized_matmul(a, *packed, **settings))
+    layer = QuantizedLinear.from_linear(nn.Linear(n, n, bias=False), **settings)
+    layer.set_dtype(dtype)
+    mx.eval(a, layer.parameters())
+    return lambda: mx.eval(layer(a))
 
 
 def numpy_product(n: int) -> Callable[[], Any]:

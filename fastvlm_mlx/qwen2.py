@@ -14,13 +14,11 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .config import TextConfig
+from .linear import SideBySide, is_row, project, times_row
 from .vision import exp_negative, on_cpu, one_by_one
 
 Rotation: TypeAlias = Callable[[mx.array], mx.array]
 
-# On the CPU, a product of one row is taken this many outputs at a time, of weights of this size.
-BLOCK = 128
-LARGE = 2**18
 ROWS = 128  # of queries that attend at a time, on the CPU
 
 
@@ -220,38 +218,6 @@ def _swiglu(gate: mx.array, up: mx.array) -> mx.array:
     return nn.silu(gate) * up
 
 
-def project(layer: nn.Module, x: mx.array, residual: mx.array | None = None) -> mx.array:
-    """layer(x), and `residual` added, in as few steps as a layer in float allows."""
-    if not isinstance(layer, nn.Linear):
-        return layer(x) if residual is None else residual + layer(x)
-    if is_row(x, layer):
-        y = times_row(x, layer.weight)
-        y = y + layer.bias if "bias" in layer else y
-        return y if residual is None else residual + y
-    if residual is not None and "bias" not in layer:
-        return mx.addmm(residual, x, layer.weight.T)
-    return layer(x) if residual is None else residual + layer(x)
-
-
-def is_row(x: mx.array, layer: nn.Module) -> bool:
-    """Whether `times_row` is for x and a layer: one row, times a large weight in float."""
-    is_float = isinstance(layer, (nn.Linear, nn.Embedding))
-    return on_cpu() and x.size == x.shape[-1] and is_float and layer.weight.size >= LARGE
-
-
-def times_row(x: mx.array, weight: mx.array) -> mx.array:
-    """One row x, [..., inputs], times weight [outputs, inputs] transposed.
-
-    Where it can, a block of outputs at a time: BLAS libraries repack a large matrix before they
-    multiply, which costs more than the product itself, but not a small one.
-    """
-    outputs, inputs = weight.shape
-    if outputs % BLOCK:
-        return x @ weight.T
-    blocks = weight.reshape(-1, BLOCK, inputs).swapaxes(-1, -2)
-    return (x.reshape(1, 1, inputs) @ blocks).reshape(*x.shape[:-1], outputs)
-
-
 class RMSNorm(nn.RMSNorm):
     """Division by the root mean square; on the CPU in three steps, where MLX takes seven."""
 
@@ -264,17 +230,6 @@ class RMSNorm(nn.RMSNorm):
 @mx.compile
 def _normalise(x: mx.array, square_sum: mx.array, weight: mx.array, eps: float) -> mx.array:
     return x * mx.rsqrt(square_sum / x.shape[-1] + eps) * weight
-
-
-class SideBySide(nn.Module):
-    """Linear layers of one input that stay apart, their outputs joined."""
-
-    def __init__(self, layers: Sequence[nn.Module]):
-        super().__init__()
-        self.layers = list(layers)
-
-    def __call__(self, x: mx.array) -> mx.array:
-        return mx.concatenate([layer(x) for layer in self.layers], axis=-1)
 
 
 class Attention(nn.Module):

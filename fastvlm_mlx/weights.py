@@ -26,10 +26,10 @@ from . import hub
 from .config import CheckpointError, FastVLMConfig, load_config, read_json
 from .convert import adapters, apple_export, fold, llava, mlx_vlm, transformers
 from .convert.fold import Weights
+from .linear import SideBySide, quantize_layers
 from .model import FastVLM
 from .prompt import Processor, Tokenizer
 from .quantize import Quantize, Settings, layer_settings, quantize_checkpoint
-from .qwen2 import SideBySide
 from .vision import on_cpu, on_metal
 
 LAYOUTS: tuple[ModuleType, ...] = (mlx_vlm, llava, transformers, apple_export)
@@ -497,11 +497,8 @@ def quantize_like(model: FastVLM, weights: Weights) -> None:
         rows = _fused_rows(config)[f"{block}.{whole}"]
         module[whole] = SideBySide([nn.Linear(width, n, bias="bias" in fused) for n in rows])
 
-    def settings_of(path: str, _: nn.Module) -> bool | Settings:
-        return settings.get(source_name(path, config), False)
-
     if settings:
-        nn.quantize(model, class_predicate=settings_of)
+        quantize_layers(model, lambda path: settings.get(source_name(path, config)))
 
 
 def source_name(path: str, config: FastVLMConfig) -> str:

@@ -8,6 +8,7 @@ from mlx.utils import tree_flatten
 import fastvlm_mlx as fv
 from fastvlm_mlx import weights
 from fastvlm_mlx.convert import convert, fold
+from fastvlm_mlx.linear import SideBySide
 from fastvlm_mlx.quantize import (
     MIXED,
     MODES,
@@ -16,7 +17,6 @@ from fastvlm_mlx.quantize import (
     quantize_checkpoint,
     settings,
 )
-from fastvlm_mlx.qwen2 import SideBySide
 from fastvlm_mlx.weights import load_model
 
 IDS = mx.array([[5, 9, 11, -200, -200, -200, -200, 17, 23]])

@@ -661,8 +661,9 @@ def test_quantizing_while_loading_never_holds_the_weights(folder):
 
 @pytest.mark.parametrize("form", ["small_folder", "training_folder"])
 def test_tensors_are_read_when_they_are_needed(request, form):
+    found = request.getfixturevalue(form)
     with peak_memory() as used:
-        tensors, _ = weights.read_checkpoint(request.getfixturevalue(form))
+        tensors, _ = weights.read_checkpoint(found)
     assert used[0] < 0.01 * sum(tensor.nbytes for tensor in tensors.values())
 
 
