@@ -22,7 +22,11 @@ STEM_KERNEL = 3
 STEM_STRIDE = 4
 SE_REDUCTION = 16
 FUSED_HEAD_DIM = 64  # the narrowest heads that Metal's attention kernel takes
-MAX_HIDDEN = 2_000_000  # values at a time, on the CPU, in the stem and within a ConvFFN
+MAX_HIDDEN = 2_000_000  # values at a time, on the CPU, in the stem
+BAND = 2**18  # values of a convolution's output at a time, on the CPU
+# Taps that are summed at a time there: compilers vectorise a loop over few enough arrays alone,
+# which they check for overlaps.
+TAPS = 5
 
 
 def on_cpu() -> bool:
@@ -111,26 +115,67 @@ def _gelu_gradient(x: mx.array, cotangent: mx.array, _: mx.array) -> mx.array:
     return cotangent * (distribution + x * mx.exp(-0.5 * x * x) * (2 * math.pi) ** -0.5)
 
 
+def in_bands(
+    function: Callable[[mx.array], mx.array], x: mx.array, kernel: int, stride: int = 1
+) -> mx.array:
+    """A function of what a convolution sees, computed for one band of its output's rows after the
+    other, so that all that a band needs stays in the processor's cache.
+
+    Args:
+        function: some rows [B, r, W + kernel - 1, C], padded by zeros → rows that they give.
+        x: [B, H, W, C].
+        kernel: odd.
+        stride: of the rows.
+
+    Returns:
+        [B, ceil(H/stride), ...].
+    """
+    B, H, W, C = x.shape
+    pad, height = kernel // 2, (H - 1) // stride + 1
+    step = max(1, BAND * stride // (B * W * C))
+    done: list[mx.array] = []
+    for top in range(0, height, step):
+        first = top * stride - pad
+        end = (min(top + step, height) - 1) * stride + pad + 1
+        rows = x[:, max(first, 0) : end]
+        rows = mx.depends(rows, done[-1:]) if done else rows
+        outside = (max(-first, 0), max(end - H, 0))
+        done.append(function(mx.pad(rows, [(0, 0), outside, (pad, pad), (0, 0)])))
+    return done[0] if len(done) == 1 else mx.concatenate(done, axis=1)
+
+
 @mx.compile
-def _add_taps(total: mx.array, shifted: list[mx.array], taps: list[mx.array]) -> mx.array:
-    for x, tap in zip(shifted, taps, strict=True):
-        total = total + x * tap
-    return total
+def _sum_products(shifted: list[mx.array], taps: list[mx.array]) -> mx.array:
+    return sum(
+        (x * tap for x, tap in zip(shifted[1:], taps[1:], strict=True)), shifted[0] * taps[0]
+    )
 
 
-def _shifted_conv(x: mx.array, weight: mx.array, bias: mx.array, stride: int) -> mx.array:
-    """A depthwise convolution as a sum of shifted slices, one compiled row of taps at a time."""
-    kernel, (B, H, W, C) = weight.shape[1], x.shape
-    pad = kernel // 2
-    height, width = (H - 1) // stride + 1, (W - 1) // stride + 1
-    x = mx.pad(x, [(0, 0), (pad, pad), (pad, pad), (0, 0)])
-    taps = list(mx.split(mx.contiguous(weight.reshape(C, -1).T), kernel**2))
-    total = mx.broadcast_to(bias, (B, height, width, C))
+@mx.compile
+def _sum(start: mx.array, parts: list[mx.array]) -> mx.array:
+    return sum(parts, start)
+
+
+def _shifted_conv(x: mx.array, taps: list[mx.array], bias: mx.array, stride: int) -> mx.array:
+    """A depthwise convolution as a sum of shifted slices.
+
+    Args:
+        x: [B, H, W, C], padded.
+        taps: of each place in the kernel, row by row, [C].
+        bias: [C].
+        stride: of rows and columns.
+    """
+    kernel = math.isqrt(len(taps))
+    height, width = ((side - kernel) // stride + 1 for side in x.shape[1:3])
+    shifted = []
     for i in range(kernel):
         strip = x[:, i : i + (height - 1) * stride + 1 : stride]
-        shifted = [strip[:, :, j : j + (width - 1) * stride + 1 : stride] for j in range(kernel)]
-        total = _add_taps(total, shifted, taps[i * kernel : (i + 1) * kernel])
-    return total
+        shifted += [strip[:, :, j : j + (width - 1) * stride + 1 : stride] for j in range(kernel)]
+    starts = range(0, len(taps), TAPS)
+    parts = [_sum_products(shifted[i : i + TAPS], taps[i : i + TAPS]) for i in starts]
+    for i in range(0, len(parts), TAPS):
+        bias = _sum(bias, parts[i : i + TAPS])
+    return bias
 
 
 class DepthwiseConv(nn.Module):
@@ -149,8 +194,14 @@ class DepthwiseConv(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         """[B, H, W, C] → [B, ceil(H/stride), ceil(W/stride), C]."""
         if on_cpu():
-            return _shifted_conv(x, self.weight, self.bias, self.stride)
+            return in_bands(self.from_padded(), x, self.weight.shape[1], self.stride)
         return self.convolve(x) + self.bias
+
+    def from_padded(self) -> Callable[[mx.array], mx.array]:
+        """The convolution of rows that are padded already, as `in_bands` takes it."""
+        channels, kernel = self.weight.shape[:2]
+        taps = list(mx.split(mx.contiguous(self.weight.reshape(channels, -1).T), kernel**2))
+        return lambda x: _shifted_conv(x, taps, self.bias, self.stride)
 
     def convolve(self, x: mx.array) -> mx.array:
         """As a call, without the bias."""
@@ -192,7 +243,8 @@ def _attend_head(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
 
 
 class ConvFFN(nn.Module):
-    """Depthwise 7x7 (BatchNorm folded in), expand, GELU, project (layer scale folded in)."""
+    """Depthwise 7x7 (BatchNorm folded in), expand, GELU, project (layer scale folded in); all of it
+    added to the input."""
 
     def __init__(self, dim: int, mlp_ratio: float):
         super().__init__()
@@ -202,15 +254,14 @@ class ConvFFN(nn.Module):
         self.fc2 = nn.Linear(hidden, dim)
 
     def __call__(self, x: mx.array) -> mx.array:
-        x = self.conv(x)
         if not on_cpu():
-            return self.fc2(self.expand(x))
-        # Hidden values in pieces: fresh pages for all of them cost more than the arithmetic.
-        rows = x.reshape(-1, x.shape[-1])
-        step = max(1, MAX_HIDDEN // self.fc1.bias.shape[0])
-        pieces = [[rows[i : i + step]] for i in range(0, len(rows), step)]
-        mixed = one_by_one(lambda piece: self.fc2(self.expand(piece)), pieces)
-        return mx.concatenate(mixed).reshape(x.shape)
+            return x + self.fc2(self.expand(self.conv(x)))
+        convolve, pad = self.conv.from_padded(), CONV_FFN_KERNEL // 2
+
+        def run(rows: mx.array) -> mx.array:
+            return rows[:, pad:-pad, pad:-pad] + self.fc2(self.expand(convolve(rows)))
+
+        return in_bands(run, x, CONV_FFN_KERNEL)
 
     def expand(self, x: mx.array) -> mx.array:
         return gelu(self.fc1(x))
@@ -233,8 +284,7 @@ class RepMixerBlock(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         ffn = self.convffn
         if on_cpu() or not isinstance(ffn.fc2, nn.Linear):
-            x = self.token_mixer(x)
-            return x + ffn(x)
+            return ffn(self.token_mixer(x))
         # Both biases in one kernel, and the residual in that of the last product.
         x, residual = _add_both(self.token_mixer.convolve(x), self.token_mixer.bias, ffn.fc2.bias)
         return mx.addmm(residual, ffn.expand(ffn.conv(x)), ffn.fc2.weight.T)
@@ -266,8 +316,7 @@ class AttentionBlock(nn.Module):
         self.convffn = ConvFFN(dim, mlp_ratio)
 
     def __call__(self, x: mx.array) -> mx.array:
-        x = x + self.token_mixer(self.norm(x))
-        return x + self.convffn(x)
+        return self.convffn(x + self.token_mixer(self.norm(x)))
 
 
 class Stem(nn.Module):

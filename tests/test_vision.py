@@ -229,6 +229,29 @@ def test_features_equal_the_unfolded_form(computed_as, reference, on_cpu):
     assert difference(encoder.load()(mx.array(pixels)), expected) < TOLERANCE
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("kernel", [3, 7])
+@pytest.mark.parametrize("height", [1, 2, 9, 16])
+@pytest.mark.parametrize("rows", [1, 3, 5, 100])
+def test_bands_join_to_the_whole(monkeypatch, computed_as, stride, kernel, height, rows):
+    computed_as(True)
+    monkeypatch.setattr(vision, "BAND", rows * 2 * 6 * 4 // stride)
+    layer = DepthwiseConv(4, kernel, stride)
+    layer.weight = mx.array(random_pixels(4, kernel, kernel, 1))
+    layer.bias = mx.array(random_pixels(4))
+    x = random_pixels(2, height, 6, 4)
+    expected = convolution(x, np.array(layer.weight), stride, 4) + np.array(layer.bias)
+    assert difference(layer(mx.array(x)), expected) < TOLERANCE
+
+
+def test_features_in_bands_of_a_row(monkeypatch, computed_as, reference):
+    computed_as(True)
+    monkeypatch.setattr(vision, "BAND", 1)
+    monkeypatch.setattr(vision, "MAX_HIDDEN", 1)
+    encoder, pixels, expected = reference
+    assert difference(encoder.load()(mx.array(pixels)), expected) < TOLERANCE
+
+
 @pytest.mark.parametrize("size", [(64, 64), (192, 192), (320, 320), (64, 192)])
 def test_any_multiple_of_the_patch_size(size):
     encoder, pixels = Reference(SMALL), random_pixels(1, *size, 3)
