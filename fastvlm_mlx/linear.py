@@ -83,17 +83,21 @@ def has_many_rows(x: mx.array) -> bool:
 def times_quantized(x: mx.array, layer: QuantizedLinear | QuantizedEmbedding) -> mx.array:
     """x, [..., inputs], times the layer's weight [outputs, inputs] transposed, in float32."""
     quantized = [a for a in (layer.weight, layer.scales, layer.get("biases")) if a is not None]
+    rows = x.reshape(-1, x.shape[-1])
     step = max(1, WRITTEN_OUT // x.shape[-1])
     pieces = [[a[i : i + step] for a in quantized] for i in range(0, len(layer.weight), step)]
 
     def product(weight: mx.array, scales: mx.array, biases: mx.array | None = None) -> mx.array:
         settings = {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode}
         written_out = mx.dequantize(weight, scales, biases, dtype=mx.float32, **settings)
-        # Copied, since a plain BLAS takes half as long again for a transposed view.
-        return x @ mx.contiguous(written_out.T)
+        # A plain BLAS takes half as long again for a transposed view as for the copy of one, so
+        # that the smaller matrix is copied.
+        if len(rows) < len(written_out):
+            return (written_out @ mx.contiguous(rows.T)).T
+        return rows @ mx.contiguous(written_out.T)
 
-    products = one_by_one(product, pieces)
-    return products[0] if len(products) == 1 else mx.concatenate(products, axis=-1)
+    y = mx.concatenate(one_by_one(product, pieces), axis=-1)
+    return mx.contiguous(y).reshape(*x.shape[:-1], -1)
 
 
 def quantize_layers(model: nn.Module, settings_of: Callable[[str], dict[str, Any] | None]) -> None:

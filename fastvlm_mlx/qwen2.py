@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -213,9 +213,39 @@ def _rotate(a: mx.array, b: mx.array, cos: mx.array, sin: mx.array) -> list[mx.a
     return [a * cos - b * sin, a * sin + b * cos]
 
 
+def swiglu(gate: mx.array, up: mx.array) -> mx.array:
+    """SiLU of one, times the other, elementwise."""
+    if on_cpu() and gate.dtype == mx.float32:
+        return cast(mx.array, _swiglu_on_cpu(gate, up))
+    return _swiglu(gate, up)
+
+
 @mx.compile
 def _swiglu(gate: mx.array, up: mx.array) -> mx.array:
     return nn.silu(gate) * up
+
+
+@mx.custom_function
+def _swiglu_on_cpu(gate: mx.array, up: mx.array) -> mx.array:
+    return _swiglu_rational(gate, up)
+
+
+@_swiglu_on_cpu.vjp
+def _swiglu_gradient(
+    primals: list[mx.array], cotangent: mx.array, _: mx.array
+) -> tuple[mx.array, mx.array]:
+    # That of the rational form would overflow where the gate is large.
+    gate, up = primals
+    share = mx.sigmoid(gate)
+    return cotangent * up * share * (1 + gate * (1 - share)), cotangent * gate * share
+
+
+@mx.compile
+def _swiglu_rational(gate: mx.array, up: mx.array) -> mx.array:
+    # The positive part of the gate, less |gate| / (1 + exp |gate|).
+    size = mx.abs(gate)
+    small = exp_negative(size)
+    return (0.5 * gate + 0.5 * size - size * small / (1 + small)) * up
 
 
 class RMSNorm(nn.RMSNorm):
@@ -279,7 +309,7 @@ class MLP(nn.Module):
             gate, up = (project(layer, x) for layer in self.gate_up_proj.layers)
         else:
             gate, up = mx.split(project(self.gate_up_proj, x), 2, axis=-1)
-        return project(self.down_proj, _swiglu(gate, up), residual)
+        return project(self.down_proj, swiglu(gate, up), residual)
 
 
 class Block(nn.Module):

@@ -11,10 +11,11 @@ from mlx.utils import tree_map
 from mlx_lm.generate import generate_step
 from mlx_lm.models import cache as mlx_lm_cache
 
+from fastvlm_mlx import qwen2
 from fastvlm_mlx.config import FastVLMConfig
 from fastvlm_mlx.generate import Options, generate_tokens
 from fastvlm_mlx.model import FastVLM
-from fastvlm_mlx.qwen2 import KVCache, attend_causally
+from fastvlm_mlx.qwen2 import KVCache, attend_causally, swiglu
 from fastvlm_mlx.weights import to_checkpoint
 
 VOCAB_SIZE = 100
@@ -365,3 +366,24 @@ def test_generate_step_quantizes_our_cache(model: FastVLM) -> None:
     tokens = [int(token) for token, _ in steps]
     assert [type(layer) for layer in cache] == [mlx_lm_cache.QuantizedKVCache] * 3
     assert tokens == greedy(model, ids, 3)
+
+
+def test_swiglu_on_the_cpu_is_exact_to_rounding(monkeypatch):
+    monkeypatch.setattr(qwen2, "on_cpu", lambda: True)
+    extremes = [0, 1e-20, -1e-20, 50, -50, 1e4, -1e4, 3e38]
+    gate = np.concatenate([np.linspace(-20, 20, 20001), extremes]).astype(np.float32)
+    exact = gate.astype(np.float64) / (1 + np.exp(-np.maximum(gate.astype(np.float64), -700)))
+    found = np.array(swiglu(mx.array(gate), mx.ones(gate.shape)), np.float64)
+    assert (np.abs(found - exact) <= 5e-7 * np.maximum(1, np.abs(gate))).all()
+    halves = swiglu(mx.array(gate), mx.full(gate.shape, 0.5))
+    assert mx.array_equal(2 * halves, mx.array(found, mx.float32))
+
+
+def test_gradients_of_swiglu_on_the_cpu(monkeypatch):
+    monkeypatch.setattr(qwen2, "on_cpu", lambda: True)
+    gate = mx.array([-1000.0, -60, -3, -0.1, 0, 0.1, 3, 60, 1000])
+    up = mx.linspace(-1, 1, gate.size)
+    found = mx.grad(lambda *x: swiglu(*x).sum(), argnums=(0, 1))(gate, up)
+    wanted = mx.grad(lambda g, u: (g * mx.sigmoid(g) * u).sum(), argnums=(0, 1))(gate, up)
+    for a, b in zip(found, wanted, strict=True):
+        assert mx.allclose(a, b, atol=1e-6)
