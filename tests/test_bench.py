@@ -13,7 +13,7 @@ from mlx.utils import tree_flatten
 from PIL import Image
 
 import fastvlm_mlx as fv
-from fastvlm_mlx import bench, cli, vision
+from fastvlm_mlx import bench, cli, qwen2, vision
 from fastvlm_mlx.bench import (
     Need,
     Work,
@@ -123,7 +123,8 @@ def test_operations_are_those_of_the_encoder(
         assert products(small.encode_image, mx.zeros((1, size, size, 3))) == expected.flops
 
 
-def test_operations_are_those_of_the_decoder() -> None:
+def test_operations_are_those_of_the_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(qwen2, "on_cpu", lambda: False)
     decoder = Qwen2(SMALL_TEXT)
     expected = decoder_work(SMALL_TEXT, 1)
     assert products(decoder, mx.zeros((1, 1), mx.int32)) == expected.flops

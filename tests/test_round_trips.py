@@ -39,7 +39,8 @@ VISION = weights.VISION
 
 
 def written(source: Path, target: Path, layout: str) -> Path:
-    return convert(source, target, layout=layout, dtype="float32", progress=False)
+    dtype = None if layout == "apple-export" else "float32"  # which is always float16
+    return convert(source, target, layout=layout, dtype=dtype, progress=False)
 
 
 def tensors_of(folder: Path) -> fold.Weights:
