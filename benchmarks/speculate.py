@@ -30,16 +30,12 @@ from typing import Any, NamedTuple, cast
 import mlx.core as mx
 
 import fastvlm_mlx as fv
-from fastvlm_mlx.generate import Options, generate_tokens, list_images, preprocess_images
+from fastvlm_mlx.generate import Options, generate_tokens, list_images, preprocess_images, tokenize
 from fastvlm_mlx.hub import NANO
-from fastvlm_mlx.prompt import build_prompt
 from fastvlm_mlx.speculate import Drafter, make_drafter, speculate_tokens
 
 TOKENIZERS = ("tokenizer.json", "vocab.json")
-VISUAL_TOKENS, TEXT_TOKENS = (
-    256,
-    40,
-)  # of the prompt that stands for one where there is no tokenizer
+VISUAL_TOKENS, TEXT_TOKENS = 256, 40  # of a prompt that stands in where there is no tokenizer
 PROMPT = "What is this? What is this? What is this?"
 
 
@@ -132,9 +128,7 @@ def load_setup(args: argparse.Namespace) -> Setup:
     model, processor = fv.load(args.model, dtype=args.dtype, quantize=args.quantize)
     pixel_values, image_sizes = preprocess_images(processor, list_images(args.image))
     features = model.encode_images(pixel_values, image_sizes)
-    input_ids = build_prompt(
-        processor.tokenizer, args.prompt, num_visual_tokens=[len(f) for f in features]
-    )
+    input_ids = tokenize(model, processor, args.prompt, features)
     embeddings = model.embed_inputs(mx.array([input_ids]), image_features=features)
 
     def drafter(**chosen: Any) -> Drafter:

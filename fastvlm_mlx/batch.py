@@ -26,15 +26,15 @@ from .generate import (
     MIN_TEMPERATURE,
     Options,
     Part,
-    check_length,
     keep_top_p,
     list_images,
     make_logits_processor,
     stream_parts,
+    tokenize,
 )
 from .image import ImageSource
 from .model import FastVLM
-from .prompt import Messages, Processor, build_prompt, check_marks
+from .prompt import Messages, Processor, check_marks
 from .qwen2 import KVCache
 from .reuse import common_prefix
 from .vision import on_cpu
@@ -416,22 +416,17 @@ class Batch:
             request.features = list(islice(features, len(images)))
             request.encoded = time.perf_counter()
             try:
-                request.input_ids = self._tokenize(request)
+                request.input_ids = tokenize(
+                    self.model,
+                    self.processor,
+                    request.prompt,
+                    request.features,
+                    system=request.system,
+                    conv_mode=request.conv_mode,
+                )
                 self._encoded.append(request)
             except ValueError as error:
                 self._failed.append(RequestError(request.id, error))
-
-    def _tokenize(self, request: _Request) -> list[int]:
-        input_ids = build_prompt(
-            self.processor.tokenizer,
-            request.prompt,
-            num_visual_tokens=[len(f) for f in request.features],
-            system=request.system,
-            image_token_index=self.model.config.image_token_index,
-            conv_mode=request.conv_mode,
-        )
-        check_length(input_ids, self.processor.max_length)
-        return input_ids
 
     def _prefill(self, requests: list[_Request]) -> None:
         """Start a sequence for each request, up to its first token."""

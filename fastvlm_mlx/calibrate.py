@@ -20,9 +20,9 @@ import mlx.nn as nn
 
 from . import weights
 from .convert.fold import Weights
-from .generate import Options, check_length, generate_tokens, preprocess_images
+from .generate import Options, generate_tokens, preprocess_images, tokenize
 from .model import FastVLM
-from .prompt import Processor, build_prompt
+from .prompt import Processor
 from .quantize import Quantize, part_of
 from .report import QUESTION, read_questions
 
@@ -163,14 +163,7 @@ def read_prompt(model: FastVLM, processor: Processor, image: Path, question: str
     features = model.vision_tower(pixel_values)
     visual = model.merge_tiles(model.mm_projector(features), size)
     mx.eval(features)
-    input_ids = build_prompt(
-        processor.tokenizer,
-        question,
-        num_visual_tokens=[len(visual)],
-        image_token_index=model.config.image_token_index,
-    )
-    check_length(input_ids, processor.max_length)
-    return Prompt(input_ids, features, size)
+    return Prompt(tokenize(model, processor, question, [visual]), features, size)
 
 
 def greedy_answer(model: FastVLM, processor: Processor, prompt: Prompt) -> list[int]:

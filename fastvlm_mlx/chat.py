@@ -11,17 +11,17 @@ import mlx.core as mx
 from .generate import (
     Options,
     Part,
-    check_length,
     encode_images,
     generate_tokens,
     list_images,
     make_kv_cache,
     preprocess_images,
     stream_parts,
+    tokenize,
 )
 from .image import ImageSource
 from .model import FastVLM
-from .prompt import IMAGE_MARK, Processor, build_prompt, check_marks
+from .prompt import IMAGE_MARK, Processor, check_marks
 from .reuse import common_prefix
 
 Images: TypeAlias = "ImageSource | Sequence[ImageSource] | None"
@@ -120,14 +120,7 @@ class Chat:
         encoded = time.perf_counter()
         marks = "" if IMAGE_MARK in prompt else f"{IMAGE_MARK}\n" * len(images)
         messages = [*self.messages, {"role": "user", "content": marks + prompt}]
-        input_ids = build_prompt(
-            self.processor.tokenizer,
-            messages,
-            num_visual_tokens=[len(f) for f in features],
-            system=self.system,
-            image_token_index=self.model.config.image_token_index,
-        )
-        check_length(input_ids, self.processor.max_length)
+        input_ids = tokenize(self.model, self.processor, messages, features, system=self.system)
         embeddings = self.model.embed_inputs(mx.array([input_ids]), image_features=features)
         known = self._rewind(input_ids, options)
         limit = min(options.max_tokens, self.processor.max_length - len(input_ids))

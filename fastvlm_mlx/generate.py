@@ -12,7 +12,7 @@ import mlx.core as mx
 
 from .image import ImageSource
 from .model import FastVLM
-from .prompt import Detokenizer, Processor, build_prompt, check_marks
+from .prompt import Detokenizer, Messages, Processor, build_prompt, check_marks
 
 if TYPE_CHECKING:
     from .reuse import Reuse
@@ -225,15 +225,7 @@ def stream_generate(
     else:
         features, image_keys = reuse.encode(model, pixel_values, image_sizes)
     encoded = time.perf_counter()
-    input_ids = build_prompt(
-        processor.tokenizer,
-        prompt,
-        num_visual_tokens=[len(f) for f in features],
-        system=system,
-        image_token_index=model.config.image_token_index,
-        conv_mode=conv_mode,
-    )
-    check_length(input_ids, processor.max_length)
+    input_ids = tokenize(model, processor, prompt, features, system=system, conv_mode=conv_mode)
     embeddings = model.embed_inputs(mx.array([input_ids]), image_features=features)
     limit = min(chosen.max_tokens, processor.max_length - len(input_ids))
     cache = make_kv_cache(model, chosen)
@@ -305,6 +297,32 @@ def encode_images(
     mx.eval(features)
     mx.clear_cache()  # of the encoder's activations, which the decoder has no use for
     return features
+
+
+def tokenize(
+    model: FastVLM,
+    processor: Processor,
+    prompt: Messages,
+    features: Sequence[mx.array],
+    *,
+    system: str | None = None,
+    conv_mode: str | None = None,
+) -> list[int]:
+    """Token ids of a prompt, with a place for each of the visual tokens in `features`.
+
+    Raises:
+        ValueError: as `prompt.build_prompt`, or the prompt leaves no room for an answer.
+    """
+    input_ids = build_prompt(
+        processor.tokenizer,
+        prompt,
+        num_visual_tokens=[len(f) for f in features],
+        system=system,
+        image_token_index=model.config.image_token_index,
+        conv_mode=conv_mode,
+    )
+    check_length(input_ids, processor.max_length)
+    return input_ids
 
 
 def check_length(input_ids: Sequence[int], max_length: int) -> None:

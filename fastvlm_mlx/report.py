@@ -13,9 +13,9 @@ import mlx.core as mx
 
 from . import hub, weights
 from .convert.fold import Weights
-from .generate import generate, preprocess_images, stream_generate
+from .generate import generate, preprocess_images, stream_generate, tokenize
 from .model import FastVLM
-from .prompt import Processor, build_prompt
+from .prompt import Processor
 from .quantize import Quantize, quantize_checkpoint
 
 SAMPLES = tuple(sorted((hub.NANO / "images").glob("*.png")))
@@ -143,12 +143,7 @@ def sample_outputs(model: FastVLM, processor: Processor, images: Sequence[Any]) 
     pixel_values, sizes = preprocess_images(processor, images)
     for image, pixels, size in zip(images, pixel_values, sizes, strict=True):
         (features,) = model.encode_images([pixels], [size])
-        input_ids = build_prompt(
-            processor.tokenizer,
-            QUESTION,
-            num_visual_tokens=[len(features)],
-            image_token_index=model.config.image_token_index,
-        )
+        input_ids = tokenize(model, processor, QUESTION, [features])
         embeddings = model.embed_inputs(mx.array([input_ids]), image_features=[features])
         outputs.features.append(features.astype(mx.float32))
         outputs.logits.append(

@@ -14,9 +14,9 @@ from typing import Any, cast
 
 import mlx.core as mx
 
-from .generate import Options, generate_tokens, make_logits_processor, make_sampler
+from .generate import Options, generate_tokens, make_logits_processor, make_sampler, tokenize
 from .model import FastVLM
-from .prompt import Messages, Processor, Tokenizer, build_prompt
+from .prompt import Messages, Processor, Tokenizer
 
 NUM_DRAFT_TOKENS = 3
 MAX_NGRAM_SIZE = 3
@@ -287,7 +287,8 @@ def make_drafter(
 
     Raises:
         ValueError: not exactly one of `prompt_lookup` and `draft_model` is given, a number of
-            tokens is below 1, or the models' vocabularies differ.
+            tokens is below 1, the models' vocabularies differ, or the prompt is too long for the
+            draft model.
     """
     if (prompt_lookup is None) == (draft_model is None):
         raise ValueError("Give prompt_lookup or draft_model, not both.")
@@ -298,13 +299,8 @@ def make_drafter(
     model, draft_processor = draft_model
     check_vocabularies(processor.tokenizer, draft_processor.tokenizer)
     features = model.encode_images(pixel_values, image_sizes) if pixel_values else []
-    draft_ids = build_prompt(
-        draft_processor.tokenizer,
-        prompt,
-        num_visual_tokens=[len(f) for f in features],
-        system=system,
-        image_token_index=model.config.image_token_index,
-        conv_mode=conv_mode,
+    draft_ids = tokenize(
+        model, draft_processor, prompt, features, system=system, conv_mode=conv_mode
     )
     embeddings = model.embed_inputs(mx.array([draft_ids]), image_features=features)
     return DraftModel(model, embeddings, num_draft_tokens, processor.tokenizer.vocab_size)

@@ -1,12 +1,17 @@
 """Fixtures that several test files share."""
 
 import shutil
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import hub_server
 import mlx.core as mx
 import pytest
 
 import fastvlm_mlx as fv
+from fastvlm_mlx import zoo
+from fastvlm_mlx.hub import NANO
 
 
 @pytest.fixture(scope="session")
@@ -44,3 +49,28 @@ def small(small_folder: Path) -> fv.FastVLM:
 def nano() -> tuple[fv.FastVLM, fv.Processor]:
     """The bundled model and its processor."""
     return fv.load()
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[hub_server.Hub]:
+    """A Hub on this machine in the place of the real one; it has the bundled model."""
+    with hub_server.serve() as server:
+        files = {p.name: p.read_bytes() for p in NANO.iterdir() if p.is_file()}
+        server.files[hub_server.REPO] = files
+        hub_server.use(server, tmp_path / "home", monkeypatch)
+        monkeypatch.setattr(zoo, "CDN", server.cdn)
+        yield server
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The seconds that were waited, without waiting."""
+    waited: list[float] = []
+    monkeypatch.setattr(time, "sleep", waited.append)
+    return waited
+
+
+@pytest.fixture
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Room for two megabytes in every file."""
+    hub_server.fill_disk(monkeypatch)

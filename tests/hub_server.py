@@ -21,6 +21,7 @@ import pytest
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 TOKEN = "hf_a_token"
+REPO = "user/nano"  # of the `server` fixture
 LARGE = (".safetensors", ".bin", "tokenizer.json")  # what the Hub keeps in its large file storage
 
 

@@ -5,20 +5,18 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from hub_server import (
     COMMIT,
+    REPO,
     TOKEN,
     Fault,
     Hub,
     assert_one_sentence,
     everything,
-    fill_disk,
-    serve,
     special,
     use,
     zipped,
@@ -30,30 +28,7 @@ from fastvlm_mlx.fetch import DiskFullError
 from fastvlm_mlx.hub import NANO, download, download_model, resolve
 
 MIB = 2**20
-REPO = "user/nano"
 ARCHIVE = "llava-fastvithd_0.5b_stage2"
-
-
-@pytest.fixture
-def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    with serve() as server:
-        server.files[REPO] = {p.name: p.read_bytes() for p in NANO.iterdir() if p.is_file()}
-        use(server, tmp_path / "home", monkeypatch)
-        monkeypatch.setattr(zoo, "CDN", server.cdn)
-        yield server
-
-
-@pytest.fixture
-def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The seconds that were waited, without waiting."""
-    waited: list[float] = []
-    monkeypatch.setattr(time, "sleep", waited.append)
-    return waited
-
-
-@pytest.fixture
-def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    fill_disk(monkeypatch)
 
 
 # The published archives

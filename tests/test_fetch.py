@@ -4,57 +4,29 @@ import shutil
 import stat
 import time
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from hub_server import (
+    REPO,
     Fault,
     Hub,
     assert_one_sentence,
     everything,
-    fill_disk,
-    serve,
     special,
-    use,
     zipped,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastvlm_mlx import fetch as fetching
-from fastvlm_mlx import zoo
 from fastvlm_mlx.fetch import DiskFullError, fetch, unpack
-from fastvlm_mlx.hub import NANO
 
 MIB = 2**20
-REPO = "user/nano"
 ARCHIVE = "llava-fastvithd_0.5b_stage2"
 DATA = hashlib.shake_256(b"weights").digest(3 * MIB)
 SHA256 = hashlib.sha256(DATA).hexdigest()
-
-
-@pytest.fixture
-def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    with serve() as server:
-        server.files[REPO] = {p.name: p.read_bytes() for p in NANO.iterdir() if p.is_file()}
-        use(server, tmp_path / "home", monkeypatch)
-        monkeypatch.setattr(zoo, "CDN", server.cdn)
-        yield server
-
-
-@pytest.fixture
-def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The seconds that were waited, without waiting."""
-    waited: list[float] = []
-    monkeypatch.setattr(time, "sleep", waited.append)
-    return waited
-
-
-@pytest.fixture
-def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    fill_disk(monkeypatch)
 
 
 # A file

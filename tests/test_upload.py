@@ -3,12 +3,11 @@ import json
 import shutil
 import time
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from hub_server import TOKEN, Fault, Hub, assert_one_sentence, serve, use
+from hub_server import TOKEN, Fault, Hub, assert_one_sentence, use
 
 import fastvlm_mlx as fv
 from fastvlm_mlx import zoo
@@ -24,11 +23,9 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:httpx.*")
 
 
 @pytest.fixture
-def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    with serve() as server:
-        use(server, tmp_path / "home", monkeypatch)
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
-        yield server
+def server(server: Hub, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    return server
 
 
 @pytest.fixture
