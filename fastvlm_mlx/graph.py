@@ -114,13 +114,13 @@ def count(outputs: Any) -> Counts:
 
 
 def count_encode(model: Any, image_size: int) -> Counts:
-    """Counts of encoder and projector for an image of that many pixels square.
+    """Counts of encoder and projector for an image of that many pixels square, as bytes.
 
     Args:
         model: a `FastVLM`.
         image_size: a multiple of 64.
     """
-    pixel_values = mx.zeros((1, image_size, image_size, 3))
+    pixel_values = mx.zeros((1, image_size, image_size, 3), mx.uint8)
     mx.eval(model.parameters(), pixel_values)
     with as_on_gpu():
         return count(model.encode_image(pixel_values))

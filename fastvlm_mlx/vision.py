@@ -406,9 +406,7 @@ class FastViTHD(nn.Module):
             ValueError: the shape is not that of channels-last images of such a size.
         """
         self._check(pixel_values)
-        if pixel_values.dtype == mx.uint8:
-            pixel_values = pixel_values / 255
-        x = self.stem(pixel_values.astype(self.stem.conv.weight.dtype))
+        x = self.stem(_as_input(pixel_values, self.stem.conv.weight))
         for layer in self.network:
             x = layer(x)
         return self.conv_exp(x).flatten(1, 2)
@@ -419,6 +417,17 @@ class FastViTHD(nn.Module):
             raise ValueError(f"pixel_values must be [B, S, S, 3] (channels last), found {shape}.")
         if shape[1] % patch or shape[2] % patch or not shape[1] or not shape[2]:
             raise ValueError(f"image size must be a multiple of {patch}, found {shape[1:3]}.")
+
+
+def _as_input(pixel_values: mx.array, weight: mx.array) -> mx.array:
+    if pixel_values.dtype == mx.uint8:
+        return _rescale(pixel_values, weight)
+    return pixel_values.astype(weight.dtype)
+
+
+@mx.compile
+def _rescale(pixel_values: mx.array, like: mx.array) -> mx.array:
+    return pixel_values.astype(like.dtype) / 255
 
 
 def build_network(config: VisionConfig) -> list[Callable[[mx.array], mx.array]]:
