@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import statistics
 import time
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+from machine import command_line, describe_machine, write_result
 
 import fastvlm_mlx as fv
 from fastvlm_mlx.batch import Request, stream_batch
@@ -34,7 +34,8 @@ ALONE, TOGETHER = "one by one", "together"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    options = parse(arguments)
+    parser = make_parser()
+    options = parser.parse_args(arguments)
     model, processor = fv.load(options.model, dtype=options.dtype, quantize=options.quantize)
     if options.full_length:
         processor = without_ends(processor)
@@ -51,14 +52,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     result = summary(found, seconds)
     print(table(result))
     if options.json:
-        model_name = Path(options.model).name if options.model else "the bundled model"
-        written = {"kind": "batch", "model": model_name, **result, "seconds": seconds}
-        options.json.write_text(json.dumps(written, indent=1) + "\n")
+        written = {
+            "command": command_line(parser, options),
+            "kind": "batch",
+            "model": options.model.name if options.model else "the bundled model",
+            "machine": describe_machine(),
+            **result,
+            "seconds": seconds,
+        }
+        write_result(options.json, written)
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("model", nargs="?", help="folder or Hub id (default: the bundled model)")
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="batch.py", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument(
+        "model", nargs="?", type=Path, help="folder or Hub id (default: the bundled model)"
+    )
     parser.add_argument("--dtype", help="float32, float16 or bfloat16, if not the model's own")
     parser.add_argument("--quantize", type=int, help="bits")
     parser.add_argument("--requests", type=int, default=16)
@@ -71,7 +80,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--encode-batch", type=int)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path, help="write the figures here")
-    return parser.parse_args(arguments)
+    return parser
 
 
 def without_ends(processor: fv.Processor) -> fv.Processor:

@@ -196,7 +196,11 @@ def memory_goals(result: Result) -> Iterable[Goal]:
 
 
 def batch_title(result: Result) -> str:
-    return f"{result['requests']} requests together, {result['model']}"
+    return f"{result['requests']} requests together, {result['model']}, {answers_of(result)}"
+
+
+def answers_of(result: Result) -> str:
+    return f"answers of {result['tokens'] / result['requests']:.0f} tokens"
 
 
 def batch_page(result: Result) -> str:
@@ -207,6 +211,7 @@ def batch_page(result: Result) -> str:
     ]
     least, most = result["times faster (least and most)"]
     return (
+        f"{markdown_list([describe_machine_in_words(result['machine'])])}\n\n"
         f"{markdown_table(['', 's', 'tokens/s'], rows)}\n\n"
         f"- {result['times faster (median)']:.2f} times as fast ({least:.2f}–{most:.2f}); "
         f"{result['same answers']} of {result['requests']} answers are the same token for token."
@@ -214,7 +219,7 @@ def batch_page(result: Result) -> str:
 
 
 def batch_goals(result: Result) -> Iterable[Goal]:
-    what = f"throughput of {result['requests']} requests together, {result['model']}"
+    what = f"throughput of {batch_title(result)}"
     yield what, f"≥ {LEAST_THROUGHPUT:g}", f"{result['times faster (median)']:.2f}"
 
 
