@@ -101,10 +101,13 @@ def departure(costs: Sequence[float]) -> float:
 
 
 def drift(values: Sequence[float]) -> float:
-    """How much the last tenth is above the second tenth; the first is warming up."""
+    """How much the most of the last tenth is above the most of the second; the first warms up.
+
+    The most, since an allocator gives what is free back to the system at one moment or another.
+    """
     tenth = max(1, len(values) // 10)
     early, late = values[tenth : 2 * tenth] or values[:1], values[-tenth:]
-    return statistics.median(late) / statistics.median(early) - 1
+    return max(late) / max(early) - 1
 
 
 def pixels(image_size: int) -> float:

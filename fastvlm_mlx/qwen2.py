@@ -15,11 +15,11 @@ import mlx.nn as nn
 
 from .config import TextConfig
 from .linear import SideBySide, is_row, project, times_row
-from .vision import exp_negative, on_cpu, one_by_one
+from .vision import average, exp_negative, on_cpu, one_by_one, with_ones
 
 Rotation: TypeAlias = Callable[[mx.array], mx.array]
 
-ROWS = 128  # of queries that attend at a time, on the CPU
+ROWS = 32  # of queries that attend at a time, on the CPU
 
 
 class KVCache:
@@ -154,7 +154,7 @@ def attend_causally(q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.a
     B, heads, T, D = q.shape
     kv_heads, before = k.shape[1], k.shape[2] - T
     q = (scale * q).reshape(B, kv_heads, heads // kv_heads, T, D)
-    k, v = k[:, :, None], v[:, :, None]
+    k, v = k[:, :, None], with_ones(v)[:, :, None]
     ends = [min(start + ROWS, T) for start in range(0, T, ROWS)]
     pieces = [
         (q[..., i * ROWS : end, :], k[..., : before + end, :], v[..., : before + end, :])
@@ -167,9 +167,7 @@ def _attend_rows(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
     scores = q @ k.swapaxes(-1, -2)
     rows, seen = scores.shape[-2:]
     sees = mx.arange(seen - rows, seen)[:, None] >= mx.arange(seen)
-    scores = mx.where(sees, scores, -mx.inf)
-    weights = exp_negative(scores.max(axis=-1, keepdims=True) - scores)
-    return weights @ v / weights.sum(axis=-1, keepdims=True)
+    return average(mx.where(sees, scores, -mx.inf), v)
 
 
 def is_step(length: int, cache: Any) -> bool:

@@ -231,15 +231,32 @@ def attend(qkv: mx.array, scale: float) -> mx.array:
         y = mx.fast.scaled_dot_product_attention(q, k, v, scale=scale)
         return y.swapaxes(1, 2)[..., :D]
 
-    heads = zip(*(mx.split(x, x.shape[1], axis=1) for x in (q, k, v)), strict=True)
-    outputs = one_by_one(lambda q, k, v: _attend_head(scale * q, k, v), heads)
+    heads = zip(*(mx.split(x, x.shape[1], axis=1) for x in (q, k, with_ones(v))), strict=True)
+    outputs = one_by_one(lambda q, k, v: average(scale * q @ k.swapaxes(-1, -2), v), heads)
     return mx.concatenate(outputs, axis=1).swapaxes(1, 2)
 
 
-def _attend_head(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
-    scores = q @ k.swapaxes(-1, -2)
-    weights = exp_negative(scores.max(axis=-1, keepdims=True) - scores)
-    return weights @ v / weights.sum(axis=-1, keepdims=True)
+def with_ones(values: mx.array) -> mx.array:
+    """[..., S, D] → [..., S, D + 1], as `average` takes them."""
+    return mx.concatenate([values, mx.ones((*values.shape[:-1], 1))], axis=-1)
+
+
+def average(scores: mx.array, values: mx.array) -> mx.array:
+    """softmax(scores) @ values, on the CPU.
+
+    Args:
+        scores: float32 [..., T, S].
+        values: [..., S, D + 1], the last column ones, which sum the weights up.
+
+    Returns:
+        [..., T, D].
+    """
+    below = scores.max(axis=-1, keepdims=True) - scores
+    sums = exp_negative(below) @ values
+    # Needed no more, but kept until here: else the exponentials would be written over it, and a
+    # loop that writes where it reads is not vectorised.
+    sums = mx.depends(sums, below)
+    return sums[..., :-1] / sums[..., -1:]
 
 
 class ConvFFN(nn.Module):
