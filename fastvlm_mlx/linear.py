@@ -101,10 +101,10 @@ def times_quantized(x: mx.array, layer: QuantizedLinear | QuantizedEmbedding) ->
 
 
 def quantize_layers(model: nn.Module, settings_of: Callable[[str], dict[str, Any] | None]) -> None:
-    """Make layers of a model quantized, in place.
+    """Make layers of a model quantized.
 
     Args:
-        model: its values are quantized, too, when they are first looked at.
+        model: changed in place.
         settings_of: path of a layer → its group_size, bits and mode, or None if it is to stay.
     """
 
