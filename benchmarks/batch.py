@@ -23,6 +23,7 @@ from typing import Any
 
 import mlx.core as mx
 from machine import command_line, describe_machine, write_result
+from tables import markdown_table
 
 import fastvlm_mlx as fv
 from fastvlm_mlx.batch import Request, stream_batch
@@ -140,17 +141,16 @@ def summary(found: dict[str, Tokens], seconds: dict[str, list[float]]) -> dict[s
 def table(result: dict[str, Any]) -> str:
     requests, tokens = result["requests"], result["tokens"]
     least, most = result["times faster (least and most)"]
+    rows = [
+        [name, f"{seconds:.3f}", f"{requests / seconds:.1f}", f"{tokens / seconds:.1f}"]
+        for name, seconds in result["seconds (median)"].items()
+    ]
     lines = [
         f"{requests} requests, {tokens} tokens on {result['device']}; "
         f"{result['same answers']} answers are the same token for token.",
         "",
-        "| | seconds | requests/s | tokens/s |",
-        "| --- | ---: | ---: | ---: |",
+        markdown_table(["", "seconds", "requests/s", "tokens/s"], rows),
     ]
-    for name, seconds in result["seconds (median)"].items():
-        lines.append(
-            f"| {name} | {seconds:.3f} | {requests / seconds:.1f} | {tokens / seconds:.1f} |"
-        )
     faster = result["times faster (median)"]
     return "\n".join(
         [*lines, "", f"{faster:.2f} times faster together ({least:.2f} to {most:.2f})"]

@@ -14,6 +14,8 @@ import statistics
 from collections import defaultdict
 from pathlib import Path
 
+from machine import write_result
+
 import fastvlm_mlx as fv
 from fastvlm_mlx.batch import stream_batch
 from fastvlm_mlx.report import read_questions
@@ -58,7 +60,7 @@ def main() -> None:
         print(json.dumps(results[-1]), flush=True)
     if args.json:
         result = {"kind": "table", "title": "Image size", "results": results}
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+        write_result(args.json, result)
 
 
 if __name__ == "__main__":

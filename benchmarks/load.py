@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from machine import write_result
 from worker import OURS, PEER
 
 LOAD = {
@@ -83,7 +84,7 @@ def main() -> None:
     if args.json:
         title = f"Loading {args.folder.name}: {ratio:.2f} times the time of {PEER}"
         result = {"kind": "table", "title": title, "results": rows}
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+        write_result(args.json, result)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ of drafting. A folder without a tokenizer (`random_checkpoint.py` writes such) i
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import statistics
 import time
@@ -28,6 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
+from machine import write_result
 
 import fastvlm_mlx as fv
 from fastvlm_mlx.generate import Options, generate_tokens, list_images, preprocess_images, tokenize
@@ -94,7 +94,7 @@ def main() -> None:
     results = [summarise(name, runs, plain.tokens) for name in sides]
     print_table(results)
     if args.json:
-        args.json.write_text(json.dumps({"device": device(), "results": results}, indent=1))
+        write_result(args.json, {"device": device(), "results": results})
 
 
 def parse_args() -> argparse.Namespace:

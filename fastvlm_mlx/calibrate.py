@@ -202,7 +202,7 @@ def tune(
         target: what it learns from.
         sequences: the number of a prompt and its answer, and mlx_lm's offset, which is 0.
         epochs, learning_rate: as `calibrate` takes.
-        update: called for each sequence in each epoch.
+        progress: show a bar.
     """
     from mlx.optimizers import Adam
     from mlx_lm.quant.dwq import dwq_quantize

@@ -115,9 +115,9 @@ def precision_report(
     yield Row(name, size, 8 * size / count, accuracy=accuracy(model, processor, asked))
     del model
 
-    def row(name: str, tensors: Weights, model: FastVLM) -> Row:
-        size = sum(tensor.nbytes for tensor in tensors.values())
-        tensors.clear()
+    def row(name: str, packed: Weights, model: FastVLM) -> Row:
+        size = sum(tensor.nbytes for tensor in packed.values())
+        packed.clear()
         found = sample_outputs(model, processor, images)
         return Row(
             name,

@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import command
 import hub_server
 import mlx.core as mx
 import pytest
@@ -74,3 +75,9 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     """Room for two megabytes in every file."""
     hub_server.fill_disk(monkeypatch)
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> command.Run:
+    """The command in this process."""
+    return command.runner(monkeypatch, capfd)

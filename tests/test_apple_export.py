@@ -9,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from sources import with_tokenizer
 
 import fastvlm_mlx as fv
 from fastvlm_mlx import weights
@@ -652,16 +653,7 @@ def test_without_coremltools(
 @pytest.fixture(scope="module")
 def source(small_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The small model with a tokenizer of bytes and three control tokens."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    folder = Path(shutil.copytree(small_folder, tmp_path_factory.mktemp("source") / "small"))
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bpe = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    bpe.decoder = decoders.ByteLevel()
-    bpe.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
-    bpe.save(str(folder / "tokenizer.json"))
-    return folder
+    return with_tokenizer(small_folder, tmp_path_factory.mktemp("source") / "small")
 
 
 @pytest.fixture(scope="module")

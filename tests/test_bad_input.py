@@ -2,24 +2,22 @@
 
 import errno
 import importlib.util
-import io
 import json
 import os
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import mlx.core as mx
 import pytest
+from command import Result, Run
 from hub_server import REPO, TOKEN, Fault, Hub, everything, fill_disk, special, use, zipped
 from sources import full_nano, with_tokenizer
 
-from fastvlm_mlx import cli, hub, weights, zoo
+from fastvlm_mlx import hub, weights, zoo
 from fastvlm_mlx.config import CheckpointError
 from fastvlm_mlx.convert import WRITTEN
 from fastvlm_mlx.hub import NANO
@@ -28,31 +26,6 @@ from fastvlm_mlx.weights import load_model, read_tensors, save_checkpoint
 ARCHIVE = "llava-fastvithd_0.5b_stage2"
 PENGUINS = str(NANO / "images" / "penguins.png")
 ANSWER = "The image shows 6 penguins.\n"
-
-
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Result]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
-    """The command in this process."""
-
-    def run(*arguments: str | Path) -> Result:
-        capfd.readouterr()
-        monkeypatch.setattr(sys, "argv", ["fastvlm", *map(str, arguments)])
-        monkeypatch.setattr(sys, "stdin", io.StringIO())
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        code = caught.value.code
-        return Result(code if isinstance(code, int) else 0, *capfd.readouterr())
-
-    return run
 
 
 def assert_one_error(result: Result, *said: str | Path) -> None:

@@ -18,11 +18,12 @@ from dataclasses import fields
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from inspect import signature
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import mlx.core as mx
 import pytest
 import typer
+from command import Result, Run
 from PIL import Image
 
 import fastvlm_mlx as fv
@@ -40,29 +41,10 @@ ANSWER = "The image shows 6 penguins."
 MAIN = [sys.executable, "-c", "from fastvlm_mlx.cli import main; main()"]
 
 
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Result]
-
-
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """The command in this process."""
+def run(run: Run, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """On a terminal wide enough that no line is broken."""
     monkeypatch.setenv("COLUMNS", "200")
-
-    def run(*arguments: str, stdin: str = "") -> Result:
-        capsys.readouterr()
-        monkeypatch.setattr(sys, "argv", ["fastvlm", *arguments])
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        code = caught.value.code
-        return Result(code if isinstance(code, int) else 0, *capsys.readouterr())
-
     return run
 
 
