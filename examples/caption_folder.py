@@ -19,6 +19,7 @@ parser.add_argument("output", type=Path, help="a .jsonl file, appended to")
 parser.add_argument("--prompt", default="Describe the image.")
 parser.add_argument("--model", help="folder or Hub id; the bundled model by default")
 parser.add_argument("--max-tokens", type=int, default=128)
+parser.add_argument("--image-size", type=int, help="a multiple of 64; smaller is faster")
 args = parser.parse_args()
 
 images = sorted(p for p in args.folder.rglob("*") if p.suffix.lower() in SUFFIXES)
@@ -26,12 +27,11 @@ lines = args.output.read_text().splitlines() if args.output.exists() else []
 done = {json.loads(line)["image"] for line in lines}
 waiting = [image for image in images if str(image) not in done]
 model, processor = fv.load(args.model)
+options = {"image_size": args.image_size, "max_tokens": args.max_tokens}
 with args.output.open("a", encoding="utf-8") as output:
     for image in tqdm(waiting, unit="image"):
         try:
-            caption = fv.generate(
-                model, processor, args.prompt, image=image, max_tokens=args.max_tokens
-            )
+            caption = fv.generate(model, processor, args.prompt, image=image, **options)
         except (ValueError, OSError) as error:
             tqdm.write(f"Left out: {error}")
             continue

@@ -11,10 +11,11 @@ parser = argparse.ArgumentParser(description="Ask several questions about one im
 parser.add_argument("image", help="path or URL")
 parser.add_argument("questions", nargs="+")
 parser.add_argument("--model", help="folder or Hub id; the bundled model by default")
+parser.add_argument("--image-size", type=int, help="a multiple of 64; smaller is faster")
 args = parser.parse_args()
 
 model, processor = fv.load(args.model)
-chat = fv.Chat(model, processor)
+chat = fv.Chat(model, processor, image_size=args.image_size)
 image = args.image
 for question in args.questions:
     print(f"> {question}")

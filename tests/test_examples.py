@@ -43,3 +43,12 @@ def test_captions_go_on_where_they_stopped(tmp_path):
     assert len(rows) == 5 and rows[0] == done, found.stderr
     captions = {Path(row["image"]).name: row["caption"] for row in rows}
     assert captions["penguins.png"] == "The image shows 6 penguins."
+
+
+def test_images_of_another_size(tmp_path):
+    found = run("chat.py", QUEEN, "Read the text.", "--image-size", 256)
+    assert 'The note says "queen".' in found.stdout, found.stderr
+    found = run("caption_folder.py", NANO / "images", tmp_path / "captions", "--image-size", 100)
+    assert (
+        found.stdout.count("Left out: image_size must be a positive multiple of 64, not 100.") == 5
+    )
