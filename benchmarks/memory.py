@@ -28,10 +28,11 @@ from random_checkpoint import SIZES, make_config
 from worker import DTYPES
 
 from fastvlm_mlx.config import FastVLMConfig
-from fastvlm_mlx.generate import Options, generate_tokens
+from fastvlm_mlx.decode import generate_tokens
 from fastvlm_mlx.model import FastVLM
+from fastvlm_mlx.ops import on_cpu
+from fastvlm_mlx.options import Options
 from fastvlm_mlx.quantize import quantize_checkpoint
-from fastvlm_mlx.vision import on_cpu
 from fastvlm_mlx.weights import quantize_like, to_checkpoint, to_memory
 
 TEXT_TOKENS = 32

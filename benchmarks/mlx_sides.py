@@ -114,7 +114,7 @@ class Ours(MlxSide):
     package = "fastvlm-mlx"
 
     def __init__(self) -> None:
-        self.library = importlib.import_module("fastvlm_mlx.generate")
+        self.library = importlib.import_module("fastvlm_mlx.decode")
         self.weights = importlib.import_module("fastvlm_mlx.weights")
 
     def read_model(self, folder: Path, dtype: str) -> Any:
@@ -131,7 +131,7 @@ class Ours(MlxSide):
     ) -> Iterator[int]:
         input_ids, embeddings = self._read(pixel_values, prompt)
         cache = self.model.make_kv_cache()
-        options = self.library.Options()
+        options = importlib.import_module("fastvlm_mlx.options").Options()
         yield from self.library.generate_tokens(
             self.model, input_ids, embeddings, cache, options, max_tokens
         )

@@ -30,8 +30,10 @@ import mlx.core as mx
 from machine import write_result
 
 import fastvlm_mlx as fv
-from fastvlm_mlx.generate import Options, generate_tokens, list_images, preprocess_images, tokenize
+from fastvlm_mlx.decode import generate_tokens
 from fastvlm_mlx.hub import NANO
+from fastvlm_mlx.inputs import list_images, preprocess_images, tokenize
+from fastvlm_mlx.options import Options
 from fastvlm_mlx.speculate import Drafter, make_drafter, speculate_tokens
 
 TOKENIZERS = ("tokenizer.json", "vocab.json")
@@ -128,7 +130,7 @@ def load_setup(args: argparse.Namespace) -> Setup:
     model, processor = fv.load(args.model, dtype=args.dtype, quantize=args.quantize)
     pixel_values, image_sizes = preprocess_images(processor, list_images(args.image))
     features = model.encode_images(pixel_values, image_sizes)
-    input_ids = tokenize(model, processor, args.prompt, features)
+    input_ids = tokenize(model, processor, args.prompt, features, Options())
     embeddings = model.embed_inputs(mx.array([input_ids]), image_features=features)
 
     def drafter(**chosen: Any) -> Drafter:

@@ -18,9 +18,10 @@ from . import convert
 from .batch import batch_generate
 from .chat import Chat
 from .config import CheckpointError, FastVLMConfig
-from .generate import Part, generate, stream_generate
+from .generate import generate, stream_generate
 from .image import load_image, preprocess
 from .model import FastVLM
+from .parts import Part
 from .prompt import Processor
 from .reuse import Reuse
 from .version import __version__

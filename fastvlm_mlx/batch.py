@@ -22,22 +22,16 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import mlx.core as mx
 
-from .generate import (
-    MIN_TEMPERATURE,
-    Options,
-    Part,
-    keep_top_p,
-    list_images,
-    make_logits_processor,
-    stream_parts,
-    tokenize,
-)
 from .image import ImageSource
+from .inputs import list_images, tokenize
+from .kv_cache import KVCache
 from .model import FastVLM
+from .ops import on_cpu
+from .options import Options
+from .parts import Part, stream_parts
 from .prompt import Messages, Processor, check_marks
-from .qwen2 import KVCache
 from .reuse import common_prefix
-from .vision import on_cpu
+from .sampling import MIN_TEMPERATURE, keep_top_p, make_logits_processor
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -86,10 +80,6 @@ def batch_generate(
     processor: Processor,
     requests: Iterable[Request],
     *,
-    image_size: int | None = None,
-    system: str | None = None,
-    conv_mode: str | None = None,
-    fast: bool = False,
     max_batch: int = 16,
     encode_batch: int | None = None,
     **options: Any,
@@ -104,7 +94,6 @@ def batch_generate(
         requests: (prompt, image) pairs, each as `generate` takes them: a prompt and one image,
             several or None. They are taken as they are needed, so there may be any number of them,
             and memory holds but a few images and the sequences in the decoder.
-        image_size, system, conv_mode, fast: as in `generate`, for all requests.
         max_batch: sequences that are decoded at a time.
         encode_batch: images that are encoded, and requests that enter the decoder, at a time; by
             default 8, or fewer if they have more than 4 million pixels.
@@ -120,10 +109,6 @@ def batch_generate(
         model,
         processor,
         requests,
-        image_size=image_size,
-        system=system,
-        conv_mode=conv_mode,
-        fast=fast,
         max_batch=max_batch,
         encode_batch=encode_batch,
         **options,
@@ -146,10 +131,6 @@ def stream_batch(
     processor: Processor,
     requests: Iterable[Request],
     *,
-    image_size: int | None = None,
-    system: str | None = None,
-    conv_mode: str | None = None,
-    fast: bool = False,
     max_batch: int = 16,
     encode_batch: int | None = None,
     **options: Any,
@@ -160,8 +141,7 @@ def stream_batch(
     """
     batch = Batch(model, processor, max_batch=max_batch, encode_batch=encode_batch)
     check_options(options)
-    common = {"image_size": image_size, "system": system, "conv_mode": conv_mode, "fast": fast}
-    return _run(batch, enumerate(requests), {**common, **options})
+    return _run(batch, enumerate(requests), options)
 
 
 def _run(
@@ -205,6 +185,8 @@ def check_options(options: Mapping[str, Any]) -> Options:
     for name in ("max_kv_size", "kv_bits"):
         if getattr(chosen, name) is not None:
             raise ValueError(f"{name} is not for batches, whose KV cache is kept in full: omit it.")
+    if chosen.prompt_lookup is not None or chosen.draft_model is not None:
+        raise ValueError("Batches are not speculated on: omit prompt_lookup and draft_model.")
     return chosen
 
 
@@ -215,10 +197,6 @@ class _Request:
     id: int
     prompt: Messages
     images: list[ImageSource]
-    image_size: int | None
-    system: str | None
-    conv_mode: str | None
-    fast: bool
     options: Options
     start: float
     preprocessed: float = 0.0
@@ -326,11 +304,6 @@ class Batch:
         self,
         prompt: Messages,
         image: Images = None,
-        *,
-        image_size: int | None = None,
-        system: str | None = None,
-        conv_mode: str | None = None,
-        fast: bool = False,
         **options: Any,
     ) -> int:
         """Add a request; the arguments are those of `generate`, the result is its id for `step`.
@@ -342,13 +315,11 @@ class Batch:
         chosen = check_options(options)
         images = list_images(image)
         check_marks(prompt, len(images))
-        self.processor.num_visual_tokens(image_size)
+        self.processor.num_visual_tokens(chosen.image_size)
         mx.eval([image for image in images if isinstance(image, mx.array)])  # for another thread
         id, self._count = self._count, self._count + 1
         start = time.perf_counter()
-        self._waiting.append(
-            _Request(id, prompt, images, image_size, system, conv_mode, fast, chosen, start)
-        )
+        self._waiting.append(_Request(id, prompt, images, chosen, start))
         self._read_ahead()
         return id
 
@@ -417,12 +388,7 @@ class Batch:
             request.encoded = time.perf_counter()
             try:
                 request.input_ids = tokenize(
-                    self.model,
-                    self.processor,
-                    request.prompt,
-                    request.features,
-                    system=request.system,
-                    conv_mode=request.conv_mode,
+                    self.model, self.processor, request.prompt, request.features, request.options
                 )
                 self._encoded.append(request)
             except ValueError as error:
@@ -531,7 +497,7 @@ class Batch:
 def _read_images(processor: Processor, request: _Request) -> list[Pixels]:
     # As bytes nothing is left to compute: MLX would keep a stream for each thread that does.
     each = processor.preprocess_each(
-        request.images, request.image_size, fast=request.fast, dtype=mx.uint8
+        request.images, request.options.image_size, fast=request.options.fast, dtype=mx.uint8
     )
     return list(each)
 

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
+from .kv_cache import KVCache
 from .model import FastVLM
-from .qwen2 import KVCache
 
 
 class Beam(NamedTuple):

@@ -29,19 +29,14 @@ from mlx.utils import tree_flatten
 
 from . import graph, hub, weights
 from .config import FastVLMConfig, TextConfig, VisionConfig
-from .generate import (
-    Options,
-    check_length,
-    encode_images,
-    generate_tokens,
-    make_kv_cache,
-    preprocess_images,
-)
-from .linear import QuantizedLinear
+from .decode import generate_tokens, make_kv_cache
+from .inputs import check_length, encode_images, preprocess_images
 from .model import FastVLM
+from .ops import QuantizedLinear, on_cpu
+from .options import Options
 from .prompt import Processor, Tokenizer
 from .version import __version__
-from .vision import CONV_FFN_KERNEL, SE_REDUCTION, STEM_KERNEL, on_cpu
+from .vision import CONV_FFN_KERNEL, SE_REDUCTION, STEM_KERNEL
 
 PHOTO = (4032, 3024)  # 12 megapixels, as a telephone takes them
 LOAD_SECONDS = 3.0  # loading is not repeated beyond this

@@ -20,8 +20,10 @@ import mlx.nn as nn
 
 from . import weights
 from .convert.fold import Weights
-from .generate import Options, generate_tokens, preprocess_images, tokenize
+from .decode import generate_tokens
+from .inputs import preprocess_images, tokenize
 from .model import FastVLM
+from .options import Options
 from .prompt import Processor
 from .quantize import Quantize, part_of
 from .report import QUESTION, read_questions
@@ -163,7 +165,7 @@ def read_prompt(model: FastVLM, processor: Processor, image: Path, question: str
     features = model.vision_tower(pixel_values)
     visual = model.merge_tiles(model.mm_projector(features), size)
     mx.eval(features)
-    return Prompt(tokenize(model, processor, question, [visual]), features, size)
+    return Prompt(tokenize(model, processor, question, [visual], Options()), features, size)
 
 
 def greedy_answer(model: FastVLM, processor: Processor, prompt: Prompt) -> list[int]:

@@ -8,19 +8,12 @@ from typing import Any, Literal, TypeAlias, overload
 
 import mlx.core as mx
 
-from .generate import (
-    Options,
-    Part,
-    encode_images,
-    generate_tokens,
-    list_images,
-    make_kv_cache,
-    preprocess_images,
-    stream_parts,
-    tokenize,
-)
+from .decode import generate_tokens, make_kv_cache
 from .image import ImageSource
+from .inputs import encode_images, list_images, preprocess_images, tokenize
 from .model import FastVLM
+from .options import Options
+from .parts import Part, stream_parts
 from .prompt import IMAGE_MARK, Processor, check_marks
 from .reuse import common_prefix
 
@@ -35,30 +28,15 @@ class Chat:
 
     Args:
         model, processor: from `load`.
-        system: the system prompt, if not the model's own.
-        image_size: side in pixels, a multiple of 64, if not the model's own.
-        fast: decode large JPEGs at less than their full resolution, as `generate` does.
         **options: fields of `generate.Options`, for every turn.
 
     Attributes:
         messages: the turns so far, as {"role", "content"}.
     """
 
-    def __init__(
-        self,
-        model: FastVLM,
-        processor: Processor,
-        *,
-        system: str | None = None,
-        image_size: int | None = None,
-        fast: bool = False,
-        **options: Any,
-    ):
+    def __init__(self, model: FastVLM, processor: Processor, **options: Any):
         self.model = model
         self.processor = processor
-        self.system = system
-        self.image_size = image_size
-        self.fast = fast
         self.options = options
         Options(**options)
         self._running: Iterator[Part] | None = None
@@ -113,14 +91,14 @@ class Chat:
         start = time.perf_counter()
         check_marks(prompt, len(images))
         pixel_values, sizes = preprocess_images(
-            self.processor, images, self.image_size, fast=self.fast
+            self.processor, images, options.image_size, fast=options.fast
         )
         preprocessed = time.perf_counter()
         features = self._features + encode_images(self.model, pixel_values, sizes)
         encoded = time.perf_counter()
         marks = "" if IMAGE_MARK in prompt else f"{IMAGE_MARK}\n" * len(images)
         messages = [*self.messages, {"role": "user", "content": marks + prompt}]
-        input_ids = tokenize(self.model, self.processor, messages, features, system=self.system)
+        input_ids = tokenize(self.model, self.processor, messages, features, options)
         embeddings = self.model.embed_inputs(mx.array([input_ids]), image_features=features)
         known = self._rewind(input_ids, options)
         limit = min(options.max_tokens, self.processor.max_length - len(input_ids))

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -143,7 +143,8 @@ def generate(
 
     fastvlm generate --model apple/FastVLM-0.5B --image photo.jpg --prompt "What is this?"
     """
-    from .generate import Options, stream_generate
+    from .generate import stream_generate
+    from .options import Options
     from .weights import load
 
     images = list(image or [])
@@ -159,8 +160,16 @@ def generate(
         max_kv_size=max_kv_size,
         kv_bits=kv_bits,
         prefill_step_size=prefill_step_size,
+        system=system,
+        image_size=image_size,
+        conv_mode=conv_mode,
+        fast=fast,
+        prompt_lookup=prompt_lookup,
+        num_draft_tokens=num_draft_tokens,
     )
     loaded, processor = load(model, revision=revision, dtype=dtype, quantize=quantize)
+    if draft_model is not None:
+        options = replace(options, draft_model=load(draft_model, dtype=dtype))
     if not images and prompt is None:
         images = [str(SAMPLE_IMAGE)]
         typer.echo(f"No --image and no --prompt: describing {SAMPLE_IMAGE}.", err=True)
@@ -169,13 +178,6 @@ def generate(
         processor,
         DESCRIBE if prompt is None else prompt,
         image=images,
-        system=system,
-        image_size=image_size,
-        conv_mode=conv_mode,
-        fast=fast,
-        prompt_lookup=prompt_lookup,
-        draft_model=None if draft_model is None else load(draft_model, dtype=dtype),
-        num_draft_tokens=num_draft_tokens,
         **vars(options),
     )
     text, last = show(parts, quiet=as_json)

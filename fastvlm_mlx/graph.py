@@ -193,11 +193,8 @@ def as_on_gpu() -> Iterator[None]:
         for name, function in FAST.items():
             stack.enter_context(patch.object(mx.fast, name, function))
         stack.enter_context(patch.object(mx, "dequantize", _dequantize))
-        for name, module in list(sys.modules.items()):
-            if name.startswith("fastvlm_mlx.") and hasattr(module, "on_cpu"):
-                stack.enter_context(patch.object(module, "on_cpu", lambda: False))
-            if name == "fastvlm_mlx.vision":
-                stack.enter_context(patch.object(module, "on_metal", lambda: True))
+        if device := sys.modules.get("fastvlm_mlx.ops.device"):
+            stack.enter_context(device.assume("metal"))
         # Compiled functions are kept by stream: those of the CPU are not found here, and those
         # compiled here are not found outside.
         stack.enter_context(mx.stream(_stream()))

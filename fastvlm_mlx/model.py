@@ -11,8 +11,10 @@ import mlx.nn as nn
 
 from .config import FastVLMConfig
 from .image import anyres_grid
-from .qwen2 import KVCache, Qwen2
-from .vision import FastViTHD, gelu
+from .kv_cache import KVCache
+from .ops import gelu
+from .qwen2 import Qwen2
+from .vision import FastViTHD
 
 Images = mx.array | Sequence[mx.array]
 

@@ -13,8 +13,10 @@ import mlx.core as mx
 
 from . import hub, weights
 from .convert.fold import Weights
-from .generate import generate, preprocess_images, stream_generate, tokenize
+from .generate import generate, stream_generate
+from .inputs import preprocess_images, tokenize
 from .model import FastVLM
+from .options import Options
 from .prompt import Processor
 from .quantize import Quantize, quantize_checkpoint
 
@@ -143,7 +145,7 @@ def sample_outputs(model: FastVLM, processor: Processor, images: Sequence[Any]) 
     pixel_values, sizes = preprocess_images(processor, images)
     for image, pixels, size in zip(images, pixel_values, sizes, strict=True):
         (features,) = model.encode_images([pixels], [size])
-        input_ids = tokenize(model, processor, QUESTION, [features])
+        input_ids = tokenize(model, processor, QUESTION, [features], Options())
         embeddings = model.embed_inputs(mx.array([input_ids]), image_features=[features])
         outputs.features.append(features.astype(mx.float32))
         outputs.logits.append(

@@ -13,9 +13,9 @@ from hashlib import blake2b
 
 import mlx.core as mx
 
-from .generate import encode_images
+from .inputs import encode_images
+from .kv_cache import KVCache
 from .model import FastVLM
-from .qwen2 import KVCache
 
 MAX_BYTES = 2**30
 

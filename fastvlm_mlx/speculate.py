@@ -14,9 +14,12 @@ from typing import Any, cast
 
 import mlx.core as mx
 
-from .generate import Options, generate_tokens, make_logits_processor, make_sampler, tokenize
+from .decode import generate_tokens
+from .inputs import Inputs, tokenize
 from .model import FastVLM
+from .options import Options
 from .prompt import Messages, Processor, Tokenizer
+from .sampling import make_logits_processor, make_sampler
 
 NUM_DRAFT_TOKENS = 3
 MAX_NGRAM_SIZE = 3
@@ -263,47 +266,35 @@ def trim(cache: Sequence[Any], count: int) -> None:
 
 
 def make_drafter(
-    processor: Processor,
-    prompt: Messages,
-    input_ids: Sequence[int],
-    pixel_values: Sequence[mx.array],
-    image_sizes: Sequence[tuple[int, int]],
-    *,
-    prompt_lookup: int | None = None,
-    draft_model: tuple[FastVLM, Processor] | None = None,
-    num_draft_tokens: int = NUM_DRAFT_TOKENS,
-    system: str | None = None,
-    conv_mode: str | None = None,
-) -> Drafter:
-    """The drafter for an answer that is about to be generated; a draft model computes nothing yet.
+    processor: Processor, prompt: Messages, inputs: Inputs, options: Options
+) -> Drafter | None:
+    """The drafter that the options ask for, if any; a draft model computes nothing yet.
 
     Args:
-        processor, prompt, input_ids, system, conv_mode: of the model that answers.
-        pixel_values, image_sizes: the same pixels that the model sees, as `preprocess_images`
-            gives them; the draft model makes its own visual tokens of them.
-        prompt_lookup: propose up to this many tokens from prompt and answer.
-        draft_model: a smaller model of the same vocabulary and its processor, to propose
-            `num_draft_tokens` tokens.
+        processor, prompt, inputs: of the model that answers. A draft model sees the same pixels
+            and makes its own visual tokens of them.
+        options: `prompt_lookup`, or a `draft_model` of the same vocabulary with its processor.
 
     Raises:
-        ValueError: not exactly one of `prompt_lookup` and `draft_model` is given, a number of
-            tokens is below 1, the models' vocabularies differ, or the prompt is too long for the
-            draft model.
+        ValueError: both are given, a number of tokens is below 1, the models' vocabularies
+            differ, or the prompt is too long for the draft model.
     """
-    if (prompt_lookup is None) == (draft_model is None):
+    if options.prompt_lookup is None and options.draft_model is None:
+        return None
+    if options.prompt_lookup is not None and options.draft_model is not None:
         raise ValueError("Give prompt_lookup or draft_model, not both.")
-    if draft_model is None:
-        return PromptLookup(input_ids, cast(int, prompt_lookup))
-    if not isinstance(draft_model, tuple) or len(draft_model) != 2:
+    if options.draft_model is None:
+        return PromptLookup(inputs.input_ids, cast(int, options.prompt_lookup))
+    if not isinstance(options.draft_model, tuple) or len(options.draft_model) != 2:
         raise ValueError("draft_model must be a model and its processor, as `load` gives them.")
-    model, draft_processor = draft_model
+    model, draft_processor = options.draft_model
     check_vocabularies(processor.tokenizer, draft_processor.tokenizer)
-    features = model.encode_images(pixel_values, image_sizes) if pixel_values else []
-    draft_ids = tokenize(
-        model, draft_processor, prompt, features, system=system, conv_mode=conv_mode
-    )
+    pixel_values = inputs.pixel_values
+    features = model.encode_images(pixel_values, inputs.image_sizes) if pixel_values else []
+    draft_ids = tokenize(model, draft_processor, prompt, features, options)
     embeddings = model.embed_inputs(mx.array([draft_ids]), image_features=features)
-    return DraftModel(model, embeddings, num_draft_tokens, processor.tokenizer.vocab_size)
+    vocab_size = processor.tokenizer.vocab_size
+    return DraftModel(model, embeddings, options.num_draft_tokens, vocab_size)
 
 
 def check_vocabularies(tokenizer: Tokenizer, draft_tokenizer: Tokenizer) -> None:

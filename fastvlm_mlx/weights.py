@@ -26,11 +26,11 @@ from . import hub
 from .config import CheckpointError, FastVLMConfig, load_config, read_json
 from .convert import adapters, apple_export, fold, llava, mlx_vlm, transformers
 from .convert.fold import Weights
-from .linear import SideBySide, quantize_layers
 from .model import FastVLM
+from .ops import SideBySide, on_cpu, on_metal
+from .ops import quantize as quantize_layers
 from .prompt import Processor, Tokenizer
 from .quantize import Quantize, Settings, layer_settings, quantize_checkpoint
-from .vision import on_cpu, on_metal
 
 LAYOUTS: tuple[ModuleType, ...] = (mlx_vlm, llava, transformers, apple_export)
 VISION = "vision_tower.vision_model."
@@ -143,8 +143,9 @@ def _evaluate(model: FastVLM) -> None:
             mx.eval(waiting)
             waiting.clear()
     mx.eval(model.parameters())
-    if on_metal():  # else the system may page weights out between two answers
-        mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
+    limit = mx.device_info().get("max_recommended_working_set_size") if on_metal() else None
+    if limit is not None:  # else the system may page weights out between two answers
+        mx.set_wired_limit(int(limit))
 
 
 def read_whole(folder: Path) -> tuple[FastVLMConfig, Weights]:

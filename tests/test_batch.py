@@ -20,7 +20,7 @@ from fastvlm_mlx.batch import (
 )
 from fastvlm_mlx.generate import generate, stream_generate
 from fastvlm_mlx.hub import NANO
-from fastvlm_mlx.qwen2 import KVCache
+from fastvlm_mlx.kv_cache import KVCache
 
 Nano = tuple[fv.FastVLM, fv.Processor]
 

@@ -13,7 +13,7 @@ from mlx.utils import tree_flatten
 from PIL import Image
 
 import fastvlm_mlx as fv
-from fastvlm_mlx import bench, cli, qwen2, vision
+from fastvlm_mlx import bench, cli, vision
 from fastvlm_mlx.bench import (
     Need,
     Work,
@@ -116,7 +116,7 @@ def products(compute: Callable[[mx.array], mx.array], x: mx.array) -> int:
 def test_operations_are_those_of_the_encoder(
     small: fv.FastVLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(vision, "on_cpu", lambda: False)
+    monkeypatch.setattr(vision.ops.device, "_assumed", "cuda")
     for size in (64, 128, 192):
         config = small.config
         expected = encoder_work(config.vision, size) + projector_work(config, (size // 64) ** 2)
@@ -124,7 +124,7 @@ def test_operations_are_those_of_the_encoder(
 
 
 def test_operations_are_those_of_the_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(qwen2, "on_cpu", lambda: False)
+    monkeypatch.setattr(vision.ops.device, "_assumed", "cuda")
     decoder = Qwen2(SMALL_TEXT)
     expected = decoder_work(SMALL_TEXT, 1)
     assert products(decoder, mx.zeros((1, 1), mx.int32)) == expected.flops

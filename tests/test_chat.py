@@ -13,9 +13,10 @@ from fastvlm_mlx.chat import Chat
 from fastvlm_mlx.config import FastVLMConfig
 from fastvlm_mlx.generate import generate, stream_generate
 from fastvlm_mlx.hub import NANO
+from fastvlm_mlx.kv_cache import KVCache
 from fastvlm_mlx.model import FastVLM
 from fastvlm_mlx.prompt import Processor
-from fastvlm_mlx.qwen2 import Block, KVCache, Qwen2
+from fastvlm_mlx.qwen2 import Block, Qwen2
 from fastvlm_mlx.vision import FastViTHD
 from fastvlm_mlx.weights import load_processor
 

@@ -29,8 +29,8 @@ from PIL import Image
 import fastvlm_mlx as fv
 from fastvlm_mlx import cli
 from fastvlm_mlx.chat import Chat
-from fastvlm_mlx.generate import Options
 from fastvlm_mlx.hub import NANO
+from fastvlm_mlx.options import Options
 from fastvlm_mlx.qwen2 import Block
 from fastvlm_mlx.version import __version__
 from fastvlm_mlx.vision import FastViTHD

@@ -14,23 +14,16 @@ from mlx_lm.models import cache as mlx_lm_cache
 from PIL import Image
 
 import fastvlm_mlx as fv
-from fastvlm_mlx.generate import (
-    Options,
-    Part,
-    StopTexts,
-    check_length,
-    generate,
-    keep_top_p,
-    list_images,
-    make_kv_cache,
-    make_sampler,
-    stream_generate,
-    stream_parts,
-)
+from fastvlm_mlx.decode import make_kv_cache
+from fastvlm_mlx.generate import generate, stream_generate
 from fastvlm_mlx.hub import NANO
+from fastvlm_mlx.inputs import check_length, list_images
+from fastvlm_mlx.kv_cache import KVCache
 from fastvlm_mlx.model import FastVLM
+from fastvlm_mlx.options import Options
+from fastvlm_mlx.parts import Part, StopTexts, stream_parts
 from fastvlm_mlx.prompt import Processor, build_prompt
-from fastvlm_mlx.qwen2 import KVCache
+from fastvlm_mlx.sampling import keep_top_p, make_sampler
 from fastvlm_mlx.weights import load_processor
 
 Nano = tuple[fv.FastVLM, fv.Processor]

@@ -191,9 +191,9 @@ def test_nothing_is_left_behind(small: fv.FastVLM) -> None:
     before = count_primitives(small.encode_image(pixel_values))
     with as_on_gpu():
         inside = count_primitives(run(pixel_values))
-        assert not vision.on_cpu()
+        assert not vision.ops.on_cpu()
     assert inside["LayerNorm"] > 0 and inside["Convolution"] > 1
-    assert vision.on_cpu()
+    assert vision.ops.on_cpu()
     assert [getattr(mx.fast, name) for name in graph.FAST] == functions
     assert count_primitives(small.encode_image(pixel_values)) == before
     assert np.array_equal(np.array(run(pixel_values)), expected)
@@ -206,7 +206,7 @@ def test_stand_ins_keep_their_own_names_outside() -> None:
 def test_leaving_by_an_error() -> None:
     with pytest.raises(RuntimeError, match="on purpose"), as_on_gpu():
         raise RuntimeError("on purpose")
-    assert vision.on_cpu()
+    assert vision.ops.on_cpu()
     assert count_primitives(mx.cumprod(ones(4))) == {"CumProd": 1}
 
 

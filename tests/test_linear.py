@@ -4,15 +4,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
-from fastvlm_mlx import linear
-from fastvlm_mlx.linear import (
-    MANY_ROWS,
-    QuantizedEmbedding,
-    QuantizedLinear,
-    project,
-    quantize_layers,
-    times_row,
-)
+from fastvlm_mlx.ops import QuantizedEmbedding, QuantizedLinear, cpu, device
+from fastvlm_mlx.ops import linear as project
+from fastvlm_mlx.ops import quantize as quantize_layers
+from fastvlm_mlx.ops.cpu import MANY_ROWS, times_row
 
 MODES = pytest.mark.parametrize(
     "settings",
@@ -31,10 +26,10 @@ MODES = pytest.mark.parametrize(
 def products(monkeypatch) -> list[str]:
     """The quantized products made in the test: "rows" by MLX, or "written out"."""
     made = []
-    times_quantized, quantized_matmul = linear.times_quantized, mx.quantized_matmul
-    monkeypatch.setattr(linear, "on_cpu", lambda: True)
+    times_quantized, quantized_matmul = cpu.times_quantized, mx.quantized_matmul
+    monkeypatch.setattr(device, "_assumed", "cpu")
     monkeypatch.setattr(
-        linear, "times_quantized", lambda *a: made.append("written out") or times_quantized(*a)
+        cpu, "times_quantized", lambda *a: made.append("written out") or times_quantized(*a)
     )
     monkeypatch.setattr(
         mx, "quantized_matmul", lambda *a, **k: made.append("rows") or quantized_matmul(*a, **k)
@@ -49,7 +44,7 @@ def close(a: mx.array, b: mx.array) -> bool:
 @MODES
 @pytest.mark.parametrize("bias", [True, False])
 def test_many_rows_times_a_quantized_layer(products, monkeypatch, settings, bias):
-    monkeypatch.setattr(linear, "WRITTEN_OUT", 7 * 128)  # several pieces, the last one smaller
+    monkeypatch.setattr(cpu, "WRITTEN_OUT", 7 * 128)  # several pieces, the last one smaller
     mx.random.seed(0)
     floats = nn.Linear(128, 40, bias=bias)
     layer = QuantizedLinear.from_linear(floats, **settings)
@@ -83,7 +78,7 @@ def test_half_precision_is_left_to_mlx(products):
 
 
 def test_a_gpu_has_mlx_s_product(products, monkeypatch):
-    monkeypatch.setattr(linear, "on_cpu", lambda: False)
+    monkeypatch.setattr(device, "_assumed", "cuda")
     QuantizedLinear.from_linear(nn.Linear(64, 64), bits=4)(mx.zeros((MANY_ROWS, 64)))
     assert products == ["rows"]
 
@@ -120,7 +115,7 @@ def test_times_row(outputs):
 @pytest.mark.parametrize("with_residual", [True, False])
 @pytest.mark.parametrize("quantized", [True, False])
 def test_project_is_the_layer_and_the_residual(monkeypatch, rows, bias, with_residual, quantized):
-    monkeypatch.setattr(linear, "LARGE", 1)
+    monkeypatch.setattr(cpu, "LARGE", 1)
     mx.random.seed(0)
     layer = nn.Linear(64, 128, bias=bias)
     layer = QuantizedLinear.from_linear(layer, bits=8) if quantized else layer

@@ -8,7 +8,7 @@ from mlx.utils import tree_flatten
 import fastvlm_mlx as fv
 from fastvlm_mlx import weights
 from fastvlm_mlx.convert import convert, fold
-from fastvlm_mlx.linear import SideBySide
+from fastvlm_mlx.ops import SideBySide
 from fastvlm_mlx.quantize import (
     MIXED,
     MODES,

@@ -11,11 +11,13 @@ from mlx.utils import tree_map
 from mlx_lm.generate import generate_step
 from mlx_lm.models import cache as mlx_lm_cache
 
-from fastvlm_mlx import qwen2
 from fastvlm_mlx.config import FastVLMConfig
-from fastvlm_mlx.generate import Options, generate_tokens
+from fastvlm_mlx.decode import generate_tokens
+from fastvlm_mlx.kv_cache import KVCache
 from fastvlm_mlx.model import FastVLM
-from fastvlm_mlx.qwen2 import KVCache, attend_causally, swiglu
+from fastvlm_mlx.ops import device, swiglu
+from fastvlm_mlx.ops.cpu import causal_attention as attend_causally
+from fastvlm_mlx.options import Options
 from fastvlm_mlx.weights import to_checkpoint
 
 VOCAB_SIZE = 100
@@ -369,7 +371,7 @@ def test_generate_step_quantizes_our_cache(model: FastVLM) -> None:
 
 
 def test_swiglu_on_the_cpu_is_exact_to_rounding(monkeypatch):
-    monkeypatch.setattr(qwen2, "on_cpu", lambda: True)
+    monkeypatch.setattr(device, "_assumed", "cpu")
     extremes = [0, 1e-20, -1e-20, 50, -50, 1e4, -1e4, 3e38]
     gate = np.concatenate([np.linspace(-20, 20, 20001), extremes]).astype(np.float32)
     exact = gate.astype(np.float64) / (1 + np.exp(-np.maximum(gate.astype(np.float64), -700)))
@@ -380,7 +382,7 @@ def test_swiglu_on_the_cpu_is_exact_to_rounding(monkeypatch):
 
 
 def test_gradients_of_swiglu_on_the_cpu(monkeypatch):
-    monkeypatch.setattr(qwen2, "on_cpu", lambda: True)
+    monkeypatch.setattr(device, "_assumed", "cpu")
     gate = mx.array([-1000.0, -60, -3, -0.1, 0, 0.1, 3, 60, 1000])
     up = mx.linspace(-1, 1, gate.size)
     found = mx.grad(lambda *x: swiglu(*x).sum(), argnums=(0, 1))(gate, up)

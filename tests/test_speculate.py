@@ -9,15 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastvlm_mlx as fv
-from fastvlm_mlx.generate import (
-    Options,
-    generate_tokens,
-    make_kv_cache,
-    preprocess_images,
-    stream_parts,
-)
+from fastvlm_mlx.decode import generate_tokens, make_kv_cache
 from fastvlm_mlx.hub import NANO
+from fastvlm_mlx.inputs import preprocess_images
 from fastvlm_mlx.model import FastVLM
+from fastvlm_mlx.options import Options
+from fastvlm_mlx.parts import stream_parts
 from fastvlm_mlx.prompt import build_prompt
 from fastvlm_mlx.speculate import (
     Drafter,

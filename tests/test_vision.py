@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastvlm_mlx import vision
+from fastvlm_mlx import ops
 from fastvlm_mlx.config import VisionConfig
 from fastvlm_mlx.convert.fold import fold_encoder, unfold_encoder
-from fastvlm_mlx.vision import DepthwiseConv, FastViTHD, gelu
+from fastvlm_mlx.ops import DepthwiseConv, device, gelu
+from fastvlm_mlx.vision import FastViTHD
 
 SMALL = VisionConfig(
     image_size=128,
@@ -194,7 +195,7 @@ def difference(found: mx.array, expected: np.ndarray) -> float:
 
 @pytest.fixture
 def computed_as(monkeypatch):
-    return lambda on_cpu: monkeypatch.setattr(vision, "on_cpu", lambda: on_cpu)
+    return lambda on_cpu: monkeypatch.setattr(device, "_assumed", "cpu" if on_cpu else "cuda")
 
 
 @pytest.fixture(scope="module")
@@ -235,7 +236,7 @@ def test_features_equal_the_unfolded_form(computed_as, reference, on_cpu):
 @pytest.mark.parametrize("rows", [1, 3, 5, 100])
 def test_bands_join_to_the_whole(monkeypatch, computed_as, stride, kernel, height, rows):
     computed_as(True)
-    monkeypatch.setattr(vision, "BAND", rows * 2 * 6 * 4 // stride)
+    monkeypatch.setattr(ops.cpu, "BAND", rows * 2 * 6 * 4 // stride)
     layer = DepthwiseConv(4, kernel, stride)
     layer.weight = mx.array(random_pixels(4, kernel, kernel, 1))
     layer.bias = mx.array(random_pixels(4))
@@ -246,8 +247,8 @@ def test_bands_join_to_the_whole(monkeypatch, computed_as, stride, kernel, heigh
 
 def test_features_in_bands_of_a_row(monkeypatch, computed_as, reference):
     computed_as(True)
-    monkeypatch.setattr(vision, "BAND", 1)
-    monkeypatch.setattr(vision, "MAX_HIDDEN", 1)
+    monkeypatch.setattr(ops.cpu, "BAND", 1)
+    monkeypatch.setattr(ops.cpu, "MAX_HIDDEN", 1)
     encoder, pixels, expected = reference
     assert difference(encoder.load()(mx.array(pixels)), expected) < TOLERANCE
 
@@ -338,7 +339,7 @@ def test_any_geometry_equals_its_unfolded_form(config, size, seed):
     model = encoder.load()
     for on_cpu in (True, False):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(vision, "on_cpu", lambda on_cpu=on_cpu: on_cpu)
+            patch.setattr(device, "_assumed", "cpu" if on_cpu else "cuda")
             assert difference(model(mx.array(pixels)), expected) < TOLERANCE
 
 
@@ -408,9 +409,8 @@ def test_the_forms_for_a_gpu_give_the_same(monkeypatch, small, image_size):
     """Biases and residuals in one kernel, heads padded for Metal: against the CPU's forms."""
     pixels = mx.random.uniform(shape=(2, image_size, image_size, 3), key=mx.random.key(4))
     wanted = small.vision_tower(pixels)
-    monkeypatch.setattr(vision, "on_cpu", lambda: False)
     for on_metal in (False, True):
-        monkeypatch.setattr(vision, "on_metal", lambda is_so=on_metal: is_so)
+        monkeypatch.setattr(device, "_assumed", "metal" if on_metal else "cuda")
         found = small.vision_tower(pixels)
         assert mx.abs(found - wanted).max() < 3e-4 * mx.std(wanted), on_metal
 
@@ -418,11 +418,10 @@ def test_the_forms_for_a_gpu_give_the_same(monkeypatch, small, image_size):
 @pytest.mark.parametrize("heads, D", [(1, 32), (3, 32), (2, 64)])
 def test_padded_heads_change_nothing(monkeypatch, heads, D):
     qkv = mx.random.normal((2, 20, 3 * heads, D), key=mx.random.key(5))
-    wanted = vision.attend(qkv, D**-0.5)
-    monkeypatch.setattr(vision, "on_cpu", lambda: False)
+    wanted = ops.attention(qkv, D**-0.5)
     for on_metal in (False, True):
-        monkeypatch.setattr(vision, "on_metal", lambda is_so=on_metal: is_so)
-        found = vision.attend(qkv, D**-0.5)
+        monkeypatch.setattr(device, "_assumed", "metal" if on_metal else "cuda")
+        found = ops.attention(qkv, D**-0.5)
         assert found.shape == (2, 20, heads, D)
         assert mx.allclose(found, wanted, atol=2e-6), on_metal
 

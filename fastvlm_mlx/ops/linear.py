@@ -1,0 +1,91 @@
+"""Linear layers, plain, quantized, and several of one input side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_map_with_path
+
+from . import cpu
+from .device import on_cpu
+
+
+def linear(layer: nn.Module, x: mx.array, residual: mx.array | None = None) -> mx.array:
+    """layer(x), and `residual` added, in as few steps as a layer in float allows."""
+    if not isinstance(layer, nn.Linear):
+        return layer(x) if residual is None else residual + layer(x)
+    if on_cpu() and cpu.is_row(x, layer.weight):
+        y = cpu.times_row(x, layer.weight)
+        y = y + layer.bias if "bias" in layer else y
+        return y if residual is None else residual + y
+    if residual is not None and "bias" not in layer:
+        return mx.addmm(residual, x, layer.weight.T)
+    return layer(x) if residual is None else residual + layer(x)
+
+
+def as_linear(table: nn.Module, x: mx.array) -> mx.array:
+    """[..., dims] → [..., num_embeddings]: the logits of tied embeddings."""
+    if on_cpu() and isinstance(table, nn.Embedding) and cpu.is_row(x, table.weight):
+        return cpu.times_row(x, table.weight)
+    return table.as_linear(x)
+
+
+def split_linear(layer: nn.Module, x: mx.array, parts: int) -> Sequence[mx.array]:
+    """The outputs of a fused layer, split into as many equal parts."""
+    if isinstance(layer, SideBySide):
+        return [linear(each, x) for each in layer.layers]
+    return mx.split(linear(layer, x), parts, axis=-1)
+
+
+class QuantizedLinear(nn.QuantizedLinear):
+    """MLX's, with another product for many rows on the CPU."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """[..., inputs] → [..., outputs]."""
+        if not (on_cpu() and cpu.has_many_rows(x)):
+            return super().__call__(x)
+        y = cpu.times_quantized(x, self)
+        return y + self.bias if "bias" in self else y
+
+
+class QuantizedEmbedding(nn.QuantizedEmbedding):
+    """MLX's, with another product for many rows on the CPU."""
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        """[..., dims] → [..., num_embeddings]."""
+        is_slow = on_cpu() and cpu.has_many_rows(x)
+        return cpu.times_quantized(x, self) if is_slow else super().as_linear(x)
+
+
+class SideBySide(nn.Module):
+    """Linear layers of one input that stay apart, their outputs joined."""
+
+    def __init__(self, layers: Sequence[nn.Module]):
+        super().__init__()
+        self.layers = list(layers)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return mx.concatenate([layer(x) for layer in self.layers], axis=-1)
+
+
+def quantize(model: nn.Module, settings_of: Callable[[str], dict[str, Any] | None]) -> None:
+    """Make layers of a model quantized.
+
+    Args:
+        model: changed in place.
+        settings_of: path of a layer → its group_size, bits and mode, or None if it is to stay.
+    """
+
+    def replace(path: str, layer: nn.Module) -> nn.Module:
+        settings = settings_of(path)
+        if settings is None:
+            return layer
+        if isinstance(layer, nn.Embedding):
+            return QuantizedEmbedding.from_embedding(layer, **settings)
+        return QuantizedLinear.from_linear(layer, **settings)
+
+    layers = tree_map_with_path(replace, model.leaf_modules(), is_leaf=nn.Module.is_module)
+    model.update_modules(layers)
