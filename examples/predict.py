@@ -13,7 +13,7 @@ import mlx.core as mx
 
 import fastvlm_mlx as fv
 from fastvlm_mlx.beam import beam_search
-from fastvlm_mlx.generate import encode_images, preprocess_images
+from fastvlm_mlx.inputs import encode_images, preprocess_images
 from fastvlm_mlx.prompt import build_prompt
 
 

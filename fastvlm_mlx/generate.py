@@ -56,7 +56,8 @@ def stream_generate(
 ) -> Iterator[Part]:
     """As `generate`, piece by piece; bad arguments raise on the call, not on the first piece."""
     chosen = Options(**options)
-    inputs = read_inputs(model, processor, prompt, image, chosen, reuse)
+    encode = None if reuse is None else reuse.encode
+    inputs = read_inputs(model, processor, prompt, image, chosen, encode)
     input_ids, limit = inputs.input_ids, inputs.limit(chosen, processor)
     embeddings, cache = inputs.embeddings, make_kv_cache(model, chosen)
     keeps_prompt = reuse is not None and chosen.max_kv_size is None and chosen.kv_bits is None

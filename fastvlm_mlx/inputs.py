@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import mlx.core as mx
 
@@ -14,8 +14,10 @@ from .model import FastVLM
 from .options import Options
 from .prompt import Messages, Processor, build_prompt, check_marks
 
-if TYPE_CHECKING:
-    from .reuse import Reuse
+# (model, pixel values, original sizes) → (visual tokens, key) of each image
+Encode = Callable[
+    [FastVLM, list[mx.array], list[tuple[int, int]]], tuple[list[mx.array], list[bytes]]
+]
 
 
 class Times(NamedTuple):
@@ -35,7 +37,7 @@ class Inputs:
         embeddings: [1, T, hidden_size] of them.
         features: the visual tokens [n, hidden_size] of each image.
         pixel_values, image_sizes: of the images that were read.
-        image_keys: of those images, where `Reuse` encoded them.
+        image_keys: of those images, where `encode` gave them.
         times: see `Times`.
     """
 
@@ -58,9 +60,15 @@ def read_inputs(
     prompt: Messages,
     image: ImageSource | Sequence[ImageSource] | None,
     options: Options,
-    reuse: Reuse | None = None,
+    encode: Encode | None = None,
 ) -> Inputs:
-    """Read, encode and tokenize; errors as `generate`."""
+    """Read, encode and tokenize; errors as `generate`.
+
+    Args:
+        model, processor, prompt, image: as `generate` takes them.
+        options: how to read them.
+        encode: what gives visual tokens instead of `encode_images`, and a key of each image.
+    """
     start = time.perf_counter()
     images = list_images(image)
     check_marks(prompt, len(images))
@@ -69,10 +77,10 @@ def read_inputs(
     )
     preprocessed = time.perf_counter()
     keys: list[bytes] = []
-    if reuse is None:
+    if encode is None:
         features = encode_images(model, pixel_values, sizes)
     else:
-        features, keys = reuse.encode(model, pixel_values, sizes)
+        features, keys = encode(model, pixel_values, sizes)
     times = Times(start, preprocessed, time.perf_counter())
     input_ids = tokenize(model, processor, prompt, features, options)
     embeddings = model.embed_inputs(mx.array([input_ids]), image_features=features)
