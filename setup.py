@@ -1,6 +1,6 @@
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 root = Path(__file__).parent
 version: dict[str, str] = {}
@@ -14,8 +14,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.10",
-    packages=["fastvlm_mlx", "fastvlm_mlx.convert"],
-    package_dir={"fastvlm_mlx.convert": "convert"},
+    packages=find_packages(include=["fastvlm_mlx", "fastvlm_mlx.*"]),
     package_data={"fastvlm_mlx": ["py.typed", "nano/*", "nano/images/*"]},
     install_requires=[
         "mlx>=0.30",
@@ -39,5 +38,5 @@ setup(
         "test": ["pytest", "hypothesis"],
         "dev": ["pytest", "hypothesis", "ruff", "mypy", "pre-commit"],
     },
-    entry_points={"console_scripts": ["fastvlm = fastvlm_mlx.cli:main"]},
+    entry_points={"console_scripts": ["fastvlm = fastvlm_mlx.cli.main:main"]},
 )

@@ -26,9 +26,9 @@ from machine import command_line, describe_machine, write_result
 from tables import markdown_table
 
 import fastvlm_mlx as fv
-from fastvlm_mlx.batch import Request, stream_batch
-from fastvlm_mlx.generate import stream_generate
-from fastvlm_mlx.hub import NANO
+from fastvlm_mlx.generation.batch import Request, stream_batch
+from fastvlm_mlx.generation.generate import stream_generate
+from fastvlm_mlx.hub.resolve import NANO
 
 Tokens = list[list[int]]
 ALONE, TOGETHER = "one by one", "together"

@@ -27,6 +27,8 @@ from machine import command_line, describe_machine, note, write_result
 from tables import FIGURES, Samples, describe_outputs, describe_setting, header, rows
 from worker import COMPILED, DTYPES, EAGER, IMAGE, OURS, PEER
 
+from fastvlm_mlx.checkpoint.layouts import transformers
+
 BENCHMARKS = Path(__file__).resolve().parent
 FEATURES_TOLERANCE = 1e-3
 
@@ -88,8 +90,9 @@ def folder_of(side: str, scratch: Path) -> Path:
 
 def write_folders(model: Path, scratch: Path, dtype: str, sides: Iterable[str]) -> None:
     """Convert a checkpoint to the layouts that the sides read."""
-    from fastvlm_mlx.convert import convert, transformers
-    from fastvlm_mlx.weights import read_whole, save_checkpoint, write_json
+    from fastvlm_mlx.checkpoint.files import save_checkpoint, write_json
+    from fastvlm_mlx.checkpoint.read import read_whole
+    from fastvlm_mlx.convert import convert
 
     folder = convert(model, scratch / "mlx", dtype=dtype, progress=False)
     written = scratch / "transformers"

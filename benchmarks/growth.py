@@ -24,9 +24,9 @@ from mlx_sides import device_name
 from worker import noise_image
 
 import fastvlm_mlx as fv
-from fastvlm_mlx.decode import generate_tokens
-from fastvlm_mlx.hub import NANO
-from fastvlm_mlx.options import Options
+from fastvlm_mlx.generation.decode import generate_tokens
+from fastvlm_mlx.generation.options import Options
+from fastvlm_mlx.hub.resolve import NANO
 
 IMAGE_SIZES = (256, 512, 768, 1024, 1280, 1536)
 PROMPT_LENGTHS = (64, 128, 256, 512, 1024)

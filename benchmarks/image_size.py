@@ -17,8 +17,8 @@ from pathlib import Path
 from machine import write_result
 
 import fastvlm_mlx as fv
-from fastvlm_mlx.batch import stream_batch
-from fastvlm_mlx.report import read_questions
+from fastvlm_mlx.evaluate.questions import read_questions
+from fastvlm_mlx.generation.batch import stream_batch
 
 
 def measure(

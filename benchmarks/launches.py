@@ -21,7 +21,7 @@ from machine import command_line, note, write_result
 from tables import markdown_table
 from worker import OURS, PEER
 
-from fastvlm_mlx import graph
+from fastvlm_mlx.bench import graph
 
 STAGES = ("encode", "decode")
 

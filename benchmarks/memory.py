@@ -13,12 +13,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import mlx.core as mx
 from machine import command_line, describe_machine, write_result
@@ -27,13 +24,14 @@ from mlx_sides import device_name
 from random_checkpoint import SIZES, make_config
 from worker import DTYPES
 
+from fastvlm_mlx.checkpoint.load import quantize_like
+from fastvlm_mlx.checkpoint.names import to_checkpoint, to_memory
+from fastvlm_mlx.checkpoint.quantize import quantize_checkpoint
 from fastvlm_mlx.config import FastVLMConfig
-from fastvlm_mlx.decode import generate_tokens
-from fastvlm_mlx.model import FastVLM
-from fastvlm_mlx.ops import on_cpu
-from fastvlm_mlx.options import Options
-from fastvlm_mlx.quantize import quantize_checkpoint
-from fastvlm_mlx.weights import quantize_like, to_checkpoint, to_memory
+from fastvlm_mlx.generation.decode import generate_tokens
+from fastvlm_mlx.generation.options import Options
+from fastvlm_mlx.model.fastvlm import FastVLM
+from fastvlm_mlx.ops import assume, on_cpu
 
 TEXT_TOKENS = 32
 NEW_TOKENS = 4
@@ -81,7 +79,7 @@ def peaks(model: FastVLM, image_size: int) -> dict[str, int]:
 
 def nbytes(arrays: Any) -> int:
     """Of a tree of arrays."""
-    return sum(array.nbytes for _, array in tree_flatten(arrays))
+    return sum(array.nbytes for array in dict(tree_flatten(arrays)).values())
 
 
 def deeper(found: dict[str, int], layers: int) -> dict[str, int]:
@@ -90,16 +88,6 @@ def deeper(found: dict[str, int], layers: int) -> dict[str, int]:
         "weights": found["weights"] + layers * found["layer_weights"],
         "answering": found["answering"] + layers * found["layer_cache"],
     }
-
-
-@contextmanager
-def form_of_a_gpu() -> Iterator[None]:
-    """Let the library compute as it does on a GPU, wherever that is."""
-    with ExitStack() as stack:
-        for name, module in list(sys.modules.items()):
-            if name.startswith("fastvlm_mlx.") and hasattr(module, "on_cpu"):
-                stack.enter_context(patch.object(module, "on_cpu", lambda: False))
-        yield
 
 
 def main() -> int:
@@ -122,7 +110,7 @@ def main() -> int:
     if not 1 <= args.layers <= depth:
         parser.error(f"--layers must be from 1 to {depth}.")
     try:
-        with form_of_a_gpu():
+        with assume("cuda"):
             model = zero_model(args.size, args.layers, args.bits, getattr(mx, dtype))
             found = peaks(model, args.image_size)
     except ValueError as error:

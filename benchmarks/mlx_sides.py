@@ -114,8 +114,8 @@ class Ours(MlxSide):
     package = "fastvlm-mlx"
 
     def __init__(self) -> None:
-        self.library = importlib.import_module("fastvlm_mlx.decode")
-        self.weights = importlib.import_module("fastvlm_mlx.weights")
+        self.library = importlib.import_module("fastvlm_mlx.generation.decode")
+        self.weights = importlib.import_module("fastvlm_mlx.checkpoint.load")
 
     def read_model(self, folder: Path, dtype: str) -> Any:
         return self.weights.load_model(folder, dtype=dtype)
@@ -131,7 +131,7 @@ class Ours(MlxSide):
     ) -> Iterator[int]:
         input_ids, embeddings = self._read(pixel_values, prompt)
         cache = self.model.make_kv_cache()
-        options = importlib.import_module("fastvlm_mlx.options").Options()
+        options = importlib.import_module("fastvlm_mlx.generation.options").Options()
         yield from self.library.generate_tokens(
             self.model, input_ids, embeddings, cache, options, max_tokens
         )

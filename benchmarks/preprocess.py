@@ -25,7 +25,8 @@ import numpy as np
 import PIL
 from PIL import Image, ImageOps
 
-from fastvlm_mlx.image import expand_to_square, preprocess, preprocess_each
+from fastvlm_mlx.image.preprocess import preprocess, preprocess_each
+from fastvlm_mlx.image.resize import expand_to_square
 
 BATCH = 8
 

@@ -18,17 +18,12 @@ from typing import Any
 
 import mlx.core as mx
 
+from fastvlm_mlx.checkpoint.files import folder_written_whole, save_checkpoint, write_json
+from fastvlm_mlx.checkpoint.layouts import llava
+from fastvlm_mlx.checkpoint.load import DTYPES, cast
+from fastvlm_mlx.checkpoint.names import to_checkpoint
 from fastvlm_mlx.config import FastVLMConfig
-from fastvlm_mlx.convert import llava
-from fastvlm_mlx.model import FastVLM
-from fastvlm_mlx.weights import (
-    DTYPES,
-    cast,
-    folder_written_whole,
-    save_checkpoint,
-    to_checkpoint,
-    write_json,
-)
+from fastvlm_mlx.model.fastvlm import FastVLM
 
 SHARD_BYTES = 5 * 10**9
 

@@ -17,8 +17,8 @@ from typing import Any
 from machine import command_line, describe_machine, note, write_result
 
 import fastvlm_mlx as fv
-from fastvlm_mlx.hub import NANO
-from fastvlm_mlx.weights import load_processor
+from fastvlm_mlx.checkpoint.load import load_processor
+from fastvlm_mlx.hub.resolve import NANO
 
 QUESTIONS = ("Describe the image.", "What colours are in it?")
 IMAGE = NANO / "images" / "penguins.png"

@@ -30,11 +30,12 @@ import mlx.core as mx
 from machine import write_result
 
 import fastvlm_mlx as fv
-from fastvlm_mlx.decode import generate_tokens
-from fastvlm_mlx.hub import NANO
-from fastvlm_mlx.inputs import list_images, preprocess_images, tokenize
-from fastvlm_mlx.options import Options
-from fastvlm_mlx.speculate import Drafter, make_drafter, speculate_tokens
+from fastvlm_mlx.generation.decode import generate_tokens
+from fastvlm_mlx.generation.drafters import Drafter
+from fastvlm_mlx.generation.inputs import read_inputs
+from fastvlm_mlx.generation.options import Options
+from fastvlm_mlx.generation.speculate import make_drafter, speculate_tokens
+from fastvlm_mlx.hub.resolve import NANO
 
 TOKENIZERS = ("tokenizer.json", "vocab.json")
 VISUAL_TOKENS, TEXT_TOKENS = 256, 40  # of a prompt that stands in where there is no tokenizer
@@ -128,16 +129,14 @@ def load_setup(args: argparse.Namespace) -> Setup:
     if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZERS):
         return random_prompt(args)
     model, processor = fv.load(args.model, dtype=args.dtype, quantize=args.quantize)
-    pixel_values, image_sizes = preprocess_images(processor, list_images(args.image))
-    features = model.encode_images(pixel_values, image_sizes)
-    input_ids = tokenize(model, processor, args.prompt, features, Options())
-    embeddings = model.embed_inputs(mx.array([input_ids]), image_features=features)
+    inputs = read_inputs(model, processor, args.prompt, args.image, Options())
 
     def drafter(**chosen: Any) -> Drafter:
-        given = processor, args.prompt, input_ids, pixel_values, image_sizes
-        return make_drafter(*given, **chosen)
+        made = make_drafter(processor, args.prompt, inputs, Options(**chosen))
+        assert made is not None
+        return made
 
-    return Setup(model, input_ids, embeddings, drafter)
+    return Setup(model, inputs.input_ids, inputs.embeddings, drafter)
 
 
 def random_prompt(args: argparse.Namespace) -> Setup:

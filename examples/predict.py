@@ -12,9 +12,9 @@ import sys
 import mlx.core as mx
 
 import fastvlm_mlx as fv
-from fastvlm_mlx.beam import beam_search
-from fastvlm_mlx.inputs import encode_images, preprocess_images
-from fastvlm_mlx.prompt import build_prompt
+from fastvlm_mlx.generation.beam import beam_search
+from fastvlm_mlx.generation.inputs import encode_images, preprocess_images
+from fastvlm_mlx.text.prompt import build_prompt
 
 
 def parse_args() -> argparse.Namespace:

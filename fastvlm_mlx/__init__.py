@@ -14,18 +14,19 @@ except ImportError as error:
         "pip install 'fastvlm-mlx[cpu]', or with the extra cuda12 or cuda13."
     ) from error
 
-from . import convert
-from .batch import batch_generate
-from .chat import Chat
+from .checkpoint.load import load, load_model
 from .config import CheckpointError, FastVLMConfig
-from .generate import generate, stream_generate
-from .image import load_image, preprocess
-from .model import FastVLM
-from .parts import Part
-from .prompt import Processor
-from .reuse import Reuse
+from .convert import convert
+from .generation.batch import batch_generate
+from .generation.chat import Chat
+from .generation.generate import generate, stream_generate
+from .generation.prompt_cache import Reuse
+from .generation.response import Part
+from .image.load import load_image
+from .image.preprocess import preprocess
+from .model.fastvlm import FastVLM
+from .processor import Processor
 from .version import __version__
-from .weights import load, load_model
 
 __all__ = [
     "Chat",

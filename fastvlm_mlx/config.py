@@ -11,6 +11,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+from .checks import is_number, is_whole_number
+
 IMAGE_TOKEN_INDEX = -200
 MODEL_TYPES = ("llava_qwen2", "fastvlm")
 TRANSFORMERS_TYPE = "fast_vlm"
@@ -358,7 +360,7 @@ def _freeze(value: Any) -> Any:
 
 
 def _is_positive_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= MAX_SIZE
+    return is_whole_number(value) and value <= MAX_SIZE
 
 
 def _is_odd_square(shape: Any) -> bool:
@@ -368,8 +370,7 @@ def _is_odd_square(shape: Any) -> bool:
 
 def _is_number(value: Any) -> bool:
     """Whether a value is a finite number, and no larger than a dimension may be."""
-    known = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return known and -MAX_SIZE <= value <= MAX_SIZE
+    return is_number(value) and -MAX_SIZE <= value <= MAX_SIZE
 
 
 def _check_positive_ints(config: Any, where: str, *names: str) -> None:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import pytest
 
-from fastvlm_mlx import cli
+from fastvlm_mlx.cli.main import main
 
 
 class Result(NamedTuple):
@@ -26,7 +26,7 @@ def runner(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -
         monkeypatch.setattr(sys, "argv", ["fastvlm", *map(str, arguments)])
         monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
         with pytest.raises(SystemExit) as caught:
-            cli.main()
+            main()
         code = caught.value.code
         return Result(code if isinstance(code, int) else 0, *capfd.readouterr())
 

@@ -2,7 +2,8 @@
 
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import command
@@ -11,8 +12,9 @@ import mlx.core as mx
 import pytest
 
 import fastvlm_mlx as fv
-from fastvlm_mlx import zoo
-from fastvlm_mlx.hub import NANO
+from fastvlm_mlx import ops
+from fastvlm_mlx.hub import registry as zoo
+from fastvlm_mlx.hub.resolve import NANO
 
 
 @pytest.fixture(scope="session")
@@ -81,3 +83,10 @@ def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> command.Run:
     """The command in this process."""
     return command.runner(monkeypatch, capfd)
+
+
+@pytest.fixture
+def assume() -> Iterator[Callable[[str], None]]:
+    """Lets the rest of a test build its graphs as for a device: "cpu", "metal" or "cuda"."""
+    with ExitStack() as stack:
+        yield lambda device: stack.enter_context(ops.assume(device))

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from fastvlm_mlx import weights
-from fastvlm_mlx.hub import NANO
+from fastvlm_mlx.checkpoint.names import quantized_linears
+from fastvlm_mlx.checkpoint.read import read_whole
+from fastvlm_mlx.hub.resolve import NANO
 
 
 def write_tokenizer(folder: Path) -> None:
@@ -33,8 +34,8 @@ def with_tokenizer(folder: Path, target: Path) -> Path:
 
 def full_nano(target: Path) -> Path:
     """The bundled model with nothing in it quantized."""
-    config, tensors = weights.read_whole(NANO)
-    for layer, settings in list(weights.quantized_linears(tensors, config)):
+    config, tensors = read_whole(NANO)
+    for layer, settings in list(quantized_linears(tensors, config)):
         packed = [tensors.pop(f"{layer}.{name}") for name in ("weight", "scales", "biases")]
         tensors[f"{layer}.weight"] = mx.dequantize(*packed, **settings)
     target.mkdir()

@@ -4,10 +4,11 @@ import shutil
 import mlx.core as mx
 import pytest
 
+from fastvlm_mlx.checkpoint.files import read_tensors
+from fastvlm_mlx.checkpoint.layouts import adapters
+from fastvlm_mlx.checkpoint.load import load_model
 from fastvlm_mlx.config import CheckpointError
-from fastvlm_mlx.convert import adapters
-from fastvlm_mlx.hub import NANO
-from fastvlm_mlx.weights import load_model, read_tensors
+from fastvlm_mlx.hub.resolve import NANO
 
 RANK, ALPHA = 4, 16
 LAYER = "base_model.model.model.layers.1.self_attn.k_proj"

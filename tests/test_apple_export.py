@@ -12,11 +12,22 @@ import pytest
 from sources import with_tokenizer
 
 import fastvlm_mlx as fv
-from fastvlm_mlx import weights
+from fastvlm_mlx import config as config_module
+from fastvlm_mlx import convert
+from fastvlm_mlx.checkpoint import fold
+from fastvlm_mlx.checkpoint.files import read_tensors, save_checkpoint
+from fastvlm_mlx.checkpoint.layouts import apple_export
+from fastvlm_mlx.checkpoint.layouts.coreml import program, writer
+from fastvlm_mlx.checkpoint.layouts.coreml import reader as coreml
+from fastvlm_mlx.checkpoint.layouts.coreml.encoder import encode
+from fastvlm_mlx.checkpoint.layouts.coreml.program import VISION, constant
+from fastvlm_mlx.checkpoint.layouts.coreml.reader import Reader
+from fastvlm_mlx.checkpoint.layouts.coreml.writer import Writer
+from fastvlm_mlx.checkpoint.load import cast
+from fastvlm_mlx.checkpoint.names import HEAD, to_checkpoint
+from fastvlm_mlx.checkpoint.quantize import quantize_checkpoint
+from fastvlm_mlx.checkpoint.read import read_checkpoint
 from fastvlm_mlx.config import CheckpointError, FastVLMConfig, VisionConfig, load_config
-from fastvlm_mlx.convert import apple_export, coreml, fold
-from fastvlm_mlx.convert.coreml import VISION, Reader, Writer, constant, encode
-from fastvlm_mlx.quantize import quantize_checkpoint
 
 ct = pytest.importorskip("coremltools")
 
@@ -154,7 +165,7 @@ def expected(data: Path) -> dict[str, mx.array]:
 @pytest.fixture(scope="module")
 def encoder(small_folder: Path) -> fold.Weights:
     """The small model's tensors in the mlx-vlm layout, float32."""
-    return weights.read_checkpoint(small_folder)[0]
+    return read_checkpoint(small_folder)[0]
 
 
 @pytest.fixture(scope="module")
@@ -165,8 +176,8 @@ def written(
     folders = {}
     for precision in ("float32", "float16"):
         folders[precision] = tmp_path_factory.mktemp(precision)
-        package = folders[precision] / coreml.PACKAGE
-        coreml.write_vision_package(encoder, vision, package, precision=precision)
+        package = folders[precision] / program.PACKAGE
+        writer.write_vision_package(encoder, vision, package, precision=precision)
     return folders
 
 
@@ -174,8 +185,8 @@ def written(
 def converted(folder: Path, vision: VisionConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The reference folder in the mlx-vlm layout."""
     target = tmp_path_factory.mktemp("converted")
-    tensors = apple_export.to_mlx(weights.read_tensors(folder))
-    weights.save_checkpoint(tensors | apple_export.read_encoder(folder, vision), target)
+    tensors = apple_export.to_mlx(read_tensors(folder))
+    save_checkpoint(tensors | apple_export.read_encoder(folder, vision), target)
     shutil.copyfile(folder / "config.json", target / "config.json")
     return target
 
@@ -194,7 +205,7 @@ def largest_difference(a: fold.Weights, b: fold.Weights) -> float:
 
 
 def test_names(folder: Path) -> None:
-    tensors = weights.read_tensors(folder)
+    tensors = read_tensors(folder)
     assert apple_export.matches(set(tensors))
     renamed = apple_export.to_mlx(tensors)
     assert not apple_export.matches(set(renamed))
@@ -205,7 +216,7 @@ def test_names(folder: Path) -> None:
 
 
 def test_other_layouts_do_not_match(data: Path, small_folder: Path) -> None:
-    assert not apple_export.matches(set(weights.read_tensors(small_folder)))
+    assert not apple_export.matches(set(read_tensors(small_folder)))
     names = {"model.multi_modal_projector.linear_1.weight", "model.vision_tower.timm_model.x"}
     assert not apple_export.matches(names)
 
@@ -215,7 +226,7 @@ def test_encoder_has_the_tensors_of_the_original(
 ) -> None:
     found = apple_export.read_encoder(folder, vision)
     wanted = {name: tensor for name, tensor in encoder.items() if name.startswith(VISION)}
-    wanted.pop(weights.HEAD)
+    wanted.pop(HEAD)
     assert {k: v.shape for k, v in found.items()} == {k: v.shape for k, v in wanted.items()}
     # Core ML divides by the square root of 1 + 1e-5 in what it makes of the channel norms.
     assert largest_difference(folded(found, vision), folded(wanted, vision)) < 1e-5
@@ -231,10 +242,10 @@ def test_layer_scales_that_are_there_are_kept(
 
 
 def test_decoder_is_that_of_the_original_at_8_bits(folder: Path, encoder: fold.Weights) -> None:
-    found = apple_export.to_mlx(weights.read_tensors(folder))
-    half = {n: weights.cast(t, mx.float16) for n, t in encoder.items() if VISION not in n}
+    found = apple_export.to_mlx(read_tensors(folder))
+    half = {n: cast(t, mx.float16) for n, t in encoder.items() if VISION not in n}
     settings = {"bits": 8, "group_size": 32}
-    wanted, _, _ = quantize_checkpoint(half, weights.load_config(folder), settings)
+    wanted, _, _ = quantize_checkpoint(half, config_module.load_config(folder), settings)
     assert found.keys() == wanted.keys()
     assert all(mx.array_equal(found[name], wanted[name]) for name in wanted)
 
@@ -258,7 +269,7 @@ def test_features_and_logits(converted: Path, expected: dict[str, mx.array], dat
 
 
 def test_interpreter_on_the_reference(folder: Path, expected: dict[str, mx.array]) -> None:
-    function = coreml.load_program(folder / coreml.PACKAGE)
+    function = program.load_program(folder / program.PACKAGE)
     for image, features in zip(
         np.array(expected["pixel_values"]), expected["vision_features"], strict=True
     ):
@@ -269,7 +280,7 @@ def test_interpreter_on_the_reference(folder: Path, expected: dict[str, mx.array
 def test_written_program_computes_the_features(
     written: dict[str, Path], expected: dict[str, mx.array], precision: str, limit: float
 ) -> None:
-    function = coreml.load_program(written[precision] / coreml.PACKAGE)
+    function = program.load_program(written[precision] / program.PACKAGE)
     image = np.array(expected["pixel_values"])[:1]
     assert error(interpret(function, image), expected["vision_features"][:1]) < limit
 
@@ -293,7 +304,7 @@ def test_written_interface_is_that_of_the_reference(
     folder: Path, written: dict[str, Path], precision: str
 ) -> None:
     specs = []
-    for package in (folder / coreml.PACKAGE, written[precision] / coreml.PACKAGE):
+    for package in (folder / program.PACKAGE, written[precision] / program.PACKAGE):
         model = ct.proto.Model_pb2.Model()
         model.ParseFromString((package / "Data/com.apple.CoreML/model.mlmodel").read_bytes())
         features = (*model.description.input, *model.description.output)
@@ -306,7 +317,7 @@ def test_written_interface_is_that_of_the_reference(
 
 def test_unknown_precision(encoder: fold.Weights, vision: VisionConfig, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="precision must be float32 or float16, found 'int8'"):
-        coreml.write_vision_package(encoder, vision, tmp_path / "x", precision="int8")
+        writer.write_vision_package(encoder, vision, tmp_path / "x", precision="int8")
 
 
 # --- forms that a program may take, and those it may not ---
@@ -339,8 +350,8 @@ def random_encoder(config: VisionConfig) -> fold.Weights:
         name.removeprefix(VISION): mx.array(
             random.uniform(0.5, 1.5, tensor.shape).astype(np.float32)
         )
-        for name, tensor in weights.to_checkpoint(model).items()
-        if name.startswith(VISION) and name != weights.HEAD
+        for name, tensor in to_checkpoint(model).items()
+        if name.startswith(VISION) and name != HEAD
     }
 
 
@@ -644,7 +655,7 @@ def test_without_coremltools(
     with pytest.raises(CheckpointError, match=r"pip install 'fastvlm-mlx\[coreml\]'\.$"):
         apple_export.read_encoder(folder, vision)
     with pytest.raises(CheckpointError, match=r"pip install 'fastvlm-mlx\[coreml\]'\.$"):
-        apple_export.export(folder, tmp_path / "target")
+        convert.export(folder, tmp_path / "target")
 
 
 # --- a folder for the app ---
@@ -659,7 +670,7 @@ def source(small_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 @pytest.fixture(scope="module")
 def exported(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("exported") / "app"
-    assert apple_export.export(source, target, quantize={"bits": 8, "group_size": 32}) == target
+    assert convert.export(source, target, quantize={"bits": 8, "group_size": 32}) == target
     return target
 
 
@@ -667,7 +678,7 @@ def test_exported_folder_is_that_of_the_reference(
     folder: Path, exported: Path, vision: VisionConfig, encoder: fold.Weights
 ) -> None:
     assert {f.name for f in folder.iterdir()} <= {f.name for f in exported.iterdir()}
-    found, wanted = weights.read_tensors(exported), weights.read_tensors(folder)
+    found, wanted = read_tensors(exported), read_tensors(folder)
     assert found.keys() == wanted.keys()
     assert all(mx.array_equal(found[name], wanted[name]) for name in wanted)
     package = apple_export.read_encoder(exported, vision)
@@ -703,9 +714,9 @@ def test_export_at_half_precision(
     monkeypatch.setattr(
         coreml, "write_vision_package", lambda *_, precision: precisions.append(precision)
     )
-    target = apple_export.export(source, tmp_path / "app", quantize=None, precision="float16")
+    target = convert.export(source, tmp_path / "app", quantize=None, precision="float16")
     assert precisions == ["float16"]
-    tensors = weights.read_tensors(target)
+    tensors = read_tensors(target)
     assert {tensor.dtype for tensor in tensors.values()} == {mx.float16}
     assert "quantization" not in json.loads((target / "config.json").read_text())
 
@@ -714,21 +725,21 @@ def test_export_refuses(
     source: Path, folder: Path, exported: Path, small_folder: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match="quantized already; export a full-precision source"):
-        apple_export.export(folder, tmp_path / "app")
+        convert.export(folder, tmp_path / "app")
     with pytest.raises(FileExistsError, match="--overwrite"):
-        apple_export.export(source, exported, quantize=None)
+        convert.export(source, exported, quantize=None)
     with pytest.raises(ValueError, match="both the source and the target"):
-        apple_export.export(source, source)
+        convert.export(source, source)
     with pytest.raises(CheckpointError, match="has no tokenizer"):
-        apple_export.export(small_folder, tmp_path / "app")
+        convert.export(small_folder, tmp_path / "app")
     with pytest.raises(ValueError, match="bits must be one of"):
-        apple_export.export(source, tmp_path / "app", quantize=7)
+        convert.export(source, tmp_path / "app", quantize=7)
     assert not (tmp_path / "app").exists()
 
 
 def test_export_needs_a_projector_that_the_app_knows(source: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(source, tmp_path / "linear"))
-    tensors = weights.read_tensors(source)
+    tensors = read_tensors(source)
     linear = {
         "model.mm_projector.weight": mx.zeros((64, 256)),
         "model.mm_projector.bias": mx.zeros(64),
@@ -738,7 +749,7 @@ def test_export_needs_a_projector_that_the_app_knows(source: Path, tmp_path: Pat
     config = json.loads((source / "config.json").read_text()) | {"mm_projector_type": "linear"}
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="linear can't be exported: the app"):
-        apple_export.export(folder, tmp_path / "app")
+        convert.export(folder, tmp_path / "app")
 
 
 def test_export_needs_room_for_the_image_token(source: Path, tmp_path: Path) -> None:
@@ -749,4 +760,4 @@ def test_export_needs_room_for_the_image_token(source: Path, tmp_path: Path) -> 
     bpe.add_special_tokens([f"<|{i}|>" for i in range(320 - bpe.get_vocab_size())])
     bpe.save(str(folder / "tokenizer.json"))
     with pytest.raises(ValueError, match="its vocabulary has no room for <image>"):
-        apple_export.export(folder, tmp_path / "app")
+        convert.export(folder, tmp_path / "app")

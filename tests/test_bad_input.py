@@ -17,11 +17,14 @@ from command import Result, Run
 from hub_server import REPO, TOKEN, Fault, Hub, everything, fill_disk, special, use, zipped
 from sources import full_nano, with_tokenizer
 
-from fastvlm_mlx import hub, weights, zoo
+from fastvlm_mlx.checkpoint.files import read_tensors, save_checkpoint
+from fastvlm_mlx.checkpoint.layouts.coreml import writer
+from fastvlm_mlx.checkpoint.load import load_model
+from fastvlm_mlx.checkpoint.read import read_whole
 from fastvlm_mlx.config import CheckpointError
 from fastvlm_mlx.convert import WRITTEN
-from fastvlm_mlx.hub import NANO
-from fastvlm_mlx.weights import load_model, read_tensors, save_checkpoint
+from fastvlm_mlx.hub import registry as zoo
+from fastvlm_mlx.hub.resolve import NANO, resolve
 
 ARCHIVE = "llava-fastvithd_0.5b_stage2"
 PENGUINS = str(NANO / "images" / "penguins.png")
@@ -151,8 +154,8 @@ def test_a_disk_that_fills_up_with_small_files(
 
 LIMITED = """
 import resource, signal, sys
-import fastvlm_mlx.weights
-from fastvlm_mlx.cli import main
+import fastvlm_mlx.checkpoint.load
+from fastvlm_mlx.cli.main import main
 if "apple-export" in sys.argv:
     import coremltools
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -180,9 +183,9 @@ def test_files_that_may_not_grow(folder: Path, tmp_path: Path, layout: str) -> N
 
 def test_core_mls_own_error_is_a_sentence(folder: Path, tmp_path: Path, monkeypatch) -> None:
     ct = pytest.importorskip("coremltools")
-    from fastvlm_mlx.convert import coreml
+    pass
 
-    config, tensors = weights.read_whole(folder)
+    config, tensors = read_whole(folder)
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "from", None, "to")
     for error in (shutil.Error([("from", "to", str(full))]), RuntimeError("No room.\nAt all.")):
 
@@ -191,7 +194,7 @@ def test_core_mls_own_error_is_a_sentence(folder: Path, tmp_path: Path, monkeypa
 
         monkeypatch.setattr(ct, "convert", fail)
         with pytest.raises(OSError, match=r"encoder\.mlpackage can't be written") as caught:
-            coreml.write_vision_package(tensors, config.vision, tmp_path / "encoder.mlpackage")
+            writer.write_vision_package(tensors, config.vision, tmp_path / "encoder.mlpackage")
         message = str(caught.value)
         assert "\n" not in message and message.endswith(").") and "from" not in message
         assert "No room" in message or os.strerror(errno.ENOSPC) in message
@@ -383,4 +386,4 @@ def test_what_was_converted_stays_if_its_upload_fails(
 def test_an_archive_by_its_name_is_checked_like_a_folder(server: Hub) -> None:
     server.archives[f"/{ARCHIVE}.zip"] = zipped({"model/config.json": b"{}"})
     with pytest.raises(CheckpointError, match="model_type"):
-        load_model(hub.resolve(ARCHIVE))
+        load_model(resolve(ARCHIVE))

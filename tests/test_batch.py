@@ -9,18 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastvlm_mlx as fv
-from fastvlm_mlx.batch import (
-    Batch,
-    BatchError,
-    BatchKVCache,
-    RequestError,
-    batch_generate,
-    encode_together,
-    stream_batch,
-)
-from fastvlm_mlx.generate import generate, stream_generate
-from fastvlm_mlx.hub import NANO
-from fastvlm_mlx.kv_cache import KVCache
+from fastvlm_mlx.generation.batch import BatchError, batch_generate, stream_batch
+from fastvlm_mlx.generation.generate import generate, stream_generate
+from fastvlm_mlx.generation.scheduler import Batch, RequestError, encode_together
+from fastvlm_mlx.hub.resolve import NANO
+from fastvlm_mlx.model.batch_kv_cache import BatchKVCache
+from fastvlm_mlx.model.kv_cache import KVCache
 
 Nano = tuple[fv.FastVLM, fv.Processor]
 

@@ -8,12 +8,12 @@ import pytest
 from mlx.utils import tree_map
 
 import fastvlm_mlx as fv
-from fastvlm_mlx.beam import Beam, beam_search, expand
 from fastvlm_mlx.config import FastVLMConfig
-from fastvlm_mlx.generate import stream_generate
-from fastvlm_mlx.hub import NANO
-from fastvlm_mlx.model import FastVLM
-from fastvlm_mlx.prompt import build_prompt
+from fastvlm_mlx.generation.beam import Beam, beam_search, expand
+from fastvlm_mlx.generation.generate import stream_generate
+from fastvlm_mlx.hub.resolve import NANO
+from fastvlm_mlx.model.fastvlm import FastVLM
+from fastvlm_mlx.text.prompt import build_prompt
 
 VOCAB_SIZE = 5
 PENALTIES = [-1.0, 0.0, 0.5, 1.0, 2.0]

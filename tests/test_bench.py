@@ -13,8 +13,19 @@ from mlx.utils import tree_flatten
 from PIL import Image
 
 import fastvlm_mlx as fv
-from fastvlm_mlx import bench, cli, vision
-from fastvlm_mlx.bench import (
+from fastvlm_mlx.bench import bench, machine
+from fastvlm_mlx.bench.bench import (
+    PHOTO,
+    load_model,
+    make_prompt,
+    sample_photo,
+    stage_needs,
+    summarize,
+    time_loads,
+)
+from fastvlm_mlx.bench.machine import copy_bandwidth, product_rate, product_rates
+from fastvlm_mlx.bench.table import STAGES, differences, times_better
+from fastvlm_mlx.bench.work import (
     Need,
     Work,
     attention_work,
@@ -23,11 +34,13 @@ from fastvlm_mlx.bench import (
     encoder_work,
     linear_work,
     projector_work,
+    size_of,
 )
+from fastvlm_mlx.cli.main import main
 from fastvlm_mlx.config import TextConfig, VisionConfig
-from fastvlm_mlx.model import Projector
-from fastvlm_mlx.qwen2 import Qwen2
-from fastvlm_mlx.vision import FastViTHD
+from fastvlm_mlx.model.fastvlm import Projector
+from fastvlm_mlx.model.qwen2 import Qwen2
+from fastvlm_mlx.model.vision import FastViTHD
 
 SMALL_TEXT = TextConfig(
     hidden_size=64,
@@ -114,17 +127,17 @@ def products(compute: Callable[[mx.array], mx.array], x: mx.array) -> int:
 
 
 def test_operations_are_those_of_the_encoder(
-    small: fv.FastVLM, monkeypatch: pytest.MonkeyPatch
+    small: fv.FastVLM, assume: Callable[[str], None]
 ) -> None:
-    monkeypatch.setattr(vision.ops.device, "_assumed", "cuda")
+    assume("cuda")
     for size in (64, 128, 192):
         config = small.config
         expected = encoder_work(config.vision, size) + projector_work(config, (size // 64) ** 2)
         assert products(small.encode_image, mx.zeros((1, size, size, 3))) == expected.flops
 
 
-def test_operations_are_those_of_the_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vision.ops.device, "_assumed", "cuda")
+def test_operations_are_those_of_the_decoder(assume: Callable[[str], None]) -> None:
+    assume("cuda")
     decoder = Qwen2(SMALL_TEXT)
     expected = decoder_work(SMALL_TEXT, 1)
     assert products(decoder, mx.zeros((1, 1), mx.int32)) == expected.flops
@@ -147,15 +160,15 @@ def test_a_prompt_in_pieces_is_the_same_work() -> None:
 
 def test_needs_are_of_the_weights_as_they_are_stored(nano: tuple[fv.FastVLM, fv.Processor]) -> None:
     model, _ = nano
-    needs = bench.stage_needs(model, (1, 256), (4032, 3024), 48, 32)
-    stored = bench.size_of(model)
+    needs = stage_needs(model, (1, 256), (4032, 3024), 48, 32)
+    stored = size_of(model)
     assert needs["load"] == Need(0, 2 * stored)
     assert stored < needs["memory"].bytes < 1.2 * stored
     weights = decoder_work(model.config.text, 1).weights
     assert weights < needs["decode"].bytes < 1.5 * weights  # 8 bits each, and scales
     assert needs["encode"].bytes > 4 * encoder_work(model.config.vision, 256).activations
     assert needs["preprocess"].bytes > 2 * 3 * 4032 * 3024
-    twice = bench.stage_needs(model, (2, 256), (4032, 3024), 48, 32)
+    twice = stage_needs(model, (2, 256), (4032, 3024), 48, 32)
     assert twice["encode"].flops == 2 * needs["encode"].flops
     assert twice["encode"].bytes < 2 * needs["encode"].bytes
 
@@ -165,18 +178,18 @@ def test_needs_are_of_the_weights_as_they_are_stored(nano: tuple[fv.FastVLM, fv.
 
 def test_rate_is_of_the_best_size(monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = {512: 0.001, 1024: 0.004, 2048: 0.1}
-    monkeypatch.setattr(bench, "best_time", lambda run, _: seconds[run()])
-    assert bench.product_rate(lambda n: lambda: n) == 2 * 1024**3 / 0.004
+    monkeypatch.setattr(machine, "best_time", lambda run, _: seconds[run()])
+    assert product_rate(lambda n: lambda: n) == 2 * 1024**3 / 0.004
 
 
 def test_rates_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "RATE_SECONDS", 0.02)
-    monkeypatch.setattr(bench, "COPY_BYTES", 1 << 22)
+    monkeypatch.setattr(machine, "RATE_SECONDS", 0.02)
+    monkeypatch.setattr(machine, "COPY_BYTES", 1 << 22)
     model, _ = fv.load()
-    rates = bench.product_rates(model)
+    rates = product_rates(model)
     assert {"float32", "8 bits"} <= set(rates)
     assert all(1e7 < rate < 1e16 for rate in rates.values())
-    assert 1e8 < bench.copy_bandwidth() < 1e14
+    assert 1e8 < copy_bandwidth() < 1e14
 
 
 # A whole run
@@ -185,14 +198,14 @@ def test_rates_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def result() -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bench, "RATE_SECONDS", 0.02)
-        patch.setattr(bench, "COPY_BYTES", 1 << 22)
+        patch.setattr(machine, "RATE_SECONDS", 0.02)
+        patch.setattr(machine, "COPY_BYTES", 1 << 22)
         patch.setattr(bench, "PHOTO", (640, 480))
         return bench.bench(image_size=128, prompt_tokens=5, tokens=3, runs=2)
 
 
 def test_every_stage_is_measured(result: dict[str, Any]) -> None:
-    assert list(result["stages"]) == list(bench.STAGES)
+    assert list(result["stages"]) == list(STAGES)
     for name, row in result["stages"].items():
         assert 0 < row["least"] <= row["median"] <= row["most"], name
         assert row["floor"] > 0
@@ -222,8 +235,8 @@ def test_floors(result: dict[str, Any]) -> None:
     needs = {name: Need(8, 100) for name in ("load", "preprocess", "encode", "prefill", "decode")}
     needs["prefill"] = Need(6000, 100)
     needs["memory"] = Need(0, 10**9)
-    samples = {name: [4.0, 2.0, 3.0] for name in bench.STAGES}
-    stages = bench.summarize(samples, needs, {"flops": 1000.0, "bytes": 100.0}, 11)
+    samples = {name: [4.0, 2.0, 3.0] for name in STAGES}
+    stages = summarize(samples, needs, {"flops": 1000.0, "bytes": 100.0}, 11)
     floors = {name: row["floor"] for name, row in stages.items()}
     assert floors == {
         "load": 1.0,
@@ -245,39 +258,39 @@ def test_times_better(result: dict[str, Any]) -> None:
     earlier = json.loads(json.dumps(result))
     for row in earlier["stages"].values():
         row["median"] *= 2
-    better = bench.times_better(result, earlier)
+    better = times_better(result, earlier)
     assert better.pop("decode") == pytest.approx(0.5)
     assert set(better.values()) == {2.0}
 
 
 def test_differences_are_told(result: dict[str, Any]) -> None:
-    assert bench.differences(result, result) == []
+    assert differences(result, result) == []
     earlier = json.loads(json.dumps(result))
     earlier["settings"] |= {"image_size": 256, "runs": 9}
     earlier["machine"]["device"] = "Apple M4"
-    first, second = bench.differences(result, earlier)
+    first, second = differences(result, earlier)
     assert "image size is 128, and was 256" in first
     assert "Apple M4" in second
 
 
 def test_a_photo_of_twelve_megapixels() -> None:
-    content = bench.sample_photo(bench.PHOTO)
+    content = sample_photo(PHOTO)
     image = Image.open(BytesIO(content))
     assert (image.format, image.size) == ("JPEG", (4032, 3024))
     assert 2e6 < len(content) < 8e6  # as photographs are
 
 
 def test_a_folder_without_tokenizer(small_folder: Path) -> None:
-    model, processor = bench.load_model(small_folder)
+    model, processor = load_model(small_folder)
     assert processor.image_size == model.config.vision.image_size == 128
     assert processor.preprocess(Image.new("RGB", (9, 9))).shape == (1, 128, 128, 3)
-    assert bench.make_prompt(model, 4, 3).count(model.config.image_token_index) == 4
+    assert make_prompt(model, 4, 3).count(model.config.image_token_index) == 4
 
 
 def test_loading_is_not_repeated_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter([0.0, 5.0])
     monkeypatch.setattr(bench.time, "perf_counter", lambda: next(times))
-    seconds, *_ = bench.time_loads(lambda: ("model", "processor"), 3)  # type: ignore[arg-type, return-value]
+    seconds, *_ = time_loads(lambda: ("model", "processor"), 3)  # type: ignore[arg-type, return-value]
     assert seconds == [5.0]
 
 
@@ -288,15 +301,15 @@ def test_loading_is_not_repeated_for_long(monkeypatch: pytest.MonkeyPatch) -> No
 def run(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., tuple[int, str, str]]:
-    monkeypatch.setattr(bench, "RATE_SECONDS", 0.02)
-    monkeypatch.setattr(bench, "COPY_BYTES", 1 << 22)
+    monkeypatch.setattr(machine, "RATE_SECONDS", 0.02)
+    monkeypatch.setattr(machine, "COPY_BYTES", 1 << 22)
     monkeypatch.setattr(bench, "PHOTO", (640, 480))
     monkeypatch.setenv("COLUMNS", "200")
 
     def run(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["fastvlm", "bench", *arguments])
         with pytest.raises(SystemExit) as caught:
-            cli.main()
+            main()
         return int(caught.value.code or 0), *capsys.readouterr()
 
     return run
@@ -321,16 +334,16 @@ def test_command(run: Callable[..., tuple[int, str, str]], tmp_path: Path) -> No
     assert "image is [640, 480], and was [120, 90]" in out
     assert "run 1 of 1" in err
     code, out, _ = run(*QUICK, "--compare", str(file), "--json", "--image", str(picture))
-    assert set(json.loads(out)["times_better"]) == set(bench.STAGES)
+    assert set(json.loads(out)["times_better"]) == set(STAGES)
     assert json.loads(out)["differences"] == []
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--runs", "0"), "runs must be at least 1, found 0"),
-        (("--tokens", "1"), "tokens must be at least 2"),
-        (("--prompt-tokens", "0"), "prompt_tokens must be at least 1"),
+        (("--runs", "0"), "runs must be a whole number from 1, found 0"),
+        (("--tokens", "1"), "tokens must be a whole number from 2"),
+        (("--prompt-tokens", "0"), "prompt_tokens must be a whole number from 1"),
         (("--prompt-tokens", "100000"), "the model's limit"),
         (("--image", "nothing.jpg"), "nothing.jpg"),
         (("--compare", "nothing.json"), "nothing.json"),

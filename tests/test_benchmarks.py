@@ -258,7 +258,7 @@ def test_this_side_answers_every_request(nano_folders: Path, tmp_path: Path) -> 
     peak = side.ask("memory")
     assert peak["resident"] > peak["arrays"] > 0
     assert side.ask("about")["mlx"]
-    graph = str(BENCHMARKS.parent / "fastvlm_mlx" / "graph.py")
+    graph = str(BENCHMARKS.parent / "fastvlm_mlx" / "bench" / "graph.py")
     counts = side.ask("launches", image_size=64, prompt=prompt, graph=graph)
     assert counts["encode"]["launches"] > counts["decode"]["launches"] > 0
     assert counts["decode"]["primitives"]["ScaledDotProductAttention"] == 4  # one a layer

@@ -1,5 +1,6 @@
 import json
 import shutil
+import sys
 from functools import partial
 
 import mlx.core as mx
@@ -8,12 +9,14 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from fastvlm_mlx import calibrate as module
-from fastvlm_mlx import weights
-from fastvlm_mlx.calibrate import calibrate, list_questions
-from fastvlm_mlx.cli import app
+from fastvlm_mlx.checkpoint.load import load_model
+from fastvlm_mlx.checkpoint.names import is_folded, quantized_linears
+from fastvlm_mlx.checkpoint.read import read_whole
+from fastvlm_mlx.cli.main import app
 from fastvlm_mlx.convert import convert
-from fastvlm_mlx.report import QUESTION, precision_report
+from fastvlm_mlx.evaluate.precision import precision_report
+from fastvlm_mlx.evaluate.questions import QUESTION
+from fastvlm_mlx.train.calibrate import calibrate, list_questions
 
 THREE = {"bits": 3, "group_size": 32}
 VISION = "vision_tower."
@@ -50,7 +53,11 @@ def calibrated(source, images, tmp_path_factory):
     """A folder tuned with long steps, which so few images take."""
     target = tmp_path_factory.mktemp("calibrated") / "model"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "calibrate", partial(calibrate, epochs=8, learning_rate=1e-3))
+        patch.setattr(
+            sys.modules[convert.__module__],
+            "tune",
+            partial(calibrate, epochs=8, learning_rate=1e-3),
+        )
         return convert(source, target, quantize=THREE, calibrate=images, progress=False)
 
 
@@ -68,9 +75,9 @@ def test_it_is_nearer_to_its_source_than_plain_rounding(source, images, calibrat
 
 
 def test_scales_of_the_decoder_alone_change(source, calibrated, tmp_path):
-    _, exact = weights.read_whole(source)
+    _, exact = read_whole(source)
     plain_folder = convert(source, tmp_path / "plain", quantize=THREE, progress=False)
-    (_, plain), (_, tuned) = weights.read_whole(plain_folder), weights.read_whole(calibrated)
+    (_, plain), (_, tuned) = read_whole(plain_folder), read_whole(calibrated)
     assert plain.keys() == tuned.keys()
     changed = {name for name in plain if not mx.array_equal(plain[name], tuned[name])}
     assert changed == {
@@ -89,7 +96,7 @@ def test_parts_of_unlike_precision_are_tuned_where_they_can_be(source, images, t
     given = {"preset": "mixed-3-6", **group, "vision": {"bits": 4, **group}, "embeddings": "mxfp4"}
     plain = convert(source, tmp_path / "plain", quantize=given, progress=False)
     tuned = convert(source, tmp_path / "q", quantize=given, calibrate=images, progress=False)
-    (config, before), (_, after) = weights.read_whole(plain), weights.read_whole(tuned)
+    (config, before), (_, after) = read_whole(plain), read_whole(tuned)
     changed = {
         name.removesuffix(".scales")
         for name in before
@@ -97,11 +104,11 @@ def test_parts_of_unlike_precision_are_tuned_where_they_can_be(source, images, t
     }
     assert changed == {
         name
-        for name, settings in weights.quantized_linears(before, config)
+        for name, settings in quantized_linears(before, config)
         if name.startswith("language_model.") and settings["mode"] == "affine"
     }
-    assert weights.is_folded(after)
-    assert weights.load_model(tuned).config.quantization == config.quantization
+    assert is_folded(after)
+    assert load_model(tuned).config.quantization == config.quantization
 
 
 def test_plain_rounding_stays_where_training_makes_it_worse(source, images):

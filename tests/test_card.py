@@ -3,12 +3,13 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
-from fastvlm_mlx import zoo
-from fastvlm_mlx.card import license_of, model_card
+from fastvlm_mlx.checkpoint.card import license_of, model_card
+from fastvlm_mlx.checkpoint.names import quantized_linears
+from fastvlm_mlx.checkpoint.quantize import plan
+from fastvlm_mlx.checkpoint.read import read_whole
 from fastvlm_mlx.config import load_config
-from fastvlm_mlx.hub import NANO
-from fastvlm_mlx.quantize import plan
-from fastvlm_mlx.weights import quantized_linears, read_whole
+from fastvlm_mlx.hub import registry
+from fastvlm_mlx.hub.resolve import NANO
 
 APPLES = "This Apple Machine Learning Research Model is specifically developed …"
 
@@ -38,7 +39,7 @@ def test_a_card_of_a_published_model(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert card.startswith("---\nlibrary_name: mlx\npipeline_tag: image-text-to-text\n")
     assert "\n# mine\n" in card and "- Precision: float16\n" in card
     assert "[apple/FastVLM-0.5B](https://huggingface.co/apple/FastVLM-0.5B)" in card
-    assert zoo.ATTRIBUTION in card and "derivative" in card  # which the licence asks for
+    assert registry.ATTRIBUTION in card and "derivative" in card  # which the licence asks for
     assert "fastvlm generate --model" in card and "fv.load(" in card
     assert table_of(card) == []
     same = model_card("mine", "0.5b", "float16", license=license_of(tmp_path, "0.5b"))
@@ -50,7 +51,7 @@ def test_a_card_of_an_archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     name = "llava-fastvithd_7b_stage2"
     card = model_card("mine", name, "float16", license=license_of(tmp_path, name))
     assert "base_model" not in data_of(card)
-    assert f"[{name}]({zoo.CDN}/{name}.zip)" in card and zoo.ATTRIBUTION in card
+    assert f"[{name}]({registry.CDN}/{name}.zip)" in card and registry.ATTRIBUTION in card
 
 
 def test_a_card_of_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,7 +59,7 @@ def test_a_card_of_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         card = model_card("mine", source, "float32")
         assert "Converted from: `nano`" in card
         assert data_of(card).keys() == {"library_name", "pipeline_tag", "tags"}
-        assert "Licence: that of the weights" in card and zoo.ATTRIBUTION not in card
+        assert "Licence: that of the weights" in card and registry.ATTRIBUTION not in card
     monkeypatch.chdir(NANO)
     assert "Converted from: `nano`" in model_card("mine", ".", "float32")
 
@@ -118,13 +119,13 @@ def test_names_that_yaml_would_misread(name: str, tmp_path: Path) -> None:
         ({}, {}),
         ({"README.md": "# No metadata"}, {}),
         ({"README.md": "---\nlicense: mit\nbase_model: a/b\n---\n"}, {"license": "mit"}),
-        ({"README.md": "---\nlicense: apple-amlr\n---\n"}, zoo.LICENSE),
+        ({"README.md": "---\nlicense: apple-amlr\n---\n"}, registry.LICENSE),
         ({"README.md": "---\nlicense: [a, b]\n---\n"}, {}),
         ({"README.md": "---\nlicense: {\n---\n"}, {}),
         ({"README.md": "---\n- a\n---\n"}, {}),
         ({"README.md": "---\nlicense_name: x\n---\n"}, {}),
-        ({"LICENSE": APPLES}, zoo.LICENSE),
-        ({"LICENSE_MODEL": APPLES, "README.md": "# No metadata"}, zoo.LICENSE),
+        ({"LICENSE": APPLES}, registry.LICENSE),
+        ({"LICENSE_MODEL": APPLES, "README.md": "# No metadata"}, registry.LICENSE),
         ({"LICENSE": "MIT License"}, {}),
         (
             {"README.md": "---\nlicense: other\nlicense_name: x\nlicense_link: LICENSE\n---\n"},

@@ -9,16 +9,16 @@ from hypothesis import strategies as st
 from mlx.utils import tree_map
 
 import fastvlm_mlx as fv
-from fastvlm_mlx.chat import Chat
+from fastvlm_mlx.checkpoint.load import load_processor
 from fastvlm_mlx.config import FastVLMConfig
-from fastvlm_mlx.generate import generate, stream_generate
-from fastvlm_mlx.hub import NANO
-from fastvlm_mlx.kv_cache import KVCache
-from fastvlm_mlx.model import FastVLM
-from fastvlm_mlx.prompt import Processor
-from fastvlm_mlx.qwen2 import Block, Qwen2
-from fastvlm_mlx.vision import FastViTHD
-from fastvlm_mlx.weights import load_processor
+from fastvlm_mlx.generation.chat import Chat
+from fastvlm_mlx.generation.generate import generate, stream_generate
+from fastvlm_mlx.hub.resolve import NANO
+from fastvlm_mlx.model.fastvlm import FastVLM
+from fastvlm_mlx.model.kv_cache import KVCache
+from fastvlm_mlx.model.qwen2 import Block, Qwen2
+from fastvlm_mlx.model.vision import FastViTHD
+from fastvlm_mlx.processor import Processor
 
 Nano = tuple[fv.FastVLM, fv.Processor]
 

@@ -27,18 +27,18 @@ from command import Result, Run
 from PIL import Image
 
 import fastvlm_mlx as fv
-from fastvlm_mlx import cli
-from fastvlm_mlx.chat import Chat
-from fastvlm_mlx.hub import NANO
-from fastvlm_mlx.options import Options
-from fastvlm_mlx.qwen2 import Block
+from fastvlm_mlx.cli.main import CHAT_HELP, app, describe
+from fastvlm_mlx.generation.chat import Chat
+from fastvlm_mlx.generation.options import Options
+from fastvlm_mlx.hub.resolve import NANO
+from fastvlm_mlx.model.qwen2 import Block
+from fastvlm_mlx.model.vision import FastViTHD
 from fastvlm_mlx.version import __version__
-from fastvlm_mlx.vision import FastViTHD
 
 PENGUINS = str(NANO / "images" / "penguins.png")
 PANDA = str(NANO / "images" / "panda.png")
 ANSWER = "The image shows 6 penguins."
-MAIN = [sys.executable, "-c", "from fastvlm_mlx.cli import main; main()"]
+MAIN = [sys.executable, "-c", "from fastvlm_mlx.cli.main import main; main()"]
 
 
 @pytest.fixture
@@ -91,7 +91,7 @@ def test_chat_over_a_pipe() -> None:
 
 def test_entry_point() -> None:
     scripts = importlib.metadata.entry_points(group="console_scripts", name="fastvlm")
-    assert [script.value for script in scripts] == ["fastvlm_mlx.cli:main"]
+    assert [script.value for script in scripts] == ["fastvlm_mlx.cli.main:main"]
 
 
 HEAVY = (
@@ -123,7 +123,7 @@ def test_import_is_instant_and_light() -> None:
 
 def test_generating_needs_neither_mlx_lm_nor_transformers() -> None:
     code = (
-        "import sys\nfrom fastvlm_mlx.cli import main\n"
+        "import sys\nfrom fastvlm_mlx.cli.main import main\n"
         f"sys.argv = ['fastvlm', 'generate', '--image', {PENGUINS!r}, '--temperature', '0.5', "
         "'--top-p', '0.9', '--seed', '1', '--max-tokens', '3']\n"
         "try:\n    main()\nfinally:\n"
@@ -148,13 +148,13 @@ def read_until(terminal: int, text: str, seconds: float = 30) -> str:
 SLOW_CHAT = """
 import fcntl, sys, termios, time
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-from fastvlm_mlx.qwen2 import Qwen2
+from fastvlm_mlx.model.qwen2 import Qwen2
 quick = Qwen2.hidden_states
 def slow(*arguments):
     time.sleep(0.1)
     return quick(*arguments)
 Qwen2.hidden_states = slow
-from fastvlm_mlx.cli import main
+from fastvlm_mlx.cli.main import main
 main()
 """
 
@@ -260,7 +260,8 @@ def test_options_reach_generate(cache: dict, run: Run, monkeypatch: pytest.Monke
     loads: list[Any] = []
     calls: list[Any] = []
     weights, generate = map(
-        importlib.import_module, ("fastvlm_mlx.weights", "fastvlm_mlx.generate")
+        importlib.import_module,
+        ("fastvlm_mlx.checkpoint.load", "fastvlm_mlx.generation.generate"),
     )
     monkeypatch.setattr(weights, "load", recorder(loads, ("model", "processor")))
     monkeypatch.setattr(generate, "stream_generate", recorder(calls, iter([part])))
@@ -281,7 +282,9 @@ def test_options_reach_generate(cache: dict, run: Run, monkeypatch: pytest.Monke
 def test_options_reach_chat(cache: dict, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     loads: list[Any] = []
     chats: list[Any] = []
-    weights, chat = map(importlib.import_module, ("fastvlm_mlx.weights", "fastvlm_mlx.chat"))
+    weights, chat = map(
+        importlib.import_module, ("fastvlm_mlx.checkpoint.load", "fastvlm_mlx.generation.chat")
+    )
     monkeypatch.setattr(weights, "load", recorder(loads, ("model", "processor")))
     monkeypatch.setattr(chat, "Chat", recorder(chats, None))
     assert run("chat", *as_flags({"model": "user/name", **LOAD, **SHARED, **cache})).code == 0
@@ -400,7 +403,7 @@ def server() -> Iterator[str]:
 
 
 def test_urls(run: Run, server: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastvlm_mlx.image.TIMEOUT", 0.5)
+    monkeypatch.setattr("fastvlm_mlx.image.load.TIMEOUT", 0.5)
     assert run("generate", "--image", f"{server}/penguins").out == f"{ANSWER}\n"
     assert_one_error(run("generate", "--image", f"{server}/nothing"), f"{server}/nothing", "404")
     assert_one_error(run("generate", "--image", f"{server}/never"), "/never", "within 0.5 seconds")
@@ -481,7 +484,7 @@ def test_broken_models(kind: str, run: Run, tmp_path: Path) -> None:
         (["--stop", ""], ["stop", "not empty"]),
         (["--max-kv-size", "2"], ["max_kv_size", "found 2"]),
         (["--kv-bits", "5"], ["kv_bits", "found 5"]),
-        (["--kv-bits", "4", "--max-kv-size", "64"], ["kv_bits and max_kv_size"]),
+        (["--kv-bits", "4", "--max-kv-size", "64"], ["kv_bits or max_kv_size"]),
         (["--prefill-step-size", "0"], ["prefill_step_size", "found 0"]),
         (["--image-size", "100"], ["image_size", "100"]),
         (["--conv-mode", "spam"], ["'spam'", "qwen_2"]),
@@ -589,7 +592,7 @@ def test_commands_of_the_chat(run: Run, nano: tuple) -> None:
     expected = [
         chat.ask("Describe the image.", image=PENGUINS),
         chat.ask("How many penguins are there?"),
-        *cli.CHAT_HELP.splitlines(),
+        *CHAT_HELP.splitlines(),
     ]
     chat.reset()
     expected += [chat.ask("Describe the image."), chat.ask("What is this?", image=PANDA)]
@@ -700,7 +703,7 @@ def test_version_and_bare_command(run: Run) -> None:
     assert "generate" in bare.out + bare.err and "Traceback" not in bare.err
 
 
-COMMANDS = typer.main.get_command(cli.app).commands
+COMMANDS = typer.main.get_command(app).commands
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -733,16 +736,16 @@ def test_flags_are_the_python_names() -> None:
 
 
 def test_errors_are_one_sentence() -> None:
-    assert cli.describe(ValueError("What is wrong.")) == "What is wrong."
-    assert cli.describe(MemoryError()) == "MemoryError"
+    assert describe(ValueError("What is wrong.")) == "What is wrong."
+    assert describe(MemoryError()) == "MemoryError"
     error = PermissionError(13, "Permission denied", "/folder/file")
-    assert cli.describe(error) == "/folder/file: Permission denied."
+    assert describe(error) == "/folder/file: Permission denied."
 
 
 def test_errors_of_the_system(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*arguments: Any, **options: Any) -> None:
         raise PermissionError(13, "Permission denied", "/folder/file")
 
-    monkeypatch.setattr(importlib.import_module("fastvlm_mlx.weights"), "load", fail)
+    monkeypatch.setattr(importlib.import_module("fastvlm_mlx.checkpoint.load"), "load", fail)
     result = run("generate", "--image", PENGUINS)
     assert_one_error(result, "/folder/file: Permission denied.")

@@ -17,7 +17,7 @@ from fastvlm_mlx.config import (
     projector_depth,
     read_json,
 )
-from fastvlm_mlx.model import FastVLM
+from fastvlm_mlx.model.fastvlm import FastVLM
 
 # The fields of the released 0.5B checkpoint's config.json that matter.
 RELEASED = {

@@ -9,9 +9,11 @@ import pytest
 from safetensors import safe_open
 
 import fastvlm_mlx as fv
-from fastvlm_mlx import convert, hub
+from fastvlm_mlx.checkpoint import processor_files
+from fastvlm_mlx.checkpoint.layouts import llava
 from fastvlm_mlx.config import CheckpointError
-from fastvlm_mlx.convert import files, llava
+from fastvlm_mlx.convert import convert
+from fastvlm_mlx.hub.resolve import NANO
 
 # What readers of the MLX community's layout look for in config.json.
 CONFIG_KEYS = {
@@ -46,7 +48,7 @@ VISION_KEYS = {
 
 
 def converted(source: Path, target: Path, **options) -> Path:
-    return convert.convert(source, target, progress=False, **options)
+    return convert(source, target, progress=False, **options)
 
 
 def read(file: Path) -> dict:
@@ -76,7 +78,7 @@ def is_near(found: mx.array, wanted: mx.array, deviations: float) -> bool:
 
 @pytest.fixture(scope="module")
 def nano_folder(tmp_path_factory) -> Path:
-    return converted(hub.NANO, tmp_path_factory.mktemp("converted") / "nano")
+    return converted(NANO, tmp_path_factory.mktemp("converted") / "nano")
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +94,7 @@ def test_the_converted_model_is_the_same(small_folder, mlx_folder):
 
 
 def test_the_converted_bundled_model_is_the_same(nano_folder, nano):
-    assert mx.array_equal(logits_of(nano_folder), logits_of(hub.NANO))
+    assert mx.array_equal(logits_of(nano_folder), logits_of(NANO))
     image = mx.random.uniform(shape=(256, 256, 3), key=mx.random.key(1))
     answers = [
         fv.generate(*loaded, "What is this?", image=image, max_tokens=8, temperature=0.0)
@@ -179,14 +181,14 @@ def test_fewer_bits_take_less_room(small_folder, tmp_path):
 
 def test_a_quantized_source_is_not_quantized_again(tmp_path):
     with pytest.raises(ValueError, match="is quantized already"):
-        converted(hub.NANO, tmp_path / "target", quantize=4)
+        converted(NANO, tmp_path / "target", quantize=4)
     assert names_in(tmp_path) == []
 
 
 def test_a_quantized_source_keeps_its_bits(nano_folder):
     config = read(nano_folder / "config.json")
-    assert config["quantization"] == read(hub.NANO / "config.json")["quantization"]
-    found, wanted = tensors_of(nano_folder), tensors_of(hub.NANO)
+    assert config["quantization"] == read(NANO / "config.json")["quantization"]
+    found, wanted = tensors_of(nano_folder), tensors_of(NANO)
     assert found.keys() == wanted.keys()
     assert all(mx.array_equal(found[name], wanted[name]) for name in wanted)
 
@@ -223,7 +225,7 @@ def test_the_geometry_that_a_towers_name_tells_is_written_out(tmp_path):
     config = {"mm_vision_tower": "mobileclip_l_512", "hidden_size": 896, "num_hidden_layers": 24}
     config |= {"model_type": "llava_qwen2", "vocab_size": 151936, "vision_config": {}}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    written = files.config_json(fv.FastVLMConfig.from_dict(config), "float16", {})
+    written = processor_files.config_json(fv.FastVLMConfig.from_dict(config), "float16", {})
     vision = json.loads(json.dumps(written))["vision_config"]
     assert vision.keys() >= VISION_KEYS
     assert vision["image_size"] == 512 and vision["layers"] == [2, 12, 24, 4, 2]
@@ -259,7 +261,7 @@ def test_the_original_layout_and_back(small_folder):
 
 def test_processor_files(nano_folder):
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        assert (nano_folder / name).read_bytes() == (hub.NANO / name).read_bytes()
+        assert (nano_folder / name).read_bytes() == (NANO / name).read_bytes()
     processor = read(nano_folder / "preprocessor_config.json")
     assert processor["crop_size"] == {"height": 256, "width": 256}
     assert processor["processor_class"] == "FastVLMProcessor"
@@ -302,7 +304,9 @@ def test_model_card_of_the_folder_one_is_in(small_folder, tmp_path, monkeypatch)
 
 
 def test_model_card_of_a_hub_model(small_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(hub, "resolve", lambda source, revision=None: small_folder)
+    monkeypatch.setattr(
+        sys.modules[convert.__module__], "resolve", lambda source, revision=None: small_folder
+    )
     folder = converted("apple/FastVLM-0.5B", tmp_path / "FastVLM-0.5B-fp16", dtype="float16")
     card = (folder / "README.md").read_text()
     header = card.split("---\n")[1].splitlines()

@@ -23,9 +23,9 @@ from hub_server import (
 )
 
 import fastvlm_mlx as fv
-from fastvlm_mlx import hub, zoo
-from fastvlm_mlx.fetch import DiskFullError
-from fastvlm_mlx.hub import NANO, download, download_model, resolve
+from fastvlm_mlx.hub import registry as zoo
+from fastvlm_mlx.hub.fetch import DiskFullError
+from fastvlm_mlx.hub.resolve import NANO, cache_folder, download, download_model, resolve
 
 MIB = 2**20
 ARCHIVE = "llava-fastvithd_0.5b_stage2"
@@ -63,9 +63,9 @@ def test_the_cache_has_a_default(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         monkeypatch.setenv("FASTVLM_CACHE", value) if value is not None else (
             monkeypatch.delenv("FASTVLM_CACHE")
         )
-        assert hub.cache_folder() == tmp_path / ".cache" / "fastvlm-mlx"
+        assert cache_folder() == tmp_path / ".cache" / "fastvlm-mlx"
     monkeypatch.setenv("FASTVLM_CACHE", "~/models")
-    assert hub.cache_folder() == tmp_path / "models"
+    assert cache_folder() == tmp_path / "models"
 
 
 def test_nothing_is_fetched_for_a_target_that_exists(server: Hub, tmp_path: Path) -> None:
@@ -288,7 +288,7 @@ def test_names_that_would_leave_the_folder(server: Hub, tmp_path: Path, name: st
 
 DOWNLOAD = """
 import sys
-from fastvlm_mlx.hub import download_model
+from fastvlm_mlx.hub.resolve import download_model
 print(download_model(sys.argv[1], to=sys.argv[2] or None))
 """
 
@@ -315,7 +315,7 @@ def test_killed_in_the_middle(
         "HF_HUB_DISABLE_XET": "1",
         "NO_PROXY": "*",
     }
-    code = f"from fastvlm_mlx import zoo; zoo.CDN = {server.cdn!r}; {DOWNLOAD}"
+    code = f"from fastvlm_mlx.hub import registry; registry.CDN = {server.cdn!r}; {DOWNLOAD}"
     process = subprocess.Popen(
         [sys.executable, "-c", code, name, str(target or "")],
         env=environment,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fastvlm_mlx.hub import NANO
+from fastvlm_mlx.hub.resolve import NANO
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 QUEEN = str(NANO / "images" / "queen.png")

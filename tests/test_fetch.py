@@ -20,8 +20,8 @@ from hub_server import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastvlm_mlx import fetch as fetching
-from fastvlm_mlx.fetch import DiskFullError, fetch, unpack
+from fastvlm_mlx.hub import fetch as fetching
+from fastvlm_mlx.hub.fetch import TRIES, DiskFullError, fetch, unpack
 
 MIB = 2**20
 ARCHIVE = "llava-fastvithd_0.5b_stage2"
@@ -69,12 +69,12 @@ def test_what_came_is_kept_for_the_next_call(
     server: Hub, tmp_path: Path, waits: list[float]
 ) -> None:
     server.archives["/a.bin"] = DATA
-    server.faults = [Fault("a.bin", cut=MIB), Fault("a.bin", times=fetching.TRIES, cut=100)]
+    server.faults = [Fault("a.bin", cut=MIB), Fault("a.bin", times=TRIES, cut=100)]
     with pytest.raises(OSError, match="1,049,076 bytes are kept: try again") as caught:
         fetch(f"{server.cdn}/a.bin", tmp_path / "a.bin")
     assert_one_sentence(caught.value, f"{server.cdn}/a.bin")
     assert not (tmp_path / "a.bin").exists()
-    assert len(server.requests) == 1 + fetching.TRIES
+    assert len(server.requests) == 1 + TRIES
     assert waits == [0.5, 1, 2, 4, 8]
     server.requests.clear()
     fetch(f"{server.cdn}/a.bin", tmp_path / "a.bin", sha256=SHA256)
@@ -139,7 +139,7 @@ def test_a_server_that_stays_busy(server: Hub, tmp_path: Path, waits: list[float
     with pytest.raises(OSError, match="answered 429") as caught:
         fetch(f"{server.cdn}/a.bin", tmp_path / "a.bin")
     assert_one_sentence(caught.value, "try again later")
-    assert len(server.requests) == fetching.TRIES
+    assert len(server.requests) == TRIES
     server.faults = [Fault("a.bin", status=429, headers={"Retry-After": "3600"})]
     with pytest.raises(OSError, match="try again in 3600 seconds") as caught:
         fetch(f"{server.cdn}/a.bin", tmp_path / "a.bin")

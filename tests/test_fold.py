@@ -6,9 +6,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from fastvlm_mlx import weights
+from fastvlm_mlx.checkpoint import fold
+from fastvlm_mlx.checkpoint.layouts import llava
+from fastvlm_mlx.checkpoint.load import load_model
 from fastvlm_mlx.config import CheckpointError, VisionConfig
-from fastvlm_mlx.convert import fold, llava
 
 NAME = "network.0.0"
 
@@ -174,7 +175,7 @@ def test_a_missing_tensor_of_a_branch_is_named(data, training_folder, tmp_path):
     for name in names[::7]:
         checkpoint_with({k: v for k, v in tensors.items() if k != name}, training_folder, tmp_path)
         with pytest.raises(CheckpointError, match=r"branch|missing") as error:
-            weights.load_model(tmp_path)
+            load_model(tmp_path)
         assert name in str(error.value)  # as the file would call it
 
 
@@ -185,7 +186,7 @@ def test_a_misshapen_tensor_of_a_branch_is_named(data, training_folder, tmp_path
         wrong = {name: mx.zeros((rows, *tensors[name].shape[1:]))}
         checkpoint_with(tensors | wrong, training_folder, tmp_path)
         with pytest.raises(CheckpointError) as error:
-            weights.load_model(tmp_path)
+            load_model(tmp_path)
         # It may be the one tensor into which the branches merge that is named.
         module = re.split(r"\.(?:rbr_|mixer|norm|layer_scale|lkb_|small_conv|pe)", name)[0]
         assert module in str(error.value)
@@ -196,7 +197,7 @@ def test_a_tensor_of_a_branch_too_many_is_named(training_folder, tmp_path):
     surplus = "model.vision_tower.vision_tower.model.patch_embed.0.rbr_conv.0.extra"
     checkpoint_with(tensors | {surplus: mx.zeros(1)}, training_folder, tmp_path)
     with pytest.raises(CheckpointError, match="surplus") as error:
-        weights.load_model(tmp_path)
+        load_model(tmp_path)
     assert surplus in str(error.value)
 
 

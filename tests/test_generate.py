@@ -14,17 +14,18 @@ from mlx_lm.models import cache as mlx_lm_cache
 from PIL import Image
 
 import fastvlm_mlx as fv
-from fastvlm_mlx.decode import make_kv_cache
-from fastvlm_mlx.generate import generate, stream_generate
-from fastvlm_mlx.hub import NANO
-from fastvlm_mlx.inputs import check_length, list_images
-from fastvlm_mlx.kv_cache import KVCache
-from fastvlm_mlx.model import FastVLM
-from fastvlm_mlx.options import Options
-from fastvlm_mlx.parts import Part, StopTexts, stream_parts
-from fastvlm_mlx.prompt import Processor, build_prompt
-from fastvlm_mlx.sampling import keep_top_p, make_sampler
-from fastvlm_mlx.weights import load_processor
+from fastvlm_mlx.checkpoint.load import load_processor
+from fastvlm_mlx.generation.decode import make_kv_cache
+from fastvlm_mlx.generation.generate import generate, stream_generate
+from fastvlm_mlx.generation.inputs import check_length, list_images
+from fastvlm_mlx.generation.options import Options
+from fastvlm_mlx.generation.response import Part, StopTexts, stream_parts
+from fastvlm_mlx.generation.sampling import keep_top_p, make_sampler
+from fastvlm_mlx.hub.resolve import NANO
+from fastvlm_mlx.model.fastvlm import FastVLM
+from fastvlm_mlx.model.kv_cache import KVCache
+from fastvlm_mlx.processor import Processor
+from fastvlm_mlx.text.prompt import build_prompt
 
 Nano = tuple[fv.FastVLM, fv.Processor]
 
@@ -572,7 +573,7 @@ def test_good_options(options: dict, nano: Nano) -> None:
 
 
 def test_two_kinds_of_cache_are_too_many() -> None:
-    with pytest.raises(ValueError, match="kv_bits and max_kv_size"):
+    with pytest.raises(ValueError, match="kv_bits or max_kv_size, not both"):
         Options(kv_bits=4, max_kv_size=64)
 
 

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 import fastvlm_mlx as fv
-from fastvlm_mlx import graph, qwen2, vision
-from fastvlm_mlx.graph import as_on_gpu, count, count_primitives, kernel_launches
+from fastvlm_mlx import ops
+from fastvlm_mlx.bench import graph
+from fastvlm_mlx.bench.graph import as_on_gpu, count, count_primitives, kernel_launches
+from fastvlm_mlx.model.qwen2 import Block
 
 pytestmark = pytest.mark.skipif(
     mx.default_device().type == mx.DeviceType.gpu, reason="describes graphs built on the CPU"
@@ -191,9 +193,9 @@ def test_nothing_is_left_behind(small: fv.FastVLM) -> None:
     before = count_primitives(small.encode_image(pixel_values))
     with as_on_gpu():
         inside = count_primitives(run(pixel_values))
-        assert not vision.ops.on_cpu()
+        assert not ops.on_cpu()
     assert inside["LayerNorm"] > 0 and inside["Convolution"] > 1
-    assert vision.ops.on_cpu()
+    assert ops.on_cpu()
     assert [getattr(mx.fast, name) for name in graph.FAST] == functions
     assert count_primitives(small.encode_image(pixel_values)) == before
     assert np.array_equal(np.array(run(pixel_values)), expected)
@@ -206,7 +208,7 @@ def test_stand_ins_keep_their_own_names_outside() -> None:
 def test_leaving_by_an_error() -> None:
     with pytest.raises(RuntimeError, match="on purpose"), as_on_gpu():
         raise RuntimeError("on purpose")
-    assert vision.ops.on_cpu()
+    assert ops.on_cpu()
     assert count_primitives(mx.cumprod(ones(4))) == {"CumProd": 1}
 
 
@@ -241,7 +243,7 @@ def test_decoder_has_the_layers_of_its_configuration(small: fv.FastVLM) -> None:
 def test_more_layers_launch_more(small: fv.FastVLM) -> None:
     text = small.config.text
     before = graph.count_decode(small, 20)
-    block = qwen2.Block(text)
+    block = Block(text)
     small.language_model.layers.append(block)
     try:
         after = graph.count_decode(small, 20)

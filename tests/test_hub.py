@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from fastvlm_mlx import hub
-from fastvlm_mlx.hub import NANO, resolve
+from fastvlm_mlx.hub import resolve as hub
+from fastvlm_mlx.hub.resolve import NANO, resolve
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 OTHER = "fedcba9876543210fedcba9876543210fedcba98"
@@ -201,7 +201,7 @@ print(json.dumps(fv.generate(model, processor, "Describe the image.", image={IMA
 """
 ERRORS = """
 import json, sys, time
-from fastvlm_mlx.hub import resolve
+from fastvlm_mlx.hub.resolve import resolve
 found = []
 for source, revision in %r:
     start = time.monotonic()
@@ -285,7 +285,7 @@ def test_no_connection_and_not_downloaded(tmp_path: Path) -> None:
 def test_the_command_says_it_in_a_line(tmp_path: Path) -> None:
     code = """
 import contextlib, io, json, sys
-from fastvlm_mlx.cli import main
+from fastvlm_mlx.cli.main import main
 sys.argv = ["fastvlm", "generate", "--model", "user/nano", "--prompt", "Hi"]
 said = io.StringIO()
 with contextlib.redirect_stderr(said):

@@ -26,15 +26,13 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
 
-import fastvlm_mlx.image
-from fastvlm_mlx.image import (
-    MAX_PIXELS,
-    anyres_grid,
-    expand_to_square,
-    load_image,
-    preprocess,
-    preprocess_each,
-)
+from fastvlm_mlx.image import decode, load, resize
+from fastvlm_mlx.image import preprocess as preprocessing
+from fastvlm_mlx.image.decode import MAX_PIXELS
+from fastvlm_mlx.image.grid import anyres_grid
+from fastvlm_mlx.image.load import load_image
+from fastvlm_mlx.image.preprocess import preprocess, preprocess_each
+from fastvlm_mlx.image.resize import expand_to_square
 
 DATA = Path(__file__).parent / "data" / "preprocess"
 FILES = [entry["file"] for entry in json.loads((DATA / "images.json").read_text())["images"]]
@@ -156,8 +154,9 @@ def test_home_and_pipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "x.png").write_bytes(saved(NOISE))
     monkeypatch.setenv("HOME", str(tmp_path))
     np.testing.assert_array_equal(pixels("~/x.png"), NOISE)
-    script = (
-        "import fastvlm_mlx.image as i; print(i.load_image('/dev/stdin').size, end='')"  # a pipe
+    script = (  # the standard input is a pipe
+        "from fastvlm_mlx.image.load import load_image\n"
+        "print(load_image('/dev/stdin').size, end='')"
     )
     out = subprocess.run(
         [sys.executable, "-c", script], input=saved(NOISE), capture_output=True, check=True
@@ -186,7 +185,7 @@ def test_source_is_not_changed() -> None:
 
 
 def test_import_brings_in_no_pil() -> None:
-    script = "import fastvlm_mlx.image, sys; print([m for m in sys.modules if m == 'PIL'])"
+    script = "import fastvlm_mlx, sys; print([m for m in sys.modules if m == 'PIL'])"
     out = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True)
     assert out.stdout.strip() == b"[]"
 
@@ -590,7 +589,7 @@ def test_pixel_limit_and_silence(monkeypatch: pytest.MonkeyPatch) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for limit, fits in ((35, True), (34, False)):
-            monkeypatch.setattr(fastvlm_mlx.image, "MAX_PIXELS", limit)
+            monkeypatch.setattr(decode, "MAX_PIXELS", limit)
             sources: list[Any] = [saved(NOISE), Image.fromarray(NOISE), NOISE]
             for source in sources:
                 if fits:
@@ -906,8 +905,8 @@ def test_pad_in_bands_is_pad_at_once(width: int, height: int, side: int) -> None
 @pytest.fixture
 def many_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a machine with many cores, for images of any size."""
-    monkeypatch.setattr(fastvlm_mlx.image.os, "cpu_count", lambda: 5)
-    monkeypatch.setattr(fastvlm_mlx.image, "PIXELS_FOR_THREADS", 0)
+    monkeypatch.setattr(preprocessing.os, "cpu_count", lambda: 5)
+    monkeypatch.setattr(resize, "PIXELS_FOR_THREADS", 0)
 
 
 @pytest.mark.usefixtures("many_threads")
@@ -964,9 +963,9 @@ def test_pad_of_large_images(size: tuple[int, int], side: int) -> None:
 
 @pytest.mark.parametrize("size", [(300, 400), (400, 300), (40, 900)])
 def test_only_a_little_black_is_resized(size: tuple[int, int]) -> None:
-    picture = fastvlm_mlx.image._read(whole(*size))
+    picture = load._read(whole(*size))
     for axis, edge in enumerate(size):
-        span = fastvlm_mlx.image._padded_span(picture, axis, 256)
+        span = resize._padded_span(picture, axis, 256)
         filled = 256 * edge / max(size)
         assert filled <= span.size <= min(256, filled + 48)
         assert span.stop - span.start <= edge + 48 * max(size) / 256
@@ -987,8 +986,8 @@ def test_a_box_is_exact_in_single_precision(
     size = (short, longest) if tall else (longest, short)
     image: Any = SimpleNamespace(size=size)
     for axis, edge in enumerate(size):
-        picture = fastvlm_mlx.image._Picture(image, 1, size)
-        span = fastvlm_mlx.image._padded_span(picture, axis, side)
+        picture = decode._Picture(image, 1, size)
+        span = resize._padded_span(picture, axis, side)
         before = (longest - edge) // 2
         assert Fraction(span.high - span.low) == Fraction(span.size * longest, side)
         assert Fraction(span.low + span.start + before) == Fraction(span.first * longest, side)
@@ -1177,7 +1176,7 @@ def test_each_in_order_and_at_once(late: type[Late]) -> None:
 
 
 def test_one_core_reads_one_at_a_time(late: type[Late], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fastvlm_mlx.image.os, "cpu_count", lambda: None)
+    monkeypatch.setattr(preprocessing.os, "cpu_count", lambda: None)
     sizes = [size for _, size in preprocess_each([late(saved(NOISE)) for _ in range(3)], 64)]
     assert sizes == [(7, 5)] * 3 and late.most == 1
 
@@ -1274,8 +1273,8 @@ def test_fast_is_close(mode: str, grid: Any, orientation: int) -> None:
 def test_fast_decodes_no_smaller_than_it_may(longest: int, decoded: int) -> None:
     for size in ((longest, 60), (60, longest)):
         data = saved(Image.new("RGB", size, (9, 99, 200)), "JPEG")
-        _, reduction = fastvlm_mlx.image._of_mode(64, "pad", None)
-        picture = fastvlm_mlx.image._read(data, reduction=reduction)
+        _, reduction = resize._of_mode(64, "pad", None)
+        picture = load._read(data, reduction=reduction)
         assert max(picture.size) == decoded and picture.full_size == size
 
 

@@ -32,9 +32,9 @@ import pytest
 from sources import full_nano, with_tokenizer
 
 import fastvlm_mlx as fv
+from fastvlm_mlx.checkpoint.load import load_processor
 from fastvlm_mlx.convert import convert
-from fastvlm_mlx.hub import NANO
-from fastvlm_mlx.weights import load_processor
+from fastvlm_mlx.hub.resolve import NANO
 
 WORKER = Path(__file__).with_name("peer_worker.py")
 MLX_VLM = os.environ.get("FASTVLM_PEER_PYTHON", "")

@@ -4,7 +4,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
-from fastvlm_mlx.ops import QuantizedEmbedding, QuantizedLinear, cpu, device
+from fastvlm_mlx.ops import QuantizedEmbedding, QuantizedLinear, cpu
 from fastvlm_mlx.ops import linear as project
 from fastvlm_mlx.ops import quantize as quantize_layers
 from fastvlm_mlx.ops.cpu import MANY_ROWS, times_row
@@ -23,11 +23,11 @@ MODES = pytest.mark.parametrize(
 
 
 @pytest.fixture
-def products(monkeypatch) -> list[str]:
+def products(monkeypatch, assume) -> list[str]:
     """The quantized products made in the test: "rows" by MLX, or "written out"."""
     made = []
     times_quantized, quantized_matmul = cpu.times_quantized, mx.quantized_matmul
-    monkeypatch.setattr(device, "_assumed", "cpu")
+    assume("cpu")
     monkeypatch.setattr(
         cpu, "times_quantized", lambda *a: made.append("written out") or times_quantized(*a)
     )
@@ -77,8 +77,8 @@ def test_half_precision_is_left_to_mlx(products):
     assert products == ["rows"]
 
 
-def test_a_gpu_has_mlx_s_product(products, monkeypatch):
-    monkeypatch.setattr(device, "_assumed", "cuda")
+def test_a_gpu_has_mlx_s_product(products, assume):
+    assume("cuda")
     QuantizedLinear.from_linear(nn.Linear(64, 64), bits=4)(mx.zeros((MANY_ROWS, 64)))
     assert products == ["rows"]
 

@@ -10,10 +10,11 @@ from mlx_lm.models.cache import BatchKVCache
 
 import fastvlm_mlx as fv
 from fastvlm_mlx.config import FastVLMConfig
-from fastvlm_mlx.generate import generate, stream_generate
-from fastvlm_mlx.image import anyres_grid
-from fastvlm_mlx.model import FastVLM, unpad_margins
-from fastvlm_mlx.prompt import Processor, pad_batch
+from fastvlm_mlx.generation.generate import generate, stream_generate
+from fastvlm_mlx.image.grid import anyres_grid
+from fastvlm_mlx.model.fastvlm import FastVLM, unpad_margins
+from fastvlm_mlx.processor import Processor
+from fastvlm_mlx.text.prompt import pad_batch
 
 V = -200  # a visual token's place
 CONFIG = {

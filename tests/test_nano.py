@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 import fastvlm_mlx as fv
-from fastvlm_mlx.generate import stream_generate
-from fastvlm_mlx.hub import NANO
-from fastvlm_mlx.prompt import build_prompt
+from fastvlm_mlx.generation.generate import stream_generate
+from fastvlm_mlx.hub.resolve import NANO
+from fastvlm_mlx.text.prompt import build_prompt
 
 Nano = tuple[fv.FastVLM, fv.Processor]
 

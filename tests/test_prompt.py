@@ -9,21 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastvlm_mlx.config import CheckpointError
-from fastvlm_mlx.prompt import (
-    CONV_MODES,
-    DEFAULT_SYSTEM,
-    IMAGE_MARK,
-    IMAGE_TOKEN_INDEX,
-    QWEN2_SPLIT,
-    Detokenizer,
-    Processor,
-    Tokenizer,
-    apply_chat_template,
-    build_prompt,
-    encode_with_images,
-    pad_batch,
-)
+from fastvlm_mlx import processor as processor_module
+from fastvlm_mlx.config import IMAGE_TOKEN_INDEX, CheckpointError
+from fastvlm_mlx.processor import Processor
+from fastvlm_mlx.text.prompt import IMAGE_MARK, build_prompt, encode_with_images, pad_batch
+from fastvlm_mlx.text.template import CONV_MODES, DEFAULT_SYSTEM, apply_chat_template
+from fastvlm_mlx.text.tokenizer import QWEN2_SPLIT, Detokenizer, Tokenizer
 
 DATA = Path(__file__).parent / "data" / "tokenizer"
 # Ids that transformers' Qwen2Tokenizer gives, one -200 for each image.
@@ -576,10 +567,10 @@ def test_pad_batch():
 
 def test_processor(tokenizer, monkeypatch):
     seen = []
-    image = type(sys)("fastvlm_mlx.image")
-    image.preprocess = lambda *args, **options: seen.append((*args, options))
-    image.preprocess_each = image.preprocess
-    monkeypatch.setitem(sys.modules, "fastvlm_mlx.image", image)
+    for name in ("preprocess", "preprocess_each"):
+        monkeypatch.setattr(
+            processor_module, name, lambda *args, **options: seen.append((*args, options))
+        )
     processor = Processor(tokenizer, 256, mode="anyres", grid_pinpoints=[(512, 256)])
     for call in (processor.preprocess, processor.preprocess_each):
         call("cat.png")
@@ -601,7 +592,7 @@ def test_processor(tokenizer, monkeypatch):
 
 def test_starts_without_heavy_imports():
     script = (
-        "import sys; from fastvlm_mlx.prompt import *\n"
+        "import sys; from fastvlm_mlx.text import *\n"
         "assert not {'tokenizers', 'jinja2', 'transformers', 'mlx_lm'} & set(sys.modules)\n"
         f"build_prompt(Tokenizer.from_folder({str(DATA)!r}), 'A', num_visual_tokens=[4])\n"
         "assert not {'transformers', 'mlx_lm', 'huggingface_hub'} & set(sys.modules)\n"

@@ -6,10 +6,9 @@ import pytest
 from mlx.utils import tree_flatten
 
 import fastvlm_mlx as fv
-from fastvlm_mlx import weights
-from fastvlm_mlx.convert import convert, fold
-from fastvlm_mlx.ops import SideBySide
-from fastvlm_mlx.quantize import (
+from fastvlm_mlx.checkpoint import fold
+from fastvlm_mlx.checkpoint.load import load_model
+from fastvlm_mlx.checkpoint.quantize import (
     MIXED,
     MODES,
     is_sensitive,
@@ -17,7 +16,9 @@ from fastvlm_mlx.quantize import (
     quantize_checkpoint,
     settings,
 )
-from fastvlm_mlx.weights import load_model
+from fastvlm_mlx.checkpoint.read import read_whole
+from fastvlm_mlx.convert import convert
+from fastvlm_mlx.ops import SideBySide
 
 IDS = mx.array([[5, 9, 11, -200, -200, -200, -200, 17, 23]])
 
@@ -89,7 +90,7 @@ def test_parts_have_their_own_settings(small_folder):
 
 
 def test_layers_that_no_group_divides_stay_and_are_listed(small_folder):
-    config, tensors = weights.read_whole(small_folder)
+    config, tensors = read_whole(small_folder)
     given = {"vision": {"bits": 8, "group_size": 32}}
     packed, entry, kept = quantize_checkpoint(tensors, config, given)
     assert "vision_tower.stem.pointwise" in kept  # 16 channels
@@ -125,7 +126,7 @@ def test_sensitive_layers_are_those_of_mlx_lm():
 
 def test_quantizing_commutes_with_folding(small_folder):
     """Scaling the rows of packed weights is scaling their scales and biases."""
-    _, tensors = weights.read_whole(small_folder)
+    _, tensors = read_whole(small_folder)
     name = "vision_tower.vision_model.network.7.0.convffn.fc2.weight"
     matrix = tensors[name].flatten(1)
     scale = mx.random.uniform(0.1, 2, (matrix.shape[0], 1))

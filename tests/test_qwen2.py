@@ -11,14 +11,14 @@ from mlx.utils import tree_map
 from mlx_lm.generate import generate_step
 from mlx_lm.models import cache as mlx_lm_cache
 
+from fastvlm_mlx.checkpoint.names import to_checkpoint
 from fastvlm_mlx.config import FastVLMConfig
-from fastvlm_mlx.decode import generate_tokens
-from fastvlm_mlx.kv_cache import KVCache
-from fastvlm_mlx.model import FastVLM
-from fastvlm_mlx.ops import device, swiglu
+from fastvlm_mlx.generation.decode import generate_tokens
+from fastvlm_mlx.generation.options import Options
+from fastvlm_mlx.model.fastvlm import FastVLM
+from fastvlm_mlx.model.kv_cache import KVCache
+from fastvlm_mlx.ops import swiglu
 from fastvlm_mlx.ops.cpu import causal_attention as attend_causally
-from fastvlm_mlx.options import Options
-from fastvlm_mlx.weights import to_checkpoint
 
 VOCAB_SIZE = 100
 TEXT = {
@@ -370,8 +370,8 @@ def test_generate_step_quantizes_our_cache(model: FastVLM) -> None:
     assert tokens == greedy(model, ids, 3)
 
 
-def test_swiglu_on_the_cpu_is_exact_to_rounding(monkeypatch):
-    monkeypatch.setattr(device, "_assumed", "cpu")
+def test_swiglu_on_the_cpu_is_exact_to_rounding(assume):
+    assume("cpu")
     extremes = [0, 1e-20, -1e-20, 50, -50, 1e4, -1e4, 3e38]
     gate = np.concatenate([np.linspace(-20, 20, 20001), extremes]).astype(np.float32)
     exact = gate.astype(np.float64) / (1 + np.exp(-np.maximum(gate.astype(np.float64), -700)))
@@ -381,8 +381,8 @@ def test_swiglu_on_the_cpu_is_exact_to_rounding(monkeypatch):
     assert mx.array_equal(2 * halves, mx.array(found, mx.float32))
 
 
-def test_gradients_of_swiglu_on_the_cpu(monkeypatch):
-    monkeypatch.setattr(device, "_assumed", "cpu")
+def test_gradients_of_swiglu_on_the_cpu(assume):
+    assume("cpu")
     gate = mx.array([-1000.0, -60, -3, -0.1, 0, 0.1, 3, 60, 1000])
     up = mx.linspace(-1, 1, gate.size)
     found = mx.grad(lambda *x: swiglu(*x).sum(), argnums=(0, 1))(gate, up)

@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 from sources import full_nano, with_tokenizer
 
+from fastvlm_mlx.checkpoint import processor_files
+from fastvlm_mlx.checkpoint.files import read_tensors
+from fastvlm_mlx.checkpoint.layouts import transformers
 from fastvlm_mlx.config import FastVLMConfig
-from fastvlm_mlx.convert import convert, files, transformers
-from fastvlm_mlx.hub import NANO
-from fastvlm_mlx.weights import read_tensors
+from fastvlm_mlx.convert import convert
+from fastvlm_mlx.hub.resolve import NANO
 
 needs_coremltools = pytest.mark.skipif(
     importlib.util.find_spec("coremltools") is None, reason="needs coremltools"
@@ -283,8 +285,8 @@ def released(request) -> tuple[FastVLMConfig, dict[str, Any]]:
 @pytest.mark.parametrize("quantization", [{}, *QUANTIZED.values()], ids=["plain", *QUANTIZED])
 def test_released_geometry(released, tmp_path, quantization):
     config, own = released
-    written = json.loads(json.dumps(files.config_json(config, "bfloat16", quantization)))
-    files.write_processor(tmp_path, tmp_path, config.vision.image_size)
+    written = json.loads(json.dumps(processor_files.config_json(config, "bfloat16", quantization)))
+    processor_files.write_processor(tmp_path, tmp_path, config.vision.image_size)
     check_for_mlx(written, read(tmp_path / "preprocessor_config.json"))
     check_for_original(written)
     assert {name: written[name] for name in own} == own
@@ -316,7 +318,7 @@ def test_another_image_size_is_written_everywhere(tmp_path):
     fields = import_random_checkpoint().make_config("0.5b", "bfloat16")
     config = FastVLMConfig.from_dict(fields)
     config = replace(config, vision=replace(config.vision, image_size=512))
-    files.write_processor(tmp_path, tmp_path, 512)
-    written = json.loads(json.dumps(files.config_json(config, "bfloat16", {})))
+    processor_files.write_processor(tmp_path, tmp_path, 512)
+    written = json.loads(json.dumps(processor_files.config_json(config, "bfloat16", {})))
     check_for_mlx(written, read(tmp_path / "preprocessor_config.json"))
     assert transformers.config_json(config, "bfloat16", 151646)["image_seq_length"] == 64

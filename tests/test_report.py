@@ -4,18 +4,20 @@ import shutil
 import mlx.core as mx
 import pytest
 
-from fastvlm_mlx import weights
-from fastvlm_mlx.cli import quantize_settings
-from fastvlm_mlx.hub import NANO
-from fastvlm_mlx.report import SAMPLES, precision_report, read_questions, token_agreement
+from fastvlm_mlx.checkpoint.names import quantized_linears
+from fastvlm_mlx.checkpoint.read import read_whole
+from fastvlm_mlx.cli.main import quantize_settings
+from fastvlm_mlx.evaluate.precision import SAMPLES, precision_report, token_agreement
+from fastvlm_mlx.evaluate.questions import read_questions
+from fastvlm_mlx.hub.resolve import NANO
 
 
 @pytest.fixture(scope="module")
 def full(tmp_path_factory):
     """The bundled model at float16, as a folder."""
     folder = tmp_path_factory.mktemp("full")
-    config, tensors = weights.read_whole(NANO)
-    for layer, settings in list(weights.quantized_linears(tensors, config)):
+    config, tensors = read_whole(NANO)
+    for layer, settings in list(quantized_linears(tensors, config)):
         packed = [tensors.pop(f"{layer}.{name}") for name in ("weight", "scales", "biases")]
         tensors[f"{layer}.weight"] = mx.dequantize(*packed, **settings)
     mx.save_safetensors(str(folder / "model.safetensors"), tensors)

@@ -8,9 +8,10 @@ import mlx.core as mx
 import pytest
 
 import fastvlm_mlx as fv
-from fastvlm_mlx.hub import NANO
-from fastvlm_mlx.model import FastVLM
-from fastvlm_mlx.reuse import common_prefix, image_key
+from fastvlm_mlx.generation.prompt_cache import image_key
+from fastvlm_mlx.hub.resolve import NANO
+from fastvlm_mlx.model.fastvlm import FastVLM
+from fastvlm_mlx.model.kv_cache import common_prefix
 
 PENGUINS, PANDA = (NANO / "images" / f"{name}.png" for name in ("penguins", "panda"))
 COUNT, DESCRIBE = "How many penguins are there?", "Describe the image."
@@ -34,7 +35,7 @@ def work(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, list[int]]]:
         return run(self, input_ids, cache, input_embeddings)
 
     monkeypatch.setattr(FastVLM, "encode_image", encode_image)
-    monkeypatch.setattr("fastvlm_mlx.qwen2.Qwen2.hidden_states", hidden_states)
+    monkeypatch.setattr("fastvlm_mlx.model.qwen2.Qwen2.hidden_states", hidden_states)
     yield done
 
 

@@ -9,23 +9,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastvlm_mlx as fv
-from fastvlm_mlx.decode import generate_tokens, make_kv_cache
-from fastvlm_mlx.hub import NANO
-from fastvlm_mlx.inputs import preprocess_images
-from fastvlm_mlx.model import FastVLM
-from fastvlm_mlx.options import Options
-from fastvlm_mlx.parts import stream_parts
-from fastvlm_mlx.prompt import build_prompt
-from fastvlm_mlx.speculate import (
-    Drafter,
-    DraftModel,
-    PromptLookup,
+from fastvlm_mlx.checkpoint.load import load_processor
+from fastvlm_mlx.generation.decode import generate_tokens, make_kv_cache
+from fastvlm_mlx.generation.drafters import Drafter, DraftModel, PromptLookup
+from fastvlm_mlx.generation.inputs import read_inputs
+from fastvlm_mlx.generation.options import Options
+from fastvlm_mlx.generation.response import stream_parts
+from fastvlm_mlx.generation.speculate import (
     agree,
     check_vocabularies,
     make_drafter,
     speculate_tokens,
 )
-from fastvlm_mlx.weights import load_processor
+from fastvlm_mlx.hub.resolve import NANO
+from fastvlm_mlx.model.fastvlm import FastVLM
 
 Nano = tuple[fv.FastVLM, fv.Processor]
 
@@ -265,28 +262,23 @@ def test_the_cache_holds_only_the_answer(model: FastVLM, other: FastVLM) -> None
 def question(request: pytest.FixtureRequest, nano: Nano) -> dict[str, Any]:
     """A question to nano and what it says, past the answer's end, where it repeats itself."""
     model, processor = nano
-    pixel_values, image_sizes = preprocess_images(processor, [PANDA])
-    features = model.encode_images(pixel_values, image_sizes)
-    ids = build_prompt(processor.tokenizer, request.param, num_visual_tokens=[len(features[0])])
-    embeddings = model.embed_inputs(mx.array([ids]), image_features=features)
-    cache = model.make_kv_cache()
+    inputs = read_inputs(model, processor, request.param, PANDA, GREEDY)
+    asked = inputs.input_ids, inputs.embeddings
     return {
-        "ids": ids,
-        "embeddings": embeddings,
-        "tokens": list(generate_tokens(model, ids, embeddings, cache, GREEDY, 30)),
-        "drafter": (processor, request.param, ids, pixel_values, image_sizes),
+        "asked": asked,
+        "tokens": list(generate_tokens(model, *asked, model.make_kv_cache(), GREEDY, 30)),
+        "drafter": (processor, request.param, inputs),
     }
 
 
 def nano_speculated(nano: Nano, question: dict[str, Any], drafter: Drafter) -> list[int]:
     model, cache = nano[0], nano[0].make_kv_cache()
-    asked = question["ids"], question["embeddings"]
-    return list(speculate_tokens(model, *asked, cache, GREEDY, 30, drafter))
+    return list(speculate_tokens(model, *question["asked"], cache, GREEDY, 30, drafter))
 
 
 @pytest.mark.parametrize("count", counts)
 def test_nano_with_prompt_lookup(count: int, nano: Nano, question: dict[str, Any]) -> None:
-    drafter = make_drafter(*question["drafter"], prompt_lookup=count)
+    drafter = make_drafter(*question["drafter"], Options(prompt_lookup=count))
     assert isinstance(drafter, PromptLookup) and drafter.num_draft_tokens == count
     assert nano_speculated(nano, question, drafter) == question["tokens"]
     assert 0 < drafter.accepted <= drafter.drafted
@@ -295,27 +287,26 @@ def test_nano_with_prompt_lookup(count: int, nano: Nano, question: dict[str, Any
 @pytest.mark.parametrize("count", [2, 7])
 def test_nano_with_itself_as_drafter(count: int, nano: Nano, question: dict[str, Any]) -> None:
     """The drafter sees the image: without it, nano would not say the same."""
-    drafter = make_drafter(*question["drafter"], draft_model=nano, num_draft_tokens=count)
+    options = Options(draft_model=nano, num_draft_tokens=count)
+    drafter = make_drafter(*question["drafter"], options)
+    assert drafter is not None
     assert nano_speculated(nano, question, drafter) == question["tokens"]
     assert drafter.drafted == drafter.accepted > 0
 
 
 def test_the_drafter_sees_the_prompt_as_the_model_does(nano: Nano) -> None:
     model, processor = nano
-    pixel_values, image_sizes = preprocess_images(processor, [PENGUINS, PANDA], 128)
     for images, prompt, options in (
         (0, "Hi", {"system": "Be brief."}),
         (1, "What is this?", {}),
         (2, "<image>or<image>?", {"conv_mode": "plain"}),
     ):
-        seen = pixel_values[:images], image_sizes[:images]
-        features = model.encode_images(*seen) if images else []
-        lengths = [len(f) for f in features]
-        ids = build_prompt(processor.tokenizer, prompt, num_visual_tokens=lengths, **options)
-        embeddings = model.embed_inputs(mx.array([ids]), image_features=features)
-        cache = model.make_kv_cache()
-        tokens = list(generate_tokens(model, ids, embeddings, cache, GREEDY, 6))
-        drafter = make_drafter(processor, prompt, ids, *seen, draft_model=nano, **options)
+        chosen = Options(image_size=128, draft_model=nano, **options)
+        inputs = read_inputs(model, processor, prompt, [PENGUINS, PANDA][:images], chosen)
+        asked = inputs.input_ids, inputs.embeddings
+        tokens = list(generate_tokens(model, *asked, model.make_kv_cache(), chosen, 6))
+        drafter = make_drafter(processor, prompt, inputs, chosen)
+        assert drafter is not None
         assert drafter.propose(tokens[:1], 5).tolist() == tokens[1:]
 
 
@@ -326,7 +317,7 @@ def test_the_drafter_sees_the_prompt_as_the_model_does(nano: Nano) -> None:
 def test_ends_inside_a_draft(stop: tuple[str, ...], nano: Nano, question: dict[str, Any]) -> None:
     """With drafts of all that the model says, past any end."""
     model, processor = nano
-    ids, embeddings, tokens = question["ids"], question["embeddings"], question["tokens"]
+    (ids, embeddings), tokens = question["asked"], question["tokens"]
     end = next(i for i, token in enumerate(tokens) if token in processor.tokenizer.eos_token_ids)
     assert 2 < end < 25
     for limit in (1, end, end + 1, 30):
@@ -376,11 +367,10 @@ def test_a_logits_processor_sees_the_answer_alone(model: FastVLM) -> None:
         assert run(drafter) == (expected, calls)
 
 
-def test_max_kv_size_is_refused_on_the_call(model: FastVLM) -> None:
-    options = Options(max_kv_size=16)
-    cache = make_kv_cache(model, options)
-    with pytest.raises(ValueError, match="leave out max_kv_size"):
-        speculate_tokens(model, PROMPT, embed(model), cache, options, 5, PromptLookup(PROMPT, 2))
+def test_max_kv_size_does_not_go_with_drafts(nano: Nano) -> None:
+    for drafts in ({"prompt_lookup": 2}, {"draft_model": nano}):
+        with pytest.raises(ValueError, match=f"Give {next(iter(drafts))} or max_kv_size, not both"):
+            Options(max_kv_size=16, **drafts)
 
 
 @pytest.mark.parametrize("temperature", [1e-9, 1.0])
@@ -424,25 +414,23 @@ def test_seed_repeats(model: FastVLM) -> None:
 
 @pytest.mark.parametrize("count", [0, -1, 1.5, "a", None, True])
 def test_bad_number_of_draft_tokens(count: Any, nano: Nano) -> None:
-    model, processor = nano
+    model, _ = nano
     for make in (
         lambda: PromptLookup([1], count),
         lambda: DraftModel(model, embed(model), count, 40),
-        lambda: make_drafter(
-            processor, "Hi", [1], [], [], draft_model=nano, num_draft_tokens=count
-        ),
+        lambda: Options(draft_model=nano, num_draft_tokens=count),
+        lambda: Options(prompt_lookup=0 if count is None else count),
     ):
         with pytest.raises(ValueError, match=r"whole number from 1, found "):
             make()
 
 
 def test_one_drafter_is_enough(nano: Nano) -> None:
-    for both in ({}, {"prompt_lookup": 3, "draft_model": nano}):
-        with pytest.raises(ValueError, match="prompt_lookup or draft_model"):
-            make_drafter(nano[1], "Hi", [1], [], [], **both)
+    with pytest.raises(ValueError, match="prompt_lookup or draft_model"):
+        Options(prompt_lookup=3, draft_model=nano)
     for wrong in (nano[0], [nano[0]], (nano[0],), "folder"):
         with pytest.raises(ValueError, match="a model and its processor"):
-            make_drafter(nano[1], "Hi", [1], [], [], draft_model=wrong)
+            Options(draft_model=wrong)
 
 
 class Words:
@@ -477,8 +465,9 @@ def test_another_tokenizer_is_refused(nano: Nano) -> None:
     check_vocabularies(nano[1].tokenizer, processor.tokenizer)
     spelled = processor.tokenizer.token_bytes
     processor.tokenizer.token_bytes = lambda token, **skip: spelled(token, **skip)[::-1]
+    inputs = read_inputs(*nano, "Hi", None, GREEDY)
     with pytest.raises(ValueError, match="draft model of the same family"):
-        make_drafter(nano[1], "Hi", [1], [], [], draft_model=(nano[0], processor))
+        make_drafter(nano[1], "Hi", inputs, Options(draft_model=(nano[0], processor)))
 
 
 def test_a_stream_may_be_left(model: FastVLM) -> None:

@@ -4,10 +4,14 @@ import re
 import mlx.core as mx
 import pytest
 
+from fastvlm_mlx.checkpoint import processor_files
+from fastvlm_mlx.checkpoint.files import read_tensors
+from fastvlm_mlx.checkpoint.layouts import llava, transformers
+from fastvlm_mlx.checkpoint.load import load_model
+from fastvlm_mlx.checkpoint.read import read_checkpoint
 from fastvlm_mlx.config import FastVLMConfig
-from fastvlm_mlx.convert import convert, files, llava, transformers
-from fastvlm_mlx.hub import NANO
-from fastvlm_mlx.weights import load_model, read_checkpoint, read_tensors
+from fastvlm_mlx.convert import convert
+from fastvlm_mlx.hub.resolve import NANO
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +103,7 @@ def test_config_of_transformers(folder):
     written = transformers.config_json(config, "float32", 319)
     again = FastVLMConfig.from_dict(written)
     assert (again.vision, again.text) == (config.vision, config.text)
-    flat = files.config_json(config, "float32", {})
+    flat = processor_files.config_json(config, "float32", {})
     assert FastVLMConfig.from_dict(flat).vision == config.vision
     with pytest.raises(ValueError, match="geometry"):
         odd = flat | {"vision_config": flat["vision_config"] | {"repmixer_kernel_size": 5}}

@@ -10,10 +10,10 @@ import pytest
 from hub_server import TOKEN, Fault, Hub, assert_one_sentence, use
 
 import fastvlm_mlx as fv
-from fastvlm_mlx import zoo
+from fastvlm_mlx.checkpoint.upload import check_folder, license_problem, upload
 from fastvlm_mlx.config import CheckpointError
-from fastvlm_mlx.hub import NANO, download
-from fastvlm_mlx.upload import check_folder, license_problem, upload
+from fastvlm_mlx.hub import registry
+from fastvlm_mlx.hub.resolve import NANO, download
 
 REPO = "user/my-model"
 CARD = "---\nlicense: mit\n---\n\n# Mine\n"
@@ -219,6 +219,6 @@ def test_a_licence_is_asked_for(server: Hub, folder: Path) -> None:
 def test_apples_licence_comes_with_its_text(folder: Path) -> None:
     (folder / "README.md").write_text("---\nlicense: apple-amlr\n---\n")
     problem = license_problem(folder)
-    assert problem and zoo.LICENSE["license_link"] in problem
+    assert problem and registry.LICENSE["license_link"] in problem
     (folder / "LICENSE").write_text("This Apple Machine Learning Research Model is …")
     assert license_problem(folder) is None

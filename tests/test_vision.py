@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastvlm_mlx import ops
+from fastvlm_mlx.checkpoint.fold import fold_encoder, unfold_encoder
 from fastvlm_mlx.config import VisionConfig
-from fastvlm_mlx.convert.fold import fold_encoder, unfold_encoder
-from fastvlm_mlx.ops import DepthwiseConv, device, gelu
-from fastvlm_mlx.vision import FastViTHD
+from fastvlm_mlx.model.vision import FastViTHD
+from fastvlm_mlx.ops import DepthwiseConv, gelu
 
 SMALL = VisionConfig(
     image_size=128,
@@ -194,8 +194,8 @@ def difference(found: mx.array, expected: np.ndarray) -> float:
 
 
 @pytest.fixture
-def computed_as(monkeypatch):
-    return lambda on_cpu: monkeypatch.setattr(device, "_assumed", "cpu" if on_cpu else "cuda")
+def computed_as(assume):
+    return lambda on_cpu: assume("cpu" if on_cpu else "cuda")
 
 
 @pytest.fixture(scope="module")
@@ -338,8 +338,7 @@ def test_any_geometry_equals_its_unfolded_form(config, size, seed):
     expected = encoder(pixels.astype(np.float64))
     model = encoder.load()
     for on_cpu in (True, False):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(device, "_assumed", "cpu" if on_cpu else "cuda")
+        with ops.assume("cpu" if on_cpu else "cuda"):
             assert difference(model(mx.array(pixels)), expected) < TOLERANCE
 
 
@@ -405,22 +404,22 @@ def test_the_bundled_encoder_has_fast_kernels_too(computed_as, convolutions, nan
 
 
 @pytest.mark.parametrize("image_size", [128, 192])
-def test_the_forms_for_a_gpu_give_the_same(monkeypatch, small, image_size):
+def test_the_forms_for_a_gpu_give_the_same(assume, small, image_size):
     """Biases and residuals in one kernel, heads padded for Metal: against the CPU's forms."""
     pixels = mx.random.uniform(shape=(2, image_size, image_size, 3), key=mx.random.key(4))
     wanted = small.vision_tower(pixels)
     for on_metal in (False, True):
-        monkeypatch.setattr(device, "_assumed", "metal" if on_metal else "cuda")
+        assume("metal" if on_metal else "cuda")
         found = small.vision_tower(pixels)
         assert mx.abs(found - wanted).max() < 3e-4 * mx.std(wanted), on_metal
 
 
 @pytest.mark.parametrize("heads, D", [(1, 32), (3, 32), (2, 64)])
-def test_padded_heads_change_nothing(monkeypatch, heads, D):
+def test_padded_heads_change_nothing(assume, heads, D):
     qkv = mx.random.normal((2, 20, 3 * heads, D), key=mx.random.key(5))
     wanted = ops.attention(qkv, D**-0.5)
     for on_metal in (False, True):
-        monkeypatch.setattr(device, "_assumed", "metal" if on_metal else "cuda")
+        assume("metal" if on_metal else "cuda")
         found = ops.attention(qkv, D**-0.5)
         assert found.shape == (2, 20, heads, D)
         assert mx.allclose(found, wanted, atol=2e-6), on_metal

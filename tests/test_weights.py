@@ -15,12 +15,15 @@ import pytest
 from mlx.utils import tree_flatten
 
 import fastvlm_mlx as fv
-from fastvlm_mlx import hub, weights
-from fastvlm_mlx.config import CheckpointError, FastVLMConfig
-from fastvlm_mlx.convert import llava, mlx_vlm
-from fastvlm_mlx.model import FastVLM
-from fastvlm_mlx.quantize import quantize_checkpoint
-from fastvlm_mlx.weights import folder_written_whole, load_model, save_checkpoint, to_checkpoint
+from fastvlm_mlx.checkpoint.files import folder_written_whole, save_checkpoint
+from fastvlm_mlx.checkpoint.layouts import llava, mlx_vlm
+from fastvlm_mlx.checkpoint.load import cast, load_model, load_processor
+from fastvlm_mlx.checkpoint.names import to_checkpoint, to_memory
+from fastvlm_mlx.checkpoint.quantize import quantize_checkpoint
+from fastvlm_mlx.checkpoint.read import check_tensors, read_checkpoint, trust_tensors
+from fastvlm_mlx.config import CheckpointError, FastVLMConfig, load_config
+from fastvlm_mlx.hub.resolve import NANO
+from fastvlm_mlx.model.fastvlm import FastVLM
 
 PLACES = 4  # visual tokens of an image of 128 x 128 pixels
 MIB = 2**20
@@ -88,8 +91,8 @@ def tensors(small_folder: Path) -> dict[str, mx.array]:
 
 
 @pytest.fixture
-def on_a_gpu(monkeypatch) -> None:
-    monkeypatch.setattr(weights, "on_cpu", lambda: False)
+def on_a_gpu(assume) -> None:
+    assume("cuda")
 
 
 def rewrite(folder: Path, tensors: dict[str, mx.array], **fields) -> Path:
@@ -199,7 +202,7 @@ def test_released_tensors_in_the_mlx_layout_are_taken(data, name, fields):
     tensors = {k: mx.zeros(shape) for k, shape in manifest(data, f"mlx-vlm_0.5b_{name}").items()}
     config = released_config("0.5b", quantization=fields)
     with peak_memory() as used:
-        weights.check_tensors(tensors, config, mlx_vlm, Path("folder"))
+        check_tensors(tensors, config, mlx_vlm, Path("folder"))
     assert used[0] < MIB
 
 
@@ -207,9 +210,9 @@ def test_released_tensors_in_the_mlx_layout_are_taken(data, name, fields):
 def test_released_tensors_in_the_original_layout_are_taken(data, size):
     names = manifest(data, f"llava-fastvithd_{size}")
     tensors = llava.to_mlx({name: mx.zeros(shape) for name, shape in names.items()})
-    config = weights.trust_tensors(released_config(size), tensors)
+    config = trust_tensors(released_config(size), tensors)
     assert config.text.tie_word_embeddings is (size != "7b")
-    weights.check_tensors(tensors, config, llava, Path("folder"))
+    check_tensors(tensors, config, llava, Path("folder"))
 
 
 def test_the_encoder_has_125_1_million_parameters():
@@ -227,12 +230,12 @@ def dtypes_of(model: FastVLM) -> set[mx.Dtype]:
 
 @pytest.fixture
 def bfloat16_folder(folder, tensors) -> Path:
-    as_bfloat16 = {name: weights.cast(tensor, mx.bfloat16) for name, tensor in tensors.items()}
+    as_bfloat16 = {name: cast(tensor, mx.bfloat16) for name, tensor in tensors.items()}
     return rewrite(folder, as_bfloat16, torch_dtype="bfloat16")
 
 
-def test_on_the_cpu_weights_become_float32(bfloat16_folder, monkeypatch):
-    monkeypatch.setattr(weights, "on_cpu", lambda: True)
+def test_on_the_cpu_weights_become_float32(bfloat16_folder, assume):
+    assume("cpu")
     assert dtypes_of(load_model(bfloat16_folder)) == {mx.float32}
 
 
@@ -241,9 +244,9 @@ def test_on_a_gpu_weights_keep_their_dtype(bfloat16_folder, on_a_gpu):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", mx.float16, mx.bfloat16])
-@pytest.mark.parametrize("on_cpu", [True, False])
-def test_dtype_asked_for(bfloat16_folder, monkeypatch, dtype, on_cpu):
-    monkeypatch.setattr(weights, "on_cpu", lambda: on_cpu)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_dtype_asked_for(bfloat16_folder, assume, dtype, device):
+    assume(device)
     wanted = getattr(mx, dtype) if isinstance(dtype, str) else dtype
     assert dtypes_of(load_model(bfloat16_folder, dtype=dtype)) == {wanted}
 
@@ -542,7 +545,7 @@ def test_broken_files_of_torch(folder, make):
 def quantized_folder(folder, small_folder) -> Path:
     """The small model with decoder and projector at 8 bits, but for the last product of each MLP
     (of 160 columns, which groups of 64 do not divide)."""
-    return fv.convert.convert(small_folder, folder / "q8", quantize=8, progress=False)
+    return fv.convert(small_folder, folder / "q8", quantize=8, progress=False)
 
 
 def dequantized(folder: Path, target: Path) -> Path:
@@ -584,7 +587,7 @@ def test_packed_weights_are_not_cast(quantized_folder):
 
 def test_a_quantized_model_is_not_quantized_again():
     with pytest.raises(ValueError, match="quantized already"):
-        load_model(hub.NANO, quantize=4)
+        load_model(NANO, quantize=4)
 
 
 @pytest.mark.parametrize(
@@ -627,7 +630,7 @@ def big_folder(folder: Path, dtype: mx.Dtype, width: int) -> int:
     config = json.loads((folder / "config.json").read_text())
     config |= {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": 8}
     (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 16 * width}))
-    tensors = to_checkpoint(FastVLM(weights.load_config(folder)))
+    tensors = to_checkpoint(FastVLM(load_config(folder)))
     tensors = {name: tensor.astype(dtype) for name, tensor in tensors.items()}
     mx.save_safetensors(str(folder / "model.safetensors"), llava.from_mlx(tensors))
     return sum(tensor.nbytes for tensor in tensors.values())
@@ -663,7 +666,7 @@ def test_quantizing_while_loading_never_holds_the_weights(folder):
 def test_tensors_are_read_when_they_are_needed(request, form):
     found = request.getfixturevalue(form)
     with peak_memory() as used:
-        tensors, _ = weights.read_checkpoint(found)
+        tensors, _ = read_checkpoint(found)
     assert used[0] < 0.01 * sum(tensor.nbytes for tensor in tensors.values())
 
 
@@ -672,7 +675,7 @@ def test_tensors_are_read_when_they_are_needed(request, form):
 
 def test_to_checkpoint_is_the_inverse_of_to_memory(small):
     tensors = to_checkpoint(small)
-    again = weights.to_memory(dict(tensors), small.config)
+    again = to_memory(dict(tensors), small.config)
     parameters = dict(tree_flatten(small.parameters()))
     assert again.keys() == parameters.keys()
     assert all(mx.allclose(again[k], parameters[k], rtol=1e-6, atol=0) for k in again)
@@ -804,9 +807,9 @@ def test_load_gives_the_bundled_model_and_its_processor(nano):
 
 
 def test_end_tokens_come_from_both_configs(tmp_path):
-    folder = Path(shutil.copytree(hub.NANO, tmp_path / "nano"))
+    folder = Path(shutil.copytree(NANO, tmp_path / "nano"))
     (folder / "generation_config.json").write_text('{"eos_token_id": [740, 742]}')
-    ids = weights.load_processor(folder).tokenizer.eos_token_ids
+    ids = load_processor(folder).tokenizer.eos_token_ids
     assert {740, 742} <= set(ids)
 
 
@@ -815,9 +818,9 @@ def test_load_of_a_name_that_is_nothing(tmp_path):
         fv.load(tmp_path / "nothing")
 
 
-def test_weights_are_wired_on_metal(small_folder, monkeypatch):
+def test_weights_are_wired_on_metal(small_folder, monkeypatch, assume):
     limits = []
-    monkeypatch.setattr(weights, "on_metal", lambda: True)
+    assume("metal")
     monkeypatch.setattr(mx, "set_wired_limit", limits.append)
     monkeypatch.setattr(mx, "device_info", lambda: {"max_recommended_working_set_size": 2**34})
     load_model(small_folder)

@@ -3,9 +3,11 @@ from pathlib import Path
 
 import pytest
 
-import fastvlm_mlx.convert
-from fastvlm_mlx import hub, zoo
-from fastvlm_mlx.zoo import CDN, ENTRIES, SIZES, VARIANTS, find, knows
+from fastvlm_mlx.checkpoint import layouts
+from fastvlm_mlx.hub import registry
+from fastvlm_mlx.hub import resolve as hub
+from fastvlm_mlx.hub.registry import CDN, ENTRIES, SIZES, VARIANTS, find, knows
+from fastvlm_mlx.hub.resolve import HUB_ID, download_model, resolve
 
 # The archives that the original repository names, in its README.md and its two scripts.
 ARCHIVES = {
@@ -28,9 +30,9 @@ def test_every_published_model_is_there_once():
 def test_an_entry_agrees_with_itself(entry):
     assert entry.size in SIZES and entry.variant in VARIANTS and entry.stage in (2, 3)
     assert entry.size in entry.name.lower()
-    assert (Path(fastvlm_mlx.convert.__file__).parent / f"{entry.layout}.py").is_file()
+    assert (Path(layouts.__file__).parent / f"{entry.layout}.py").is_file()
     if entry.on_hub:
-        assert hub.HUB_ID.fullmatch(entry.name)
+        assert HUB_ID.fullmatch(entry.name)
         assert entry.url == f"https://huggingface.co/{entry.name}"
     else:
         assert f"_stage{entry.stage}" in entry.name
@@ -84,16 +86,16 @@ def test_resolve_takes_published_names(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(hub, "download", lambda repo, revision, **options: (repo, revision))
     monkeypatch.setattr(hub, "download_archive", lambda entry, **options: entry.url)
-    assert hub.resolve("0.5b") == ("apple/FastVLM-0.5B", None)
-    assert hub.resolve("7B", revision="v1") == ("apple/FastVLM-7B", "v1")
+    assert resolve("0.5b") == ("apple/FastVLM-0.5B", None)
+    assert resolve("7B", revision="v1") == ("apple/FastVLM-7B", "v1")
     name = "llava-fastvithd_1.5b_stage2"
-    assert hub.resolve(name) == f"{zoo.CDN}/{name}.zip"
+    assert resolve(name) == f"{registry.CDN}/{name}.zip"
     with pytest.raises(ValueError, match="without revisions"):
-        hub.resolve(name, revision="v1")
+        resolve(name, revision="v1")
     (tmp_path / "0.5b").mkdir()
-    assert hub.resolve("0.5b") == Path("0.5b")  # a folder comes first
+    assert resolve("0.5b") == Path("0.5b")  # a folder comes first
 
 
 def test_stage_and_variant_are_of_published_models(tmp_path):
     with pytest.raises(ValueError, match="someone/model is a Hub id"):
-        hub.download_model("someone/model", stage=2)
+        download_model("someone/model", stage=2)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import mlx.core as mx
 import mlx.nn as nn
 
@@ -11,12 +13,16 @@ from .device import on_cpu
 
 def gelu(x: mx.array) -> mx.array:
     """The exact GELU: x times the normal distribution function."""
-    return cpu.gelu(x) if on_cpu() and x.dtype == mx.float32 else nn.gelu(x)
+    if on_cpu() and x.dtype == mx.float32:
+        return cast(mx.array, cpu.gelu(x))
+    return nn.gelu(x)
 
 
 def swiglu(gate: mx.array, up: mx.array) -> mx.array:
     """silu(gate) * up."""
-    return cpu.swiglu(gate, up) if on_cpu() and gate.dtype == mx.float32 else _swiglu(gate, up)
+    if on_cpu() and gate.dtype == mx.float32:
+        return cast(mx.array, cpu.swiglu(gate, up))
+    return _swiglu(gate, up)
 
 
 @mx.compile

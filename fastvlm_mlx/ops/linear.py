@@ -33,11 +33,11 @@ def as_linear(table: nn.Module, x: mx.array) -> mx.array:
     return table.as_linear(x)
 
 
-def split_linear(layer: nn.Module, x: mx.array, parts: int) -> Sequence[mx.array]:
+def split_linear(layer: nn.Module, x: mx.array, parts: int) -> list[mx.array]:
     """The outputs of a fused layer, split into as many equal parts."""
     if isinstance(layer, SideBySide):
         return [linear(each, x) for each in layer.layers]
-    return mx.split(linear(layer, x), parts, axis=-1)
+    return list(mx.split(linear(layer, x), parts, axis=-1))
 
 
 class QuantizedLinear(nn.QuantizedLinear):

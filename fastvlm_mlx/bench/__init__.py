@@ -1,0 +1,1 @@
+"""Stages beside their floors, and kernels counted from the graph."""

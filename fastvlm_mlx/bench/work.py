@@ -1,0 +1,156 @@
+"""The least work that each stage needs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from ..config import FastVLMConfig, TextConfig, VisionConfig
+from ..model.vision import CONV_FFN_KERNEL, SE_REDUCTION, STEM_KERNEL
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a computation can't do without.
+
+    Attributes:
+        flops: floating-point operations of matrix products, convolutions and attention; a
+            multiplication and an addition are two.
+        weights: numbers read of the model, each once.
+        activations: numbers that these operations read and write, each once. What stands between
+            them (biases, GELU, norms, residuals) is taken to be fused with them.
+    """
+
+    flops: int = 0
+    weights: int = 0
+    activations: int = 0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(
+            self.flops + other.flops,
+            self.weights + other.weights,
+            self.activations + other.activations,
+        )
+
+    def __mul__(self, times: int) -> Work:
+        """The same on `times` inputs, with the same weights."""
+        return Work(times * self.flops, self.weights, times * self.activations)
+
+
+def linear_work(positions: int, inputs: int, outputs: int, *, bias: bool = True) -> Work:
+    """A matrix product with the weights of a linear layer."""
+    return Work(
+        2 * positions * inputs * outputs,
+        inputs * outputs + outputs * bias,
+        positions * (inputs + outputs),
+    )
+
+
+def conv_work(
+    side: int, inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1
+) -> Work:
+    """A convolution with bias on side x side positions, zero-padded by half the kernel."""
+    positions = (-(-side // stride)) ** 2
+    taps = kernel * kernel * (inputs // groups) * outputs
+    return Work(2 * positions * taps, taps + outputs, side * side * inputs + positions * outputs)
+
+
+def attention_work(
+    queries: int, keys: int, heads: int, kv_heads: int, head_dim: int, *, causal: bool = False
+) -> Work:
+    """Scores and weighted values, the scores never written; causal queries are the last keys."""
+    pairs = queries * keys - (queries * (queries - 1) // 2 if causal else 0)
+    return Work(
+        4 * pairs * heads * head_dim,
+        0,
+        2 * queries * heads * head_dim + 2 * keys * kv_heads * head_dim,
+    )
+
+
+def encoder_work(config: VisionConfig, image_size: int) -> Work:
+    """FastViTHD on one image of that many pixels square."""
+    first, last = config.embed_dims[0], config.embed_dims[-1]
+    work = conv_work(image_size, 3, first, STEM_KERNEL, 2)
+    work += conv_work(image_size // 2, first, first, STEM_KERNEL, 2, first)
+    side = image_size // 4
+    work += linear_work(side**2, first, first)
+    for i, (depth, dim) in enumerate(zip(config.layers, config.embed_dims, strict=True)):
+        if (shape := config.pos_embs_shapes[i]) is not None:
+            work += conv_work(side, dim, dim, shape[0], groups=dim)
+        for _ in range(depth):
+            work += block_work(config, i, side)
+        if i + 1 < len(config.layers) and config.has_downsample(i):
+            wider, stride = config.embed_dims[i + 1], config.down_stride
+            work += conv_work(side, dim, wider, config.down_patch_size, stride, dim)
+            side = -(-side // stride)
+            work += linear_work(side**2, wider, wider)
+    work += conv_work(side, last, config.hidden_size, STEM_KERNEL, groups=last)
+    squeezed = config.hidden_size // SE_REDUCTION
+    work += linear_work(1, config.hidden_size, squeezed)
+    return work + linear_work(1, squeezed, config.hidden_size)
+
+
+def block_work(config: VisionConfig, stage: int, side: int) -> Work:
+    """One block of a stage, on side x side positions."""
+    dim, positions = config.embed_dims[stage], side**2
+    hidden = int(dim * config.mlp_ratios[stage])
+    if config.token_mixers[stage] == "attention":
+        heads = dim // config.head_dim
+        mixer = Work(weights=2 * dim)  # the norm's
+        mixer += linear_work(positions, dim, 3 * dim, bias=False)
+        mixer += attention_work(positions, positions, heads, heads, config.head_dim)
+        mixer += linear_work(positions, dim, dim)
+    else:
+        mixer = conv_work(side, dim, dim, config.repmixer_kernel_size, groups=dim)
+    conv = conv_work(side, dim, dim, CONV_FFN_KERNEL, groups=dim)
+    return mixer + conv + linear_work(positions, dim, hidden) + linear_work(positions, hidden, dim)
+
+
+def projector_work(config: FastVLMConfig, tokens: int) -> Work:
+    """The projector on that many visual tokens."""
+    width = config.text.hidden_size
+    work = linear_work(tokens, config.mm_hidden_size, width)
+    for _ in range(config.projector_depth - 1):
+        work += linear_work(tokens, width, width)
+    return work
+
+
+def decoder_work(config: TextConfig, tokens: int, offset: int = 0) -> Work:
+    """The decoder on `tokens` that follow `offset` others in the KV cache, and one's logits.
+
+    The embeddings are given; where they share their weights with the output layer, these are
+    counted there.
+    """
+    width, D = config.hidden_size, config.head_dim
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    layer = Work(weights=2 * width)  # the norms'
+    layer += linear_work(tokens, width, (heads + 2 * kv_heads) * D)
+    layer += attention_work(tokens, offset + tokens, heads, kv_heads, D, causal=True)
+    layer += linear_work(tokens, heads * D, width, bias=False)
+    layer += linear_work(tokens, width, 2 * config.intermediate_size, bias=False)
+    layer += linear_work(tokens, config.intermediate_size, width, bias=False)
+    n = config.num_hidden_layers
+    layers = Work(n * layer.flops, n * layer.weights, n * layer.activations)
+    return layers + Work(weights=width) + linear_work(1, width, config.vocab_size, bias=False)
+
+
+class Need(NamedTuple):
+    """Work in bytes: floating-point operations, and bytes read and written."""
+
+    flops: int
+    bytes: int
+
+
+def need(work: Work, modules: Sequence[nn.Module], itemsize: int) -> Need:
+    """The work of some modules, whose weights are as they are in memory, quantized or not."""
+    stored = sum(size_of(module) for module in modules)
+    return Need(work.flops, stored + work.activations * itemsize)
+
+
+def size_of(module: nn.Module) -> int:
+    """Bytes of a module's parameters."""
+    return sum(value.nbytes for value in dict(tree_flatten(module.parameters())).values())

@@ -1,0 +1,1 @@
+"""One module a layout: how its tensors are named and laid out."""

@@ -1,0 +1,1 @@
+"""The Core ML package that holds the encoder of the Apple export."""

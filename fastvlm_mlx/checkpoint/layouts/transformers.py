@@ -1,0 +1,181 @@
+"""The layout of Hugging Face transformers (`fast_vlm`), whose encoder has timm's names."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict
+from typing import Any
+
+import mlx.core as mx
+
+from ...config import FastVLMConfig, VisionConfig
+from ..fold import Weights
+from .llava import UNUSED, channels_first, channels_last
+
+VISION = "model.vision_tower.timm_model."
+TARGET = "vision_tower.vision_model."
+# timm's name of a module, and the original's.
+MODULES = (
+    ("stem.", "patch_embed.blocks."),
+    ("final_conv.", "conv_exp."),
+    ("mlp.conv.", "convffn.conv."),
+    ("mlp.fc", "convffn.fc"),
+    ("conv_kxk.", "rbr_conv."),
+    ("conv_scale.", "rbr_scale."),
+    ("identity.", "rbr_skip."),
+    ("large_conv.", "lkb_origin."),
+    ("proj.0.reparam_conv.", "proj.0.lkb_reparam."),
+    ("pos_enc.", "pe."),
+    ("se.fc1.", "se.reduce."),
+    ("se.fc2.", "se.expand."),
+)
+PREFIXES = (
+    ("model.multi_modal_projector.linear_1.", "mm_projector.0."),
+    ("model.multi_modal_projector.linear_2.", "mm_projector.2."),
+    ("model.language_model.", "language_model.model."),
+    ("lm_head.", "language_model.lm_head."),
+)
+
+
+def matches(names: set[str]) -> bool:
+    """Whether tensors of these names are such a checkpoint's."""
+    return any(name.startswith(VISION) for name in names)
+
+
+def to_mlx(weights: Weights) -> Weights:
+    """Names and axes of the mlx-vlm layout."""
+    stages = {m.group() for name in weights if (m := re.search(r"stages\.\d+\.\w+", name))}
+    order = ("downsample", "pos_emb", "blocks")
+    ordered = sorted(stages, key=lambda part: (_number(part), order.index(part.split(".")[2])))
+    places = {part: f"network.{i}" for i, part in enumerate(ordered)}
+    return {
+        _target_name(name, places): channels_last(name, tensor)
+        for name, tensor in weights.items()
+        if not UNUSED.match(name)
+    }
+
+
+def from_mlx(weights: Weights) -> Weights:
+    """The inverse of `to_mlx` for the inference form; the head, which timm lacks, is left out."""
+    places = _stages(weights)
+    source: Weights = {}
+    for name, tensor in weights.items():
+        if name == f"{TARGET}head.proj":
+            continue
+        target = _source_name(name, places)
+        source[target] = channels_first(name, tensor)
+        if name.endswith("running_mean"):
+            counter = target.replace("running_mean", "num_batches_tracked")
+            source[counter] = mx.array(0, mx.int64)
+    return source
+
+
+def config_json(config: FastVLMConfig, dtype: str, image_token_index: int) -> dict[str, Any]:
+    """config.json of transformers' `FastVlmConfig`.
+
+    Args:
+        config: the model's.
+        dtype: name of the weights' dtype.
+        image_token_index: id of the token `<image>`, which stands for every visual token.
+
+    Raises:
+        ValueError: transformers' model has no such geometry.
+    """
+    vision, text = config.vision, config.text
+    released = VisionConfig(
+        image_size=vision.image_size,
+        layers=vision.layers,
+        embed_dims=vision.embed_dims,
+        mlp_ratios=vision.mlp_ratios,
+        projection_dim=vision.projection_dim,
+    )
+    if vision != released or config.mm_projector_type != "mlp2x_gelu":
+        raise ValueError("transformers has no FastVLM of this geometry; choose another layout.")
+    if image_token_index >= text.vocab_size or config.image_aspect_ratio != "pad":
+        raise ValueError(
+            "transformers' FastVLM needs a row for <image> in the vocabulary, and pads images."
+        )
+    eos = config.eos_token_ids[0] if config.eos_token_ids else None
+    return {
+        "architectures": ["FastVlmForConditionalGeneration"],
+        "model_type": "fast_vlm",
+        "dtype": dtype,
+        "image_seq_length": (vision.image_size // vision.patch_size) ** 2,
+        "image_token_index": image_token_index,
+        "multimodal_projector_bias": True,
+        "projector_hidden_act": "gelu",
+        "tie_word_embeddings": text.tie_word_embeddings,
+        "eos_token_id": eos,
+        "vision_feature_layer": -1,
+        "vision_feature_select_strategy": "full",
+        "vision_config": {
+            "model_type": "timm_wrapper",
+            "architecture": "fastvit_mci3",
+            "do_pooling": True,
+            "global_pool": "avg",
+            "hidden_size": vision.hidden_size,
+            "initializer_range": 0.02,
+            "model_args": {
+                "inference_mode": True,
+                "layers": vision.layers,
+                "embed_dims": vision.embed_dims,
+                "mlp_ratios": vision.mlp_ratios,
+            },
+        },
+        "text_config": {
+            "model_type": "qwen2",
+            "hidden_act": "silu",
+            "eos_token_id": eos,
+            **asdict(text),
+            "rope_parameters": {"rope_type": "default", "rope_theta": text.rope_theta},
+        },
+    }
+
+
+def _number(part: str) -> int:
+    return int(part.split(".")[1])
+
+
+def _target_name(name: str, places: dict[str, str]) -> str:
+    if name.startswith(VISION):
+        name = name.removeprefix(VISION)
+        if part := re.match(r"stages\.\d+\.\w+", name):
+            name = places[part.group()] + name[part.end() :]
+        for timm, original in MODULES:
+            name = name.replace(timm, original)
+        return TARGET + name.replace(".gamma", "")
+    for transformers, original in PREFIXES:
+        if name.startswith(transformers):
+            return original + name.removeprefix(transformers)
+    return name
+
+
+def _source_name(name: str, places: dict[str, str]) -> str:
+    if name.startswith(TARGET):
+        name = name.removeprefix(TARGET)
+        if part := re.match(r"network\.\d+", name):
+            name = places[part.group()] + name[part.end() :]
+        for timm, original in MODULES:
+            name = name.replace(original, timm)
+        return VISION + re.sub(r"(layer_scale\w*)$", r"\1.gamma", name)
+    for transformers, original in PREFIXES:
+        if name.startswith(original):
+            return transformers + name.removeprefix(original)
+    return name
+
+
+def _stages(weights: Weights) -> dict[str, str]:
+    """timm's place of each part of the original's flat network; a stage starts downsampling."""
+    parts = {}
+    for name in weights:
+        if m := re.match(rf"{re.escape(TARGET)}(network\.\d+)\.(proj|reparam_conv)?", name):
+            kind = {"proj": "downsample", "reparam_conv": "pos_emb"}.get(m.group(2), "blocks")
+            parts[m.group(1)] = kind
+    order = ("downsample", "pos_emb", "blocks")
+    stage, last, places = 0, -1, {}
+    for part in sorted(parts, key=_number):
+        rank = order.index(parts[part])
+        stage += rank <= last
+        last = rank
+        places[part] = f"stages.{stage}.{parts[part]}"
+    return places

@@ -1,0 +1,155 @@
+"""A folder → a model and what reads its images and prompts."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from ..config import load_config, read_json
+from ..hub.resolve import resolve
+from ..model.fastvlm import FastVLM
+from ..ops import SideBySide, on_cpu, on_metal
+from ..ops import quantize as quantize_layers
+from ..processor import Processor
+from ..text.tokenizer import Tokenizer
+from .fold import Weights
+from .names import DECODER, _apart, _fused_rows, quantized_linears, source_name, to_memory
+from .quantize import Quantize, quantize_checkpoint
+from .read import read_whole
+
+DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+READ_AT_ONCE = 10**8  # bytes; enough for parallel reads
+
+
+def load(
+    source: str | os.PathLike[str] | None = None,
+    *,
+    revision: str | None = None,
+    dtype: mx.Dtype | str | None = None,
+    quantize: Quantize | None = None,
+) -> tuple[FastVLM, Processor]:
+    """Load a model and what reads its images and prompts.
+
+    Args:
+        source: a folder or a Hub id (`apple/FastVLM-0.5B`), in any known layout, converted on the
+            fly; the bundled nano model by default.
+        revision: branch, tag or commit on the Hub.
+        dtype, quantize: as `load_model`.
+
+    Raises:
+        FileNotFoundError: no such folder or repository.
+        CheckpointError: not a whole FastVLM.
+        OSError: the download failed.
+    """
+    folder = resolve(source, revision=revision)
+    processor = load_processor(folder)
+    return load_model(folder, dtype=dtype, quantize=quantize), processor
+
+
+def load_processor(folder: str | Path) -> Processor:
+    """Read the tokenizer and the image settings of a folder; errors as `load`."""
+    folder = Path(folder)
+    config = load_config(folder)
+    generation = folder / "generation_config.json"
+    eos = read_json(generation).get("eos_token_id") if generation.is_file() else None
+    eos_token_ids = [*config.eos_token_ids, *(eos if isinstance(eos, list) else [eos])]
+    return Processor(
+        tokenizer=Tokenizer.from_folder(folder, [i for i in eos_token_ids if i is not None]),
+        image_size=config.vision.image_size,
+        mode=config.image_aspect_ratio,
+        grid_pinpoints=config.image_grid_pinpoints,
+        patch_size=config.vision.patch_size,
+        max_length=min(config.max_length, config.text.max_position_embeddings),
+    )
+
+
+def load_model(
+    folder: str | Path, *, dtype: mx.Dtype | str | None = None, quantize: Quantize | None = None
+) -> FastVLM:
+    """Read a model from a folder in any known layout; the folder needs no tokenizer.
+
+    Tensors are read when their place in the model is known, largest first.
+
+    Args:
+        folder: holds config.json and the weights.
+        dtype: of the weights that are not quantized. By default the checkpoint's own, but float32
+            where arrays are computed on the CPU, which is slow at half precision.
+        quantize: bits a weight, a mode or preset by name, or a mapping; see `quantize.settings`.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        CheckpointError: a file, a field or a tensor is missing, surplus or wrong.
+        ValueError: `dtype` or `quantize` is not one that exists.
+    """
+    folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        raise FileNotFoundError(f"There is no model folder {folder}.")
+    config, weights = read_whole(folder)
+    target = resolve_dtype(dtype, weights)
+    if quantize is not None or target == mx.float32:
+        weights = {name: cast(tensor, target) for name, tensor in weights.items()}
+    if quantize is not None:
+        weights, quantization, _ = quantize_checkpoint(weights, config, quantize)
+        config = replace(config, quantization=quantization)
+    model = FastVLM(config)
+    quantize_like(model, weights)
+    parameters = to_memory(weights, config)
+    model.load_weights([(name, cast(value, target)) for name, value in parameters.items()])
+    parameters.clear()
+    _evaluate(model)
+    model.eval()
+    return model
+
+
+def _evaluate(model: FastVLM) -> None:
+    """Read and compute the parameters, the largest layers first: what a layer is made from then
+    takes the room of those that are still to come."""
+    modules = dict(tree_flatten(model.leaf_modules(), is_leaf=nn.Module.is_module))
+    layers = [list(dict(tree_flatten(m.parameters())).values()) for m in modules.values()]
+    layers.sort(key=lambda tensors: sum(t.nbytes for t in tensors), reverse=True)
+    waiting: list[mx.array] = []
+    for tensors in layers:
+        waiting += tensors
+        if sum(t.nbytes for t in waiting) > READ_AT_ONCE:
+            mx.eval(waiting)
+            waiting.clear()
+    mx.eval(model.parameters())
+    limit = mx.device_info().get("max_recommended_working_set_size") if on_metal() else None
+    if limit is not None:  # else the system may page weights out between two answers
+        mx.set_wired_limit(int(limit))
+
+
+def quantize_like(model: FastVLM, weights: Weights) -> None:
+    """Make those layers of the model quantized that are so in the checkpoint."""
+    config = model.config
+    settings = dict(quantized_linears(weights, config))
+    for path in _apart(weights, config):
+        _, i, block, whole = path.split(".")
+        module = model.language_model.layers[int(i)][block]
+        fused = module[whole]
+        width = fused.weight.shape[1]
+        rows = _fused_rows(config)[f"{block}.{whole}"]
+        module[whole] = SideBySide([nn.Linear(width, n, bias="bias" in fused) for n in rows])
+
+    if settings:
+        quantize_layers(model, lambda path: settings.get(source_name(path, config)))
+
+
+def resolve_dtype(dtype: mx.Dtype | str | None, weights: Weights) -> mx.Dtype:
+    """The dtype asked for; by default float32 on the CPU, elsewhere the checkpoint's own."""
+    if dtype is None:
+        return mx.float32 if on_cpu() else weights[f"{DECODER}norm.weight"].dtype
+    found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if found is None or found not in DTYPES.values():
+        raise ValueError(f"dtype must be {', '.join(DTYPES)}, found {dtype!r}.")
+    return found
+
+
+def cast(value: mx.array, dtype: mx.Dtype) -> mx.array:
+    """As `dtype`, but integers (packed weights) as they are."""
+    return value.astype(dtype) if mx.issubdtype(value.dtype, mx.floating) else value

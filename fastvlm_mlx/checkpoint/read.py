@@ -1,0 +1,143 @@
+"""A folder in any known layout → tensors in the mlx-vlm layout, checked."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import mlx.core as mx
+
+from ..config import CheckpointError, FastVLMConfig, load_config, read_json
+from ..hub.resolve import resolve
+from ..model.fastvlm import FastVLM
+from . import fold
+from .files import MAX_NAMED, read_file, read_tensors
+from .fold import Weights
+from .layouts import adapters, apple_export, llava, mlx_vlm, transformers
+from .names import HEAD, LM_HEAD, is_folded, quantized_linears, to_checkpoint
+from .quantize import Settings
+
+LAYOUTS: tuple[ModuleType, ...] = (mlx_vlm, llava, transformers, apple_export)
+
+
+def read_whole(folder: Path) -> tuple[FastVLMConfig, Weights]:
+    """The configuration and the tensors of a folder, in the mlx-vlm layout, checked.
+
+    Raises:
+        CheckpointError: a file, a field or a tensor is missing, surplus or wrong.
+    """
+    base = resolve(adapters.base_of(folder)) if adapters.is_adapter(folder) else folder
+    config = load_config(folder if (folder / "config.json").is_file() else base)
+    weights, layout = read_checkpoint(base)
+    if base is not folder:
+        weights = _with_trained_parts(weights, folder)
+    config = trust_tensors(config, weights)
+    check_tensors(weights, config, layout, folder)
+    return config, weights
+
+
+def read_checkpoint(folder: Path) -> tuple[Weights, ModuleType]:
+    """The tensors of a folder in the names of the mlx-vlm layout, and the layout they came in.
+
+    Training form is merged to inference form. Nothing is read from disk yet.
+
+    Raises:
+        CheckpointError: no weights, a broken file, or tensors of an unknown layout.
+    """
+    tensors = read_tensors(folder)
+    layout = next((layout for layout in LAYOUTS if layout.matches(set(tensors))), None)
+    if layout is None:
+        found = ", ".join(sorted(tensors)[:3])
+        raise CheckpointError(
+            f"{folder} holds tensors of an unknown layout ({found}, …); supported are those of the "
+            "original PyTorch code (model.vision_tower.vision_tower.…), of transformers "
+            "(model.vision_tower.timm_model.…), of the MLX community (vision_tower.…) and of the "
+            "Apple silicon export (multi_modal_projector.… beside an .mlpackage)."
+        )
+    weights = layout.to_mlx(tensors)
+    if layout is apple_export:
+        weights |= apple_export.read_encoder(folder, load_config(folder).vision)
+    if fold.is_training_form(weights):
+        try:
+            weights = fold.merge_branches(weights)
+        except fold.BranchError as error:
+            name = _name_in_files(error.name, weights, layout)
+            raise CheckpointError(f"{folder}: {name} {error.problem}.") from None
+    return weights, layout
+
+
+def _with_trained_parts(base: Weights, folder: Path) -> Weights:
+    if any(name.endswith(".scales") for name in base):
+        raise CheckpointError(f"{folder} needs its base in full precision, not a quantized one.")
+    parts = [folder / name for name in (*adapters.ADAPTER, *adapters.TRAINED)]
+    files = {file.name: read_file(file) for file in parts if file.is_file()}
+    settings = folder / "adapter_config.json"
+    return adapters.apply(base, files, read_json(settings) if settings.is_file() else {})
+
+
+def _name_in_files(name: str, weights: Weights, layout: ModuleType) -> str:
+    others = {key: tensor for key, tensor in weights.items() if key != name}
+    names = layout.from_mlx(others | {name: mx.zeros(1)}).keys() - layout.from_mlx(others).keys()
+    return next((found for found in names if not llava.UNUSED.match(found)), name)
+
+
+def trust_tensors(config: FastVLMConfig, weights: Weights) -> FastVLMConfig:
+    """Correct what config.json says wrongly: an untied head is there exactly if its tensor is."""
+    tied = f"{LM_HEAD}weight" not in weights
+    return replace(config, text=replace(config.text, tie_word_embeddings=tied))
+
+
+def check_tensors(
+    weights: Weights, config: FastVLMConfig, layout: ModuleType, folder: Path
+) -> None:
+    """Compare a checkpoint with what the model needs, in the names that the files use.
+
+    Raises:
+        CheckpointError: naming up to ten missing, surplus and misshapen tensors.
+    """
+    expected = to_checkpoint(FastVLM(config), folded=is_folded(weights))
+    if HEAD in expected:  # carried for other readers, never computed with
+        weights.setdefault(HEAD, expected[HEAD])
+    shapes = {name: tensor.shape for name, tensor in expected.items()}
+    for linear, settings in quantized_linears(weights, config):
+        shapes |= _packed_shapes(linear, shapes, settings)
+    packed = {name for name in shapes if f"{name.rpartition('.')[0]}.scales" in shapes}
+    integers = [
+        name
+        for name, tensor in weights.items()
+        if name in shapes and name not in packed and not mx.issubdtype(tensor.dtype, mx.floating)
+    ]
+    if not integers and shapes == {name: tensor.shape for name, tensor in weights.items()}:
+        return
+    wanted = layout.from_mlx({name: mx.zeros(shape) for name, shape in shapes.items()})
+    found = layout.from_mlx(weights)
+    problems = [
+        *(f"{n} {wanted[n].shape} is missing" for n in wanted if n not in found),
+        *(f"{n} {found[n].shape} is surplus" for n in found if n not in wanted),
+        *(
+            f"{n} is {found[n].shape} where {tensor.shape} is expected"
+            for n, tensor in wanted.items()
+            if n in found and found[n].shape != tensor.shape
+        ),
+        *(f"{_name_in_files(n, weights, layout)} holds integers" for n in integers),
+    ]
+    more = f"; and {len(problems) - MAX_NAMED} more" if len(problems) > MAX_NAMED else ""
+    raise CheckpointError(
+        f"{folder} does not fit its config.json: {'; '.join(problems[:MAX_NAMED])}{more}."
+    )
+
+
+def _packed_shapes(
+    linear: str, shapes: dict[str, tuple[int, ...]], settings: Settings
+) -> dict[str, tuple[int, ...]]:
+    shape = shapes.get(f"{linear}.weight", ())
+    if len(shape) != 2:
+        return {}
+    rows, columns = shape
+    groups = (rows, columns // settings["group_size"])
+    packed = {
+        f"{linear}.weight": (rows, columns * settings["bits"] // 32),
+        f"{linear}.scales": groups,
+    }
+    return packed | ({f"{linear}.biases": groups} if settings["mode"] == "affine" else {})

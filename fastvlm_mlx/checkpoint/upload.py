@@ -1,0 +1,137 @@
+"""A model folder → a repository on the Hub."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+from ..hub import registry
+from ..hub.resolve import HUB_ID, answer_of
+from ..model.fastvlm import FastVLM
+from .card import license_of, license_text
+from .load import load_processor, quantize_like
+from .read import read_whole
+
+# Hidden files (`.cache`, `.DS_Store`) and what a download has not finished.
+LEFT_OUT = [".*", "*/.*", "*.part", "*.part.version", "*.lock"]
+
+
+def upload(
+    folder: str | Path,
+    repo: str,
+    *,
+    private: bool = False,
+    message: str = "Upload a FastVLM model",
+) -> str:
+    """Upload a model folder, its README.md as the model card, to a repository on the Hub.
+
+    The repository is made if there is none. An upload that was interrupted goes on when it is
+    called again. A folder whose licence is not stated gets a `UserWarning`.
+
+    Args:
+        folder: a model folder that loads.
+        repo: the Hub id, `user/name`.
+        private: whether a repository that is made is private.
+        message: of the commit.
+
+    Returns:
+        The repository's page.
+
+    Raises:
+        FileNotFoundError: there is no such folder or repository.
+        CheckpointError: the folder does not load.
+        ValueError: `repo` is malformed, or the Hub refuses the model card.
+        PermissionError: you are not logged in, or may not write there.
+        OSError: the upload failed.
+    """
+    from huggingface_hub import HfApi, get_token
+
+    folder = Path(folder).expanduser()
+    check_repo_name(repo)
+    check_folder(folder)
+    if problem := license_problem(folder):
+        warnings.warn(problem, stacklevel=2)
+    if get_token() is None:
+        raise PermissionError("You are not logged in to the Hub: run `hf auth login` first.")
+    try:
+        api = HfApi()
+        url = api.create_repo(repo, private=private, exist_ok=True)
+        api.upload_folder(
+            repo_id=repo, folder_path=folder, commit_message=message, ignore_patterns=LEFT_OUT
+        )
+        return str(url)
+    except Exception as error:
+        raise _said(repo, error) from None
+
+
+def _said(repo: str, error: Exception) -> Exception:
+    """What went wrong with an upload, in a sentence."""
+    answer = answer_of(error)
+    if answer is None:
+        if isinstance(error, OSError) and error.errno is not None:  # the system's own
+            return error
+        why = " ".join(str(error).split())
+        if isinstance(error, ValueError):
+            return ValueError(f"The Hub refuses the upload to {repo} ({why}).")
+        return OSError(f"The upload to {repo} broke off ({why}); try again: it goes on from there.")
+    status = answer.response.status_code
+    if status == 401:
+        return PermissionError("The Hub does not accept your token; run `hf auth login` again.")
+    if status == 403:
+        return PermissionError(
+            f"Your token may not write to {repo}; use one that may (`hf auth login`), "
+            "or a repository of your own."
+        )
+    if status == 404:
+        return FileNotFoundError(f"The Hub has no repository {repo} that you may write to.")
+    why = answer.server_message or f"it answered {status}"
+    if status in (400, 422):
+        return ValueError(f"The Hub refuses the upload to {repo} ({' '.join(why.split())}).")
+    return OSError(f"The Hub answered {status} to the upload to {repo}; try again later.")
+
+
+def check_repo_name(repo: str) -> None:
+    """ValueError if a name can't be that of a repository."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repo)
+    except HFValidationError:
+        valid = False
+    else:
+        valid = HUB_ID.fullmatch(repo) is not None
+    if not valid:
+        raise ValueError(f"{repo!r} is no name of a repository; it must be user/name.")
+
+
+def check_folder(folder: str | Path) -> None:
+    """Raise what loading a folder would; tensors are compared by shape and not read.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        CheckpointError: it does not load.
+    """
+    folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        raise FileNotFoundError(f"There is no model folder {folder}.")
+    load_processor(folder)
+    config, tensors = read_whole(folder)
+    quantize_like(FastVLM(config), tensors)
+
+
+def license_problem(folder: str | Path) -> str | None:
+    """A sentence about what a folder leaves unsaid of its licence, or None."""
+    folder = Path(folder).expanduser()
+    license = license_of(folder)
+    if not license and not license_text(folder):
+        return (
+            f"{folder} states no licence: put `license:` into the metadata of its README.md, "
+            "or add a LICENSE."
+        )
+    if license == registry.LICENSE and not license_text(folder):
+        return (
+            f"{folder} has no copy of its licence, which Apple's asks for: "
+            f"save {registry.LICENSE['license_link']} as LICENSE in it."
+        )
+    return None

@@ -1,0 +1,1 @@
+"""The `fastvlm` command."""

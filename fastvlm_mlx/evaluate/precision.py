@@ -1,0 +1,184 @@
+"""What a precision costs: size and error of quantized models against their source."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from ..checkpoint.fold import Weights
+from ..checkpoint.load import load_model, load_processor
+from ..checkpoint.quantize import Quantize, quantize_checkpoint
+from ..checkpoint.read import read_whole
+from ..generation.generate import generate, stream_generate
+from ..generation.inputs import preprocess_images, tokenize
+from ..generation.options import Options
+from ..hub.resolve import NANO, resolve
+from ..model.fastvlm import FastVLM
+from ..processor import Processor
+from .questions import QUESTION, read_questions
+
+SAMPLES = tuple(sorted((NANO / "images").glob("*.png")))
+ANSWER_TOKENS = 32
+# Settings that a report compares when none are given.
+COMPARED: dict[str, Quantize] = {
+    "8 bits, all": {"bits": 8, "vision": 8},
+    "8 bits": 8,
+    "6 bits": 6,
+    "5 bits": 5,
+    "4 bits, encoder 8": {"bits": 4, "vision": 8},
+    "4 bits": 4,
+    "mixed 4/6": "mixed-4-6",
+    "mxfp8": "mxfp8",
+    "mxfp4": "mxfp4",
+    "nvfp4": "nvfp4",
+    "3 bits": 3,
+    "mixed 3/6": "mixed-3-6",
+    "2 bits": 2,
+}
+
+
+@dataclass
+class Row:
+    """One precision.
+
+    Attributes:
+        name: of the setting.
+        size: bytes of the weights on disk.
+        bits_per_weight: of all weights, scales counted.
+        feature_error: root mean square of the visual tokens' difference from the source's, over
+            the source's standard deviation.
+        logit_error: the same of the logits of the first answer token.
+        agreement: share of the source's greedy answer tokens that come out the same.
+        accuracy: share of right answers, by task, where questions were given.
+    """
+
+    name: str
+    size: int
+    bits_per_weight: float
+    feature_error: float = 0.0
+    logit_error: float = 0.0
+    agreement: float = 1.0
+    accuracy: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Outputs:
+    """What a model makes of the sample images."""
+
+    features: list[mx.array]
+    logits: list[mx.array]
+    tokens: list[list[int]]
+
+
+def precision_report(
+    source: str | Path | None,
+    compared: dict[str, Quantize] | None = None,
+    *,
+    folders: Mapping[str, Path] | None = None,
+    images: Sequence[Any] = SAMPLES,
+    questions: Path | None = None,
+    revision: str | None = None,
+) -> Iterator[Row]:
+    """Compare quantized forms of a model with the model itself.
+
+    Args:
+        source: a full-precision folder or Hub id.
+        compared: settings by name; a wide choice by default.
+        folders: more quantized forms by name, which `convert` wrote.
+        images: on which features, logits and answers are compared.
+        questions: a .jsonl file of {"image", "question", "answer", "task"}; an answer is right if
+            it is the same to the letter.
+        revision: branch, tag or commit on the Hub.
+
+    Yields:
+        The source's row, then one a setting, then one a folder.
+
+    Raises:
+        ValueError: the source is quantized already, or a setting is not one that exists.
+        CheckpointError, FileNotFoundError: as `load`.
+    """
+    folder = resolve(source, revision=revision)
+    processor = load_processor(folder)
+    asked = read_questions(questions) if questions else []
+    config, tensors = read_whole(folder)
+    if config.quantization:
+        raise ValueError(f"{folder} is quantized already; report on its full-precision source.")
+    count = sum(tensor.size for tensor in tensors.values())
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    model = load_model(folder)
+    exact = sample_outputs(model, processor, images)
+    name = str(tensors["language_model.model.norm.weight"].dtype).removeprefix("mlx.core.")
+    yield Row(name, size, 8 * size / count, accuracy=accuracy(model, processor, asked))
+    del model
+
+    def row(name: str, packed: Weights, model: FastVLM) -> Row:
+        size = sum(tensor.nbytes for tensor in packed.values())
+        packed.clear()
+        found = sample_outputs(model, processor, images)
+        return Row(
+            name,
+            size,
+            8 * size / count,
+            relative_error(found.features, exact.features),
+            relative_error(found.logits, exact.logits),
+            token_agreement(found.tokens, exact.tokens),
+            accuracy(model, processor, asked),
+        )
+
+    for name, quantize in (COMPARED if compared is None else compared).items():
+        packed, _, _ = quantize_checkpoint(tensors, config, quantize)
+        yield row(name, packed, load_model(folder, quantize=quantize))
+    for name, written in (folders or {}).items():
+        _, packed = read_whole(written)
+        yield row(name, packed, load_model(written))
+
+
+def sample_outputs(model: FastVLM, processor: Processor, images: Sequence[Any]) -> Outputs:
+    """Visual tokens, first logits and greedy answers on sample images."""
+    outputs = Outputs([], [], [])
+    pixel_values, sizes = preprocess_images(processor, images)
+    for image, pixels, size in zip(images, pixel_values, sizes, strict=True):
+        (features,) = model.encode_images([pixels], [size])
+        input_ids = tokenize(model, processor, QUESTION, [features], Options())
+        embeddings = model.embed_inputs(mx.array([input_ids]), image_features=[features])
+        outputs.features.append(features.astype(mx.float32))
+        outputs.logits.append(
+            model.language_model(None, None, embeddings)[:, -1].astype(mx.float32)
+        )
+        mx.eval(outputs.features[-1], outputs.logits[-1])
+        parts = stream_generate(model, processor, QUESTION, image=image, max_tokens=ANSWER_TOKENS)
+        outputs.tokens.append([part.token for part in parts])
+    return outputs
+
+
+def relative_error(found: Sequence[mx.array], exact: Sequence[mx.array]) -> float:
+    """Root mean square of the difference, over the standard deviation of the exact values."""
+    difference = mx.concatenate([(f - e).flatten() for f, e in zip(found, exact, strict=True)])
+    spread = mx.std(mx.concatenate([e.flatten() for e in exact]))
+    return float(mx.sqrt(mx.mean(difference * difference)) / spread)
+
+
+def token_agreement(found: Sequence[list[int]], exact: Sequence[list[int]]) -> float:
+    """Share of the exact tokens that stand in the same place."""
+    same = sum(
+        a == b
+        for tokens, wanted in zip(found, exact, strict=True)
+        for a, b in zip(tokens, wanted, strict=False)
+    )
+    return same / sum(len(wanted) for wanted in exact)
+
+
+def accuracy(
+    model: FastVLM, processor: Processor, questions: Sequence[dict[str, str]]
+) -> dict[str, float]:
+    """Share of right answers by task."""
+    right: dict[str, list[bool]] = defaultdict(list)
+    for row in questions:
+        found = generate(model, processor, row["question"], image=row["image"], max_tokens=64)
+        right[row["task"]].append(found.strip() == row["answer"].strip())
+    return {task: sum(answers) / len(answers) for task, answers in right.items()}

@@ -1,0 +1,36 @@
+"""Questions about images with their answers, read from a file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+QUESTION = "Describe the image."
+FIELDS = ("image", "question", "answer")
+
+
+def read_questions(file: Path, fields: Sequence[str] = FIELDS) -> list[dict[str, str]]:
+    """The lines of a .jsonl file, with images' paths made whole.
+
+    Args:
+        file: of objects with `fields`, and maybe a `task`.
+        fields: `image` and others that must be there.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a line is not such an object.
+    """
+    rows = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            row = json.loads(line)
+            image = file.parent / row["image"]
+            rows.append({"task": "all", **row, "image": str(image)})
+            if not all(isinstance(rows[-1][name], str) for name in fields):
+                raise TypeError
+        except (ValueError, TypeError, KeyError):
+            raise ValueError(
+                f"{file}, line {number} is not an object with the texts {', '.join(fields)}."
+            ) from None
+    return rows

@@ -1,0 +1,141 @@
+"""Many requests at once: images are encoded and answers decoded together.
+
+Each request goes through reading (threads) → encoder (a few images at a time) → prefill → decoder,
+where all running sequences take each step together: one that ends leaves, and the next one enters.
+
+Sequences lie side by side in rows of the KV cache, each from position 0 on and padded at its end:
+there, causal attention never looks in prefill, and a mask by length keeps it off in decoding. So
+padding moves no position and adds to no sum, and each answer is the one that `generate` gives.
+
+Shapes: B sequences, T tokens, D = head_dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any, TypeAlias
+
+from ..model.fastvlm import FastVLM
+from ..processor import Processor
+from ..text.template import Messages
+from .response import Part
+from .scheduler import Batch, Images, RequestError, check_options
+
+Request: TypeAlias = "tuple[Messages, Images]"
+
+
+class BatchError(ValueError):
+    """Requests that could not be answered, raised when all the others have been.
+
+    Attributes:
+        errors: what is wrong with which request, by its index.
+        texts: from `batch_generate`: the answers in order, None for those without.
+    """
+
+    def __init__(self, errors: Mapping[int, Exception], texts: Sequence[str | None] = ()):
+        shown = " ".join(f"Request {i}: {error}" for i, error in islice(errors.items(), 3))
+        more = f" Another {len(errors) - 3} failed." if len(errors) > 3 else ""
+        super().__init__(f"{shown}{more} All others were answered.")
+        self.errors = dict(errors)
+        self.texts = list(texts)
+
+
+def batch_generate(
+    model: FastVLM,
+    processor: Processor,
+    requests: Iterable[Request],
+    *,
+    max_batch: int = 16,
+    encode_batch: int | None = None,
+    **options: Any,
+) -> list[str]:
+    """Answer many requests, each as `generate` does; the texts in order.
+
+    In float32 the answers are those of `generate`; in lower precision products of many rows may
+    round otherwise than those of one, and so decide otherwise between nearly equal tokens.
+
+    Args:
+        model, processor: from `load`.
+        requests: (prompt, image) pairs, each as `generate` takes them: a prompt and one image,
+            several or None. They are taken as they are needed, so there may be any number of them,
+            and memory holds but a few images and the sequences in the decoder.
+        max_batch: sequences that are decoded at a time.
+        encode_batch: images that are encoded, and requests that enter the decoder, at a time; by
+            default 8, or fewer if they have more than 4 million pixels.
+        **options: the fields of `generate.Options`, for each request by itself: with a `seed`,
+            each answer is the one that `generate` gives with it.
+
+    Raises:
+        ValueError: an option is out of range, or is `kv_bits` or `max_kv_size`.
+        BatchError: some requests could not be answered, since an image can't be read, marks and
+            images differ in number, or the prompt is too long. The other answers are in `texts`.
+    """
+    parts = stream_batch(
+        model,
+        processor,
+        requests,
+        max_batch=max_batch,
+        encode_batch=encode_batch,
+        **options,
+    )
+    texts: dict[int, str] = {}
+    errors: dict[int, Exception] = {}
+    try:
+        for i, part in parts:
+            texts[i] = texts.get(i, "") + part.text
+    except BatchError as error:
+        errors = error.errors
+    answers = [texts.get(i) for i in range(len(texts) + len(errors))]
+    if errors:
+        raise BatchError(errors, answers)
+    return [text for text in answers if text is not None]
+
+
+def stream_batch(
+    model: FastVLM,
+    processor: Processor,
+    requests: Iterable[Request],
+    *,
+    max_batch: int = 16,
+    encode_batch: int | None = None,
+    **options: Any,
+) -> Iterator[tuple[int, Part]]:
+    """As `batch_generate`, but (index of the request, part) as parts appear.
+
+    An answer's last part has a `finish_reason`.
+    """
+    batch = Batch(model, processor, max_batch=max_batch, encode_batch=encode_batch)
+    check_options(options)
+    return _run(batch, enumerate(requests), options)
+
+
+def _run(
+    batch: Batch, coming: Iterator[tuple[int, Request]], common: dict[str, Any]
+) -> Iterator[tuple[int, Part]]:
+    """Keep a batch supplied until all requests are answered."""
+    index_of: dict[int, int] = {}
+    errors: dict[int, Exception] = {}
+    while True:
+        while batch.wants_more and (following := next(coming, None)) is not None:
+            index, request = following
+            try:
+                index_of[batch.insert(*_checked_pair(request), **common)] = index
+            except ValueError as error:
+                errors[index] = error
+        if not batch:
+            break
+        try:
+            parts = batch.step()
+        except RequestError as error:
+            errors[index_of[error.id]] = error.error
+        else:
+            yield from ((index_of[id], part) for id, part in parts)
+    if errors:
+        raise BatchError(dict(sorted(errors.items())))
+
+
+def _checked_pair(request: Any) -> Request:
+    if not isinstance(request, (tuple, list)) or len(request) != 2:
+        raise ValueError(f"A request must be a pair (prompt, image), found {request!r}.")
+    return request[0], request[1]

@@ -1,0 +1,77 @@
+"""Embeddings to tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import mlx.core as mx
+
+from ..model.fastvlm import FastVLM
+from .options import Options
+from .sampling import make_logits_processor, make_sampler
+
+
+def make_kv_cache(model: FastVLM, options: Options) -> list[Any]:
+    """An empty KV cache a layer, of the kind that the options ask for."""
+    if options.max_kv_size is not None:
+        from mlx_lm.models.cache import RotatingKVCache
+
+        return [RotatingKVCache(max_size=options.max_kv_size, keep=4) for _ in model.layers]
+    if options.kv_bits is not None:
+        from mlx_lm.models.cache import QuantizedKVCache
+
+        D = model.config.text.head_dim
+        group_size = next((size for size in (64, 32) if D % size == 0), None)
+        if group_size is None:
+            raise ValueError(f"kv_bits needs heads in multiples of 32, and the model's are {D}.")
+        return [QuantizedKVCache(group_size, options.kv_bits) for _ in model.layers]
+    return model.make_kv_cache()
+
+
+def generate_tokens(
+    model: FastVLM,
+    input_ids: Sequence[int],
+    embeddings: mx.array,
+    cache: list[Any],
+    options: Options,
+    limit: int,
+) -> Iterator[int]:
+    """Prefill, then one token after the other, each computed while the one before is read.
+
+    Args:
+        input_ids: the whole prompt.
+        embeddings: [1, T, hidden_size] of what the cache does not hold of it.
+        cache: updated in place.
+        options: see `Options`.
+        limit: tokens to generate at most.
+    """
+    if options.seed is not None:
+        mx.random.seed(options.seed)
+    sample = make_sampler(options)
+    process = make_logits_processor(options)
+    seen = mx.array([i for i in input_ids if i >= 0])
+    decoder = model.language_model
+
+    def next_token(hidden_states: mx.array) -> mx.array:
+        nonlocal seen
+        logits = decoder.logits(hidden_states[:, -1])
+        if process is not None:
+            logits = process(seen, logits)
+        token = sample(logits)
+        if process is not None:
+            seen = mx.concatenate([seen, token])
+        return token
+
+    while embeddings.shape[1] > options.prefill_step_size:
+        decoder.hidden_states(None, cache, embeddings[:, : options.prefill_step_size])
+        mx.eval([c.state for c in cache])
+        embeddings = embeddings[:, options.prefill_step_size :]
+    token = next_token(decoder.hidden_states(None, cache, embeddings))
+    mx.async_eval(token)
+    for _ in range(limit - 1):
+        following = next_token(decoder.hidden_states(token[None], cache))
+        mx.async_eval(following)
+        yield int(token)
+        token = following
+    yield int(token)

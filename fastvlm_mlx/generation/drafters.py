@@ -1,0 +1,148 @@
+"""What may follow: tokens from prompt look-up or a smaller model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import mlx.core as mx
+
+from ..checks import check_whole_number
+from ..model.fastvlm import FastVLM
+
+MAX_NGRAM_SIZE = 3
+
+
+class Drafter:
+    """Guesses how an answer goes on.
+
+    Attributes:
+        num_draft_tokens: most tokens that are proposed at a time.
+        drafted, accepted: tokens proposed so far, and those that the model agreed with.
+
+    Raises:
+        ValueError: `num_draft_tokens` is not a whole number from 1.
+    """
+
+    def __init__(self, num_draft_tokens: int):
+        check_whole_number("num_draft_tokens", num_draft_tokens)
+        self.num_draft_tokens = num_draft_tokens
+        self.drafted = 0
+        self.accepted = 0
+
+    def propose(self, answer: list[int], count: int) -> mx.array:
+        """What may follow.
+
+        Args:
+            answer: the tokens so far, at least one; those of the call before and more.
+            count: most tokens to propose, from 0.
+
+        Returns:
+            [k] token ids, k ≤ count; they need not be computed yet.
+        """
+        raise NotImplementedError
+
+
+class PromptLookup(Drafter):
+    """Proposes what followed the last tokens where they stood before, in prompt or answer.
+
+    The longest run of last tokens that stood before decides, and its latest place (prompt lookup
+    decoding, Saxena 2023, but for the latest where that takes the first). What is copied may run
+    into itself, so that a short loop is continued at any length.
+
+    Args:
+        input_ids: the whole prompt; visual tokens are negative, and match nothing.
+        num_draft_tokens: most tokens to propose (`prompt_lookup_num_tokens` in transformers).
+        max_ngram_size: most last tokens to look for (`max_matching_ngram_size` there).
+    """
+
+    def __init__(
+        self,
+        input_ids: Sequence[int],
+        num_draft_tokens: int,
+        max_ngram_size: int = MAX_NGRAM_SIZE,
+    ):
+        super().__init__(num_draft_tokens)
+        self.max_ngram_size = max_ngram_size
+        self._prompt_tokens = len(input_ids)
+        self._tokens: list[int] = []
+        self._next: dict[tuple[int, ...], int] = {}  # n-gram → the place after its latest one
+        self._add(input_ids)
+
+    def propose(self, answer: list[int], count: int) -> mx.array:
+        self._add(answer[len(self._tokens) - self._prompt_tokens :])
+        places = (self._next[ngram] for ngram in self._last_ngrams() if ngram in self._next)
+        return mx.array(self._copy(next(places, len(self._tokens)), count), mx.uint32)
+
+    def _add(self, tokens: Sequence[int]) -> None:
+        for token in tokens:
+            self._next.update(dict.fromkeys(self._last_ngrams(), len(self._tokens)))
+            self._tokens.append(token)
+
+    def _last_ngrams(self) -> Iterator[tuple[int, ...]]:
+        """The last tokens, longest run first."""
+        last = tuple(self._tokens[-self.max_ngram_size :])
+        runs = (last[start:] for start in range(len(last)))
+        return (run for run in runs if min(run) >= 0)
+
+    def _copy(self, start: int, count: int) -> list[int]:
+        """The tokens from a place on, as far as they are text."""
+        end = len(self._tokens)
+        copied: list[int] = []
+        for place in range(start, start + count if start < end else start):
+            token = self._tokens[place] if place < end else copied[place - end]
+            if token < 0:
+                break
+            copied.append(token)
+        return copied
+
+
+class DraftModel(Drafter):
+    """Proposes what a smaller model would say, which sees the same images with its own encoder.
+
+    Args:
+        model: the smaller model.
+        embeddings: [1, T, hidden_size] of the prompt, made by the smaller model; computed only
+            when the first draft is.
+        num_draft_tokens: tokens to propose.
+        vocab_size: propose only tokens below; the models' tables may differ in padding.
+        prefill_step_size: tokens of the prompt that are processed at a time.
+    """
+
+    def __init__(
+        self,
+        model: FastVLM,
+        embeddings: mx.array,
+        num_draft_tokens: int,
+        vocab_size: int,
+        prefill_step_size: int = 2048,
+    ):
+        super().__init__(num_draft_tokens)
+        self._decoder = model.language_model
+        self._vocab_size = vocab_size
+        self._cache = model.make_kv_cache()
+        self._prompt_tokens = embeddings.shape[1]
+        for start in range(0, self._prompt_tokens, prefill_step_size):
+            chunk = embeddings[:, start : start + prefill_step_size]
+            self._decoder.hidden_states(None, self._cache, chunk)
+
+    def propose(self, answer: list[int], count: int) -> mx.array:
+        held = self._cache[0].offset - self._prompt_tokens
+        kept = min(held, len(answer) - 1)  # of the draft before, what the model agreed with
+        trim(self._cache, held - kept)
+        tokens = mx.array(answer[kept:], mx.uint32)
+        draft = [mx.array([], mx.uint32)]
+        for _ in range(count):
+            tokens = mx.minimum(tokens, self._decoder.config.vocab_size - 1)
+            hidden_states = self._decoder.hidden_states(tokens[None], self._cache)
+            logits = self._decoder.logits(hidden_states[:, -1])
+            tokens = mx.argmax(logits[:, : self._vocab_size], axis=-1)
+            mx.async_eval(tokens)
+            draft.append(tokens)
+        return mx.concatenate(draft)
+
+
+def trim(cache: Sequence[Any], count: int) -> None:
+    """Forget the last tokens in every layer."""
+    for layer_cache in cache:
+        layer_cache.trim(count)

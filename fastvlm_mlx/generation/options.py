@@ -1,0 +1,131 @@
+"""How to read and answer a prompt, in one value that every way of answering takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+
+from ..checks import check_whole_number, is_number, is_whole_number
+from ..model.fastvlm import FastVLM
+from ..processor import Processor
+
+LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
+KV_BITS = (2, 3, 4, 6, 8)
+# Each a whole number, from the one given on.
+WHOLE_NUMBERS = {
+    "max_tokens": 1,
+    "top_k": 0,
+    "seed": 0,
+    "max_kv_size": 8,
+    "prefill_step_size": 1,
+    "prompt_lookup": 1,
+    "num_draft_tokens": 1,
+}
+NEEDED = ("max_tokens", "top_k", "prefill_step_size", "num_draft_tokens")  # never None
+# Speculation takes back what was guessed wrong, which a KV cache of limited size can't.
+EITHER = (
+    ("kv_bits", "max_kv_size"),
+    ("prompt_lookup", "draft_model"),
+    ("prompt_lookup", "max_kv_size"),
+    ("draft_model", "max_kv_size"),
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to read and answer a prompt: the keyword arguments of `generate`; the names are mlx_lm's.
+
+    Attributes:
+        system: the system prompt, if not the model's own.
+        conv_mode: a conversation template by name, if not the tokenizer's own.
+        image_size: side in pixels, a multiple of 64, if not the model's own; smaller is faster.
+        fast: decode large JPEGs at less than their full resolution, in half the time; the pixels
+            differ slightly (`image.preprocess` says by how much).
+        max_tokens: most tokens to generate.
+        temperature: 0 is greedy; above, logits are divided by it and sampled.
+        top_p: sample from the most likely tokens whose probabilities add up to this.
+        top_k: sample from this many most likely tokens; 0 is all.
+        min_p: drop tokens less likely than this times the likeliest.
+        repetition_penalty: divide (or multiply, if negative) the logits of the last 20 tokens.
+        seed: of the sampling, for answers that can be repeated.
+        stop: texts that end the answer, which then stops before them.
+        max_kv_size: positions that the KV cache keeps; older ones are forgotten.
+        kv_bits: bits of a quantized KV cache.
+        prefill_step_size: tokens of the prompt that are processed at a time.
+        logits_processor: called with the tokens so far [T] and the logits [1, vocab_size], and
+            gives the logits to sample from.
+        prompt_lookup: speculative decoding: look in prompt and answer for what followed the last
+            tokens before, and have up to this many tokens checked in one step. The answer stays
+            the same; see `speculate`.
+        draft_model: the same with a smaller model of the same family, from `load`, as drafter.
+        num_draft_tokens: tokens that `draft_model` proposes at a time.
+
+    Raises:
+        ValueError: a value is out of its range.
+    """
+
+    system: str | None = None
+    conv_mode: str | None = None
+    image_size: int | None = None
+    fast: bool = False
+    max_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float | None = None
+    seed: int | None = None
+    stop: Sequence[str] = ()
+    max_kv_size: int | None = None
+    kv_bits: int | None = None
+    prefill_step_size: int = 2048
+    logits_processor: LogitsProcessor | None = None
+    prompt_lookup: int | None = None
+    draft_model: tuple[FastVLM, Processor] | None = None
+    num_draft_tokens: int = 3
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        for name, least in WHOLE_NUMBERS.items():
+            if getattr(self, name) is not None or name in NEEDED:
+                check_whole_number(name, getattr(self, name), least)
+        self._check("temperature", "a number from 0", is_number, lambda t: t >= 0)
+        self._check("top_p", "a number above 0 and at most 1", is_number, lambda p: 0 < p <= 1)
+        self._check("min_p", "a number from 0 to 1", is_number, lambda p: 0 <= p <= 1)
+        self._check("stop", "texts that are not empty", _is_texts, all)
+        if self.repetition_penalty is not None:
+            self._check("repetition_penalty", "a number above 0", is_number, lambda p: p > 0)
+        if self.seed is not None:
+            self._check("seed", "a whole number below 2⁶⁴", lambda n: n < 2**64)
+        if self.kv_bits is not None:
+            self._check("kv_bits", f"one of {KV_BITS}", is_whole_number, KV_BITS.__contains__)
+        if self.logits_processor is not None:
+            self._check("logits_processor", "a function", callable)
+        if self.draft_model is not None:
+            self._check("draft_model", "a model and its processor, as `load` gives them", _is_pair)
+        for one, other in EITHER:
+            if getattr(self, one) is not None and getattr(self, other) is not None:
+                raise ValueError(f"Give {one} or {other}, not both.")
+
+    def _check(
+        self,
+        name: str,
+        wanted: str,
+        of_type: Callable[[Any], bool],
+        in_range: Callable[[Any], bool] = lambda value: True,
+    ) -> None:
+        value = getattr(self, name)
+        if not of_type(value) or not in_range(value):
+            raise ValueError(f"{name} must be {wanted}, found {value!r}.")
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(isinstance(text, str) for text in value)
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, tuple) and len(value) == 2

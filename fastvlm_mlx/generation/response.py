@@ -1,0 +1,120 @@
+"""Tokens to text, with the timings."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from ..processor import Processor
+from ..text.tokenizer import Detokenizer
+
+
+@dataclass
+class Part:
+    """A piece of an answer as it appears; times are in seconds, memory in GB (10⁹ bytes).
+
+    Attributes:
+        text: what is new; may be empty.
+        token: the token that brought it.
+        prompt_tokens, generation_tokens: so far.
+        preprocess_time: reading and resizing the images.
+        encode_time: encoder and projector.
+        prefill_time: tokenizing the prompt and running the decoder over it to the first token.
+        ttft: time to first token, from the call.
+        generation_tps: tokens per second after the first.
+        peak_memory: most that MLX's arrays took.
+        finish_reason: "stop" (the model or a stop text ended it) or "length"; None before the end.
+    """
+
+    text: str
+    token: int
+    prompt_tokens: int
+    generation_tokens: int
+    preprocess_time: float
+    encode_time: float
+    prefill_time: float
+    ttft: float
+    generation_tps: float
+    peak_memory: float
+    finish_reason: str | None = None
+
+
+def stream_parts(
+    tokens: Iterator[int],
+    processor: Processor,
+    prompt_tokens: int,
+    stop: Sequence[str],
+    limit: int,
+    times: tuple[float, float, float],
+) -> Iterator[Part]:
+    """Tokens to text, with the timings.
+
+    Args:
+        tokens: from `generate_tokens`.
+        processor: has the tokenizer.
+        prompt_tokens: of the whole prompt.
+        stop: texts that end the answer.
+        limit: tokens to take at most.
+        times: of the call, after reading images, and after encoding them.
+    """
+    start, preprocessed, encoded = times
+    detokenizer = Detokenizer(processor.tokenizer)
+    stopper = StopTexts(stop)
+    first = 0.0
+    for n, token in enumerate(tokens, 1):
+        now = time.perf_counter()
+        first = first or now
+        ended = token in processor.tokenizer.eos_token_ids
+        text = stopper.add("" if ended else detokenizer.add(token))
+        if ended or (n == limit and not stopper.stopped):
+            text += stopper.add(detokenizer.finish()) + stopper.finish()
+        stopped = ended or stopper.stopped
+        yield Part(
+            text=text,
+            token=token,
+            prompt_tokens=prompt_tokens,
+            generation_tokens=n,
+            preprocess_time=preprocessed - start,
+            encode_time=encoded - preprocessed,
+            prefill_time=first - encoded,
+            ttft=first - start,
+            generation_tps=(n - 1) / (now - first) if n > 1 else 0.0,
+            peak_memory=mx.get_peak_memory() / 1e9,
+            finish_reason="stop" if stopped else "length" if n == limit else None,
+        )
+        if stopped:
+            return
+
+
+class StopTexts:
+    """Ends a stream of text before any of some texts, holding back what may begin one."""
+
+    def __init__(self, stop: Sequence[str]):
+        self.stop = stop
+        self.held = ""
+        self.stopped = False
+
+    def add(self, text: str) -> str:
+        """The text that is certain to come before any stop text."""
+        self.held += text
+        found = [at for at in (self.held.find(stop) for stop in self.stop) if at >= 0]
+        if found:
+            self.stopped = True
+            return self._release(min(found))
+        return self._release(len(self.held) - self._undecided())
+
+    def finish(self) -> str:
+        """The rest, when nothing more comes."""
+        return "" if self.stopped else self._release(len(self.held))
+
+    def _release(self, end: int) -> str:
+        text, self.held = self.held[:end], self.held[end:]
+        return text
+
+    def _undecided(self) -> int:
+        longest = max((len(stop) for stop in self.stop), default=1) - 1
+        lengths = range(min(longest, len(self.held)), 0, -1)
+        return next((n for n in lengths if any(s.startswith(self.held[-n:]) for s in self.stop)), 0)

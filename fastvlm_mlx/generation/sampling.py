@@ -1,0 +1,96 @@
+"""Logits to tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import mlx.core as mx
+
+from .options import LogitsProcessor, Options
+
+
+def scale_logits(logits: mx.array, options: Options) -> mx.array:
+    """What `generate.make_sampler` samples from: filtered, and divided by the temperature."""
+    if not (options.top_k or options.min_p):
+        if options.top_p < 1:
+            logits = keep_top_p(logits, options.top_p)
+        logits = (logits - logits.max(axis=-1, keepdims=True)).astype(mx.float32)
+        return logits / options.temperature
+    from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p
+
+    logits = logits.astype(mx.float32)
+    logits = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    if options.top_p < 1:
+        logits = apply_top_p(logits, options.top_p)
+    if options.min_p:
+        logits = apply_min_p(logits, options.min_p)
+    if 0 < options.top_k < logits.shape[-1]:
+        logits = apply_top_k(logits, options.top_k)
+    return logits * (1 / options.temperature)
+
+
+Sampler = Callable[[mx.array], mx.array]
+MIN_TEMPERATURE = 1e-6  # below it float32 has no room for the quotients, and sampling is greedy
+
+
+def make_sampler(options: Options) -> Sampler:
+    """Logits [B, vocab_size] → tokens [B]; filters come before the temperature, as in mlx_lm."""
+    if options.temperature < MIN_TEMPERATURE:
+        return lambda logits: mx.argmax(logits, axis=-1)
+    if options.top_k or options.min_p:
+        return _mlx_lm_sampler(options)
+
+    def sample(logits: mx.array) -> mx.array:
+        if options.top_p < 1:
+            logits = keep_top_p(logits, options.top_p)
+        # From the maximum and in float32, so that no temperature is too low.
+        logits = (logits - logits.max(axis=-1, keepdims=True)).astype(mx.float32)
+        return mx.random.categorical(logits / options.temperature)
+
+    return sample
+
+
+def _mlx_lm_sampler(options: Options) -> Sampler:
+    from mlx_lm import sample_utils
+
+    def sample(logits: mx.array) -> mx.array:
+        sampler = sample_utils.make_sampler(
+            temp=options.temperature,
+            top_p=options.top_p,
+            min_p=options.min_p,
+            top_k=options.top_k if options.top_k < logits.shape[-1] else 0,
+        )
+        logits = logits.astype(mx.float32)
+        return sampler(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
+
+    return sample
+
+
+def keep_top_p(logits: mx.array, top_p: float) -> mx.array:
+    """-inf for all but the most likely tokens whose probabilities first reach `top_p`."""
+    order = mx.argsort(-logits, axis=-1)
+    ordered = mx.take_along_axis(logits, order, axis=-1).astype(mx.float32)
+    probabilities = mx.softmax(ordered, axis=-1)
+    before = mx.cumsum(probabilities, axis=-1) - probabilities
+    kept = mx.put_along_axis(mx.zeros(logits.shape, mx.bool_), order, before < top_p, axis=-1)
+    return mx.where(kept, logits, -mx.inf)
+
+
+def make_logits_processor(options: Options) -> LogitsProcessor | None:
+    """The repetition penalty and the caller's own processor, in this order."""
+    processors: list[LogitsProcessor] = []
+    if options.repetition_penalty not in (None, 1.0):
+        from mlx_lm.sample_utils import make_logits_processors
+
+        processors += make_logits_processors(repetition_penalty=options.repetition_penalty)
+    if options.logits_processor is not None:
+        processors.append(options.logits_processor)
+    if not processors:
+        return None
+
+    def process(tokens: mx.array, logits: mx.array) -> mx.array:
+        for processor in processors:
+            logits = processor(tokens, logits)
+        return logits
+
+    return process

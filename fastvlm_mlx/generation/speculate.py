@@ -1,0 +1,153 @@
+"""Speculative decoding: guess several tokens cheaply, and let the model check them in one step.
+
+A step of the decoder over a few tokens takes hardly longer than over one where reading its weights
+is what takes the time. So a drafter proposes what may come next, the model computes its own choice
+at every proposed place at once, and as many proposals are kept as it agrees with (Leviathan et al.
+2023, "Fast inference from transformers via speculative decoding"). Every token of the answer is
+the model's own choice; drafts only decide how many of them one step brings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, cast
+
+import mlx.core as mx
+
+from ..model.fastvlm import FastVLM
+from ..processor import Processor
+from ..text.template import Messages
+from ..text.tokenizer import Tokenizer
+from .decode import generate_tokens
+from .drafters import Drafter, DraftModel, PromptLookup, trim
+from .inputs import Inputs, tokenize
+from .options import Options
+from .sampling import make_logits_processor, make_sampler
+
+TOKENS_COMPARED = 1000
+
+
+def speculate_tokens(
+    model: FastVLM,
+    input_ids: Sequence[int],
+    embeddings: mx.array,
+    cache: list[Any],
+    options: Options,
+    limit: int,
+    drafter: Drafter,
+) -> Iterator[int]:
+    """As `generate_tokens`, several tokens a step where the drafter guesses right.
+
+    Greedy answers are those of `generate_tokens`, but for rounding: a step over several tokens
+    may sum in another order, and so choose otherwise between two tokens that are all but equally
+    likely. Sampled answers have the same distribution, though not the same tokens for a seed.
+
+    Args:
+        input_ids: the whole prompt.
+        embeddings: [1, T, hidden_size] of what the cache does not hold of it.
+        cache: updated in place; when a token is given out, the cache holds what comes before the
+            last token that is known, and nothing that was rejected.
+        options: see `Options`, without `max_kv_size`. The `logits_processor` is called once for
+            every token of the answer, in order, but perhaps also for some after one that ends it.
+        limit: tokens to generate at most.
+        drafter: knows the same prompt and has not been used; counts what it drafts.
+    """
+    decoder = model.language_model
+    choose = _make_chooser(input_ids, options)
+    answer = list(generate_tokens(model, input_ids, embeddings, cache, options, limit=1))
+    yield answer[0]
+    while len(answer) < limit:
+        # The model adds a token to those it agrees with, and that one must not pass the limit.
+        count = min(drafter.num_draft_tokens, limit - len(answer) - 1)
+        draft = drafter.propose(answer, count)
+        tokens = mx.concatenate([mx.array(answer[-1:], mx.uint32), draft])
+        logits = decoder.logits(decoder.hidden_states(tokens[None], cache)[0])
+        agreed = agree(choose(answer, logits), read(draft))
+        drafter.drafted += draft.size
+        drafter.accepted += len(agreed) - 1
+        trim(cache, len(tokens) - len(agreed))
+        answer += agreed
+        yield from agreed
+
+
+def _make_chooser(
+    input_ids: Sequence[int], options: Options
+) -> Callable[[list[int], mx.array], Iterable[int]]:
+    """Answer so far and logits [k, vocab_size] after it → the k tokens that `options` choose."""
+    sample = make_sampler(options)
+    process = make_logits_processor(options)
+    if process is None:
+        return lambda answer, logits: read(sample(logits))
+    prompt = mx.array([i for i in input_ids if i >= 0])
+
+    def choose(answer: list[int], logits: mx.array) -> Iterator[int]:
+        # One at a time, so that a processor never sees a token that is not part of the answer.
+        seen = mx.concatenate([prompt, mx.array(answer, mx.uint32)])
+        for row in logits:
+            token = sample(process(seen, row[None]))
+            seen = mx.concatenate([seen, token])
+            yield from read(token)
+
+    return choose
+
+
+def agree(chosen: Iterable[int], draft: Sequence[int]) -> list[int]:
+    """The chosen tokens up to the first that was not guessed; one more is chosen than drafted."""
+    agreed = []
+    for token, guess in zip(chosen, [*draft, None], strict=False):
+        agreed.append(token)
+        if token != guess:
+            break
+    return agreed
+
+
+def read(tokens: mx.array) -> list[int]:
+    """Wait for tokens [k], and give their ids."""
+    return cast(list[int], tokens.tolist())
+
+
+def make_drafter(
+    processor: Processor, prompt: Messages, inputs: Inputs, options: Options
+) -> Drafter | None:
+    """The drafter that the options ask for, if any; a draft model computes nothing yet.
+
+    Args:
+        processor, prompt, inputs: of the model that answers. A draft model sees the same pixels
+            and makes its own visual tokens of them.
+        options: `prompt_lookup`, or a `draft_model` of the same vocabulary with its processor.
+
+    Raises:
+        ValueError: the models' vocabularies differ, or the prompt is too long for the draft model.
+    """
+    if options.prompt_lookup is not None:
+        return PromptLookup(inputs.input_ids, options.prompt_lookup)
+    if options.draft_model is None:
+        return None
+    model, draft_processor = options.draft_model
+    check_vocabularies(processor.tokenizer, draft_processor.tokenizer)
+    pixel_values = inputs.pixel_values
+    features = model.encode_images(pixel_values, inputs.image_sizes) if pixel_values else []
+    draft_ids = tokenize(model, draft_processor, prompt, features, options)
+    embeddings = model.embed_inputs(mx.array([draft_ids]), image_features=features)
+    vocab_size = processor.tokenizer.vocab_size
+    return DraftModel(model, embeddings, options.num_draft_tokens, vocab_size)
+
+
+def check_vocabularies(tokenizer: Tokenizer, draft_tokenizer: Tokenizer) -> None:
+    """ValueError if tokens of the same id differ.
+
+    One vocabulary may have more tokens than the other: conversions add some at its end. A thousand
+    tokens are compared, since a mistake could cost speed but never change an answer.
+    """
+    common = min(tokenizer.vocab_size, draft_tokenizer.vocab_size)
+    spread = range(0, common, max(1, common // TOKENS_COMPARED))
+    controls = {*tokenizer.controls.values(), *draft_tokenizer.controls.values()}
+    for token in sorted({*spread, *(i for i in controls if i < common)}):
+        ours, theirs = (
+            t.token_bytes(token, skip_special_tokens=False) for t in (tokenizer, draft_tokenizer)
+        )
+        if ours != theirs:
+            raise ValueError(
+                f"The draft model has another vocabulary: token {token} is {theirs!r} there and "
+                f"{ours!r} here. Choose a draft model of the same family."
+            )

@@ -1,0 +1,1 @@
+"""A path, URL, bytes, PIL image or array → pixels."""

@@ -1,0 +1,197 @@
+"""Pictures → squares of the encoder's size, in the pixels that PIL gives."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+
+from .decode import MAX_PIXELS, Reduction, _crop, _Picture
+from .grid import _best_resolution, _parse_pinpoints
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as PILImage
+
+MAX_PADDED_PIXELS = 2**30  # of rows padded to squares: seconds of work, but little memory
+LINES_AT_ONCE = 256
+PIXELS_FOR_THREADS = 2**20  # with fewer, threads save too little
+
+
+def expand_to_square(image: PILImage, fill: tuple[int, int, int] = (0, 0, 0)) -> PILImage:
+    """Centre an RGB image on a square of its longer side (LLaVA's `expand2square`).
+
+    An odd pixel of padding goes to the right or the bottom. A square image is returned as it is.
+    """
+    from PIL import Image
+
+    width, height = image.size
+    if width == height:
+        return image
+    side = max(width, height)
+    square = Image.new(image.mode, (side, side), fill)
+    square.paste(image, ((side - width) // 2, (side - height) // 2))
+    return square
+
+
+# How a mode resizes a picture, with how many threads
+Resize: TypeAlias = Callable[[_Picture, int], "list[PILImage]"]
+
+
+class _Span(NamedTuple):
+    """One axis of a resize.
+
+    Attributes:
+        start, stop: The pixels to read; those before 0 and beyond the image are black.
+        low, high: The part of them, from `start`, that is resized; the filter sees the others too.
+        size: How many pixels that part becomes.
+        first: Where those lie in the whole.
+    """
+
+    start: int
+    stop: int
+    low: float
+    high: float
+    size: int
+    first: int = 0
+
+
+def _of_mode(
+    side: int, mode: str | None, grid_pinpoints: str | Sequence[Sequence[int]] | None
+) -> tuple[Resize, Reduction]:
+    if mode == "pad":
+        return partial(_resize_padded, side), lambda size: max(size) / side
+    if mode in ("square", "none", "", None):
+        return partial(_resize_cropped, side), lambda size: min(size) / side
+    if mode != "anyres":
+        raise ValueError(f'mode must be "pad", "square" or "anyres", not {mode!r}.')
+    if grid_pinpoints is None:
+        raise ValueError('Mode "anyres" needs grid_pinpoints, the sizes to choose from.')
+    pinpoints = _parse_pinpoints(grid_pinpoints, side)
+
+    def reduction(size: tuple[int, int]) -> float:
+        across, down = _best_resolution(size, pinpoints)
+        return min(max(size[0] / across, size[1] / down), min(size) / side)
+
+    return partial(_tile, side, pinpoints), reduction
+
+
+def _resize_padded(side: int, picture: _Picture, threads: int) -> list[PILImage]:
+    """`expand_to_square` and a resize, without the square.
+
+    PIL resizes each row of a square by itself and then, from bytes again, each column. Done in
+    bands of either, it takes little memory, however long the image is, and runs in threads.
+    """
+    from PIL import Image
+
+    width, height = picture.size
+    longest = max(width, height)
+    _check_resized(picture.size, side, max(side, longest))
+    _check_resized(picture.size, longest, height, MAX_PADDED_PIXELS)
+    columns = _padded_span(picture, 0, side)
+    rows = _padded_span(picture, 1, side)
+    narrow = Image.new("RGB", (columns.size, height))
+    square = Image.new("RGB", (side, side))
+
+    def resize_rows(start: int, stop: int) -> None:
+        band = picture.crop(columns.start, start, columns.stop, stop)
+        size, box = (columns.size, stop - start), (columns.low, 0, columns.high, stop - start)
+        narrow.paste(band.resize(size, Image.Resampling.BICUBIC, box), (0, start))
+
+    def resize_columns(start: int, stop: int) -> None:
+        strip = _crop(narrow, start, rows.start, stop, rows.stop)
+        size, box = (stop - start, rows.size), (0, rows.low, stop - start, rows.high)
+        strip = strip.resize(size, Image.Resampling.BICUBIC, box)
+        square.paste(strip, (columns.first + start, rows.first))
+
+    if width * height < PIXELS_FOR_THREADS:
+        threads = 1
+    _in_bands(resize_rows, height, threads)
+    _in_bands(resize_columns, columns.size, threads)
+    return [square]
+
+
+def _padded_span(picture: _Picture, axis: int, side: int) -> _Span:
+    """What of the padded square, along one axis, is not black once it is resized to `side`.
+
+    For each pixel PIL computes in doubles where it lies and what each pixel of the source weighs,
+    from a box in single precision. Where the square is a binary fraction of `side`, as it always is
+    of 256, 512 and 1024, all these numbers are exact from wherever one counts, and a part comes out
+    as it does in the whole; else the whole is resized. The box of every 16th pixel has no more than
+    24 binary digits, since `_check_resized` keeps the square times `side` below 2²⁸.
+    """
+    edge, full = picture.full_size[axis], max(picture.full_size)
+    scale = full / (picture.shrink * side)
+    # Places count from the first pixel of the image, so the square begins at -before.
+    before = (full - edge) // 2 / picture.shrink - picture.box[axis]
+    after = full / picture.shrink - before
+    reach = 3 * max(scale, 1) + 1  # the filter's two pixels of the smaller scale, and rounding
+    first = max(0, math.floor((before - reach) / scale)) // 16 * 16
+    last = math.ceil((before + picture.size[axis] + reach) / scale)
+    last = min(side, -(-last // 16) * 16)
+    if picture.shrink == 1 and (side // math.gcd(full, side)).bit_count() > 1:
+        first, last = 0, side
+    low, high = (place * full / side / picture.shrink - before for place in (first, last))
+    start = math.floor(max(low - reach, -before))
+    stop = math.ceil(min(high + reach, after))
+    return _Span(start, stop, low - start, high - start, last - first, first)
+
+
+def _in_bands(work: Callable[[int, int], None], length: int, threads: int) -> None:
+    """Call `work` with the ends of each band of lines from 0 to `length`."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    step = min(LINES_AT_ONCE, math.ceil(length / (2 * threads)))
+    bands = [(start, min(start + step, length)) for start in range(0, length, step)]
+    if threads == 1:
+        for band in bands:
+            work(*band)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        for done in [pool.submit(work, *band) for band in bands]:
+            done.result()
+
+
+def _resize_cropped(side: int, picture: _Picture, threads: int) -> list[PILImage]:
+    """The short side to `side`, the long one in proportion, rounded down; then the centre."""
+    from PIL import Image
+
+    short = min(picture.full_size)
+    width, height = (int(side * edge / short) for edge in picture.full_size)
+    _check_resized(picture.full_size, side, max(width, height, *picture.full_size))
+    left, top = (width - side) // 2, (height - side) // 2
+    image = picture.upright().resize((width, height), Image.Resampling.BICUBIC, picture.box)
+    return [image.crop((left, top, left + side, top + side))]
+
+
+def _tile(
+    side: int, pinpoints: list[tuple[int, int]], picture: _Picture, threads: int
+) -> list[PILImage]:
+    """The image squeezed to a square, then its tiles (LLaVA's `process_anyres_image`)."""
+    from PIL import Image
+
+    width, height = picture.full_size
+    across, down = _best_resolution(picture.full_size, pinpoints)
+    _check_resized(picture.full_size, max(side, across, down), max(width, height))
+    if across / width < down / height:
+        fitted = across, min(math.ceil(height * (across / width)), down)
+    else:
+        fitted = min(math.ceil(width * (down / height)), across), down
+    image = picture.upright()
+    canvas = Image.new("RGB", (across, down))
+    corner = (across - fitted[0]) // 2, (down - fitted[1]) // 2
+    canvas.paste(image.resize(fitted, Image.Resampling.BICUBIC, picture.box), corner)
+    tiles = [
+        canvas.crop((left, top, left + side, top + side))
+        for top in range(0, down, side)
+        for left in range(0, across, side)
+    ]
+    return [image.resize((side, side), Image.Resampling.BICUBIC, picture.box), *tiles]
+
+
+def _check_resized(size: tuple[int, int], width: int, height: int, limit: int = MAX_PIXELS) -> None:
+    if width * height > limit:
+        raise ValueError(
+            f"Cannot resize an image of {size[0]} × {size[1]} pixels: it takes {width} × "
+            f"{height} pixels on the way, and the limit is {limit:,}; crop it first."
+        )

@@ -1,0 +1,1 @@
+"""FastVLM: vision encoder, projector and Qwen2 decoder."""

@@ -1,0 +1,162 @@
+"""The Qwen2 decoder.
+
+Shapes: B sequences, T tokens, S tokens seen so far, D = head_dim. The caches of
+`mlx_lm.models.cache` fit wherever a `KVCache` does, and the model fits `mlx_lm`'s generation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .. import ops
+from ..config import TextConfig
+from ..ops import RMSNorm, RoPE, linear, swiglu
+from .kv_cache import KVCache
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions; q, k and v come from one product."""
+
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        D = config.head_dim
+        self.num_heads = config.num_attention_heads
+        self.num_kv_heads = config.num_key_value_heads
+        self.scale = D**-0.5
+        width = (self.num_heads + 2 * self.num_kv_heads) * D
+        self.qkv_proj = nn.Linear(config.hidden_size, width, bias=True)
+        self.o_proj = nn.Linear(self.num_heads * D, config.hidden_size, bias=False)
+
+    def __call__(
+        self, x: mx.array, mask: Any, cache: Any, rope: RoPE, residual: mx.array
+    ) -> mx.array:
+        B, T, _ = x.shape
+        heads = self.num_heads + 2 * self.num_kv_heads
+        qkv = linear(self.qkv_proj, x).reshape(B, T, heads, -1)
+        if is_step(T, cache):
+            qkv = rope(qkv.reshape(B * heads, 1, -1)).reshape(B, heads, 1, -1)
+            queries, keys_and_values = mx.split(qkv, [self.num_heads], axis=1)
+            keys_and_values = keys_and_values.reshape(B, 2, self.num_kv_heads, 1, -1)
+            keys, values = cache.append(keys_and_values.swapaxes(0, 1))
+        else:
+            qkv = qkv.transpose(0, 2, 1, 3)
+            rotated, values = rope(qkv[:, : -self.num_kv_heads]), qkv[:, -self.num_kv_heads :]
+            queries, keys = rotated[:, : self.num_heads], rotated[:, self.num_heads :]
+            if cache is not None:
+                keys, values = cache.update_and_fetch(keys, values)
+        y = ops.causal_attention(queries, keys, values, cache, self.scale, mask)
+        return linear(self.o_proj, y.transpose(0, 2, 1, 3).reshape(B, T, -1), residual)
+
+
+class MLP(nn.Module):
+    """SwiGLU; gate and up come from one product."""
+
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def __call__(self, x: mx.array, residual: mx.array) -> mx.array:
+        gate, up = ops.split_linear(self.gate_up_proj, x, 2)
+        return linear(self.down_proj, swiglu(gate, up), residual)
+
+
+class Block(nn.Module):
+    """Attention and MLP, each on normalised input and added to it."""
+
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def __call__(self, x: mx.array, mask: Any, cache: Any, rope: RoPE) -> mx.array:
+        x = self.self_attn(self.input_layernorm(x), mask, cache, rope, residual=x)
+        return self.mlp(self.post_attention_layernorm(x), residual=x)
+
+
+class Qwen2(nn.Module):
+    """Token ids or embeddings in, logits out."""
+
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = [Block(config) for _ in range(config.num_hidden_layers)]
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def __call__(
+        self,
+        input_ids: mx.array | None,
+        cache: Sequence[Any] | None = None,
+        input_embeddings: mx.array | None = None,
+    ) -> mx.array:
+        """Logits of every position.
+
+        Args:
+            input_ids: [B, T] token ids; not read where `input_embeddings` are given.
+            cache: one `KVCache` (or an mlx_lm cache) a layer, updated in place.
+            input_embeddings: [B, T, hidden_size].
+
+        Returns:
+            [B, T, vocab_size] logits.
+        """
+        return self.logits(self.hidden_states(input_ids, cache, input_embeddings))
+
+    def embed(self, input_ids: mx.array | None) -> mx.array:
+        """[B, T] → [B, T, hidden_size], in the model's dtype, which some quantized tables lack."""
+        return self.embed_tokens(input_ids).astype(self.norm.weight.dtype)
+
+    def hidden_states(
+        self,
+        input_ids: mx.array | None,
+        cache: Sequence[Any] | None = None,
+        input_embeddings: mx.array | None = None,
+    ) -> mx.array:
+        """As a call, but what comes before the output layer: [B, T, hidden_size]."""
+        x = self.embed(input_ids) if input_embeddings is None else input_embeddings
+        caches = [None] * len(self.layers) if cache is None else cache
+        mask = _make_mask(x.shape[1], caches[0])
+        rope = make_rope(self.config, x, caches[0])
+        for layer, layer_cache in zip(self.layers, caches, strict=True):
+            x = layer(x, mask, layer_cache, rope)
+        return self.norm(x)
+
+    def logits(self, hidden_states: mx.array) -> mx.array:
+        """[..., hidden_size] → [..., vocab_size]."""
+        if self.config.tie_word_embeddings:
+            return ops.as_linear(self.embed_tokens, hidden_states)
+        return linear(self.lm_head, hidden_states)
+
+
+def is_step(length: int, cache: Any) -> bool:
+    """Whether one token follows those in a `KVCache`, the case with the shortest way."""
+    return length == 1 and isinstance(cache, KVCache) and isinstance(cache.offset, int)
+
+
+def make_rope(config: TextConfig, x: mx.array, cache: Any) -> RoPE:
+    """Rotary positions, the same in all layers, for queries and keys [B, heads, T, D].
+
+    In a step (see `is_step`) for queries, keys and values [B heads, 1, D]: the values' position
+    is 0, where the rotation is none, so that they stay beside the keys.
+    """
+    B, T, _ = x.shape
+    offset: Any = 0 if cache is None else cache.offset
+    if is_step(T, cache):
+        kv_heads = config.num_key_value_heads
+        turned = config.num_attention_heads + kv_heads
+        offset = mx.array(([offset] * turned + [0] * kv_heads) * B)
+    return RoPE(x, T, config.head_dim, config.rope_theta, offset)
+
+
+def _make_mask(length: int, cache: Any) -> Any:
+    if cache is not None:
+        return cache.make_mask(length, return_array=False, window_size=None)
+    return None if length == 1 else "causal"

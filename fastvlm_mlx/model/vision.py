@@ -1,0 +1,214 @@
+"""FastViTHD, the vision encoder, in the folded form in which it runs.
+
+BatchNorm, layer scales and parallel branches are gone (`convert.fold` does the arithmetic), every
+1x1 convolution is a matrix product on channels-last data, and what remains are depthwise
+convolutions, matrix products, GELU and attention. Comments name the modules of the original
+`mci.py`. Shapes: B images, H x W positions, C channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .. import ops
+from ..config import VisionConfig
+from ..ops import DepthwiseConv, gelu
+
+CONV_FFN_KERNEL = 7
+STEM_KERNEL = 3
+STEM_STRIDE = 4
+SE_REDUCTION = 16
+
+
+class ConvFFN(nn.Module):
+    """Depthwise 7x7 (BatchNorm folded in), expand, GELU, project (layer scale folded in); all of it
+    added to the input."""
+
+    def __init__(self, dim: int, mlp_ratio: float):
+        super().__init__()
+        hidden = int(dim * mlp_ratio)
+        self.conv = DepthwiseConv(dim, CONV_FFN_KERNEL)
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.conv(x, then=lambda y, x: x + self.fc2(self.expand(y)))
+
+    def expand(self, x: mx.array) -> mx.array:
+        return gelu(self.fc1(x))
+
+
+@mx.compile
+def _add_both(x: mx.array, bias: mx.array, second: mx.array) -> tuple[mx.array, mx.array]:
+    y = x + bias
+    return y, y + second
+
+
+class RepMixerBlock(nn.Module):
+    """Token mixing by one depthwise convolution, then a ConvFFN (FastViT paper, section 3.1)."""
+
+    def __init__(self, dim: int, mlp_ratio: float, kernel_size: int):
+        super().__init__()
+        self.token_mixer = DepthwiseConv(dim, kernel_size)
+        self.convffn = ConvFFN(dim, mlp_ratio)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        ffn = self.convffn
+        if ops.on_cpu() or not isinstance(ffn.fc2, nn.Linear):
+            return ffn(self.token_mixer(x))
+        # Both biases in one kernel, and the residual in that of the last product.
+        x, residual = _add_both(self.token_mixer.convolve(x), self.token_mixer.bias, ffn.fc2.bias)
+        return mx.addmm(residual, ffn.expand(ffn.conv(x)), ffn.fc2.weight.T)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over all positions (`MHSA`); layer scale folded into `proj`."""
+
+    def __init__(self, dim: int, head_dim: int):
+        super().__init__()
+        self.num_heads = dim // head_dim
+        self.scale = head_dim**-0.5
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.proj = nn.Linear(dim, dim)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        B, H, W, C = x.shape
+        x = ops.attention(self.qkv(x).reshape(B, H * W, 3 * self.num_heads, -1), self.scale)
+        return self.proj(x.reshape(B, H, W, C))
+
+
+class AttentionBlock(nn.Module):
+    """Attention on normalised channels, then a ConvFFN."""
+
+    def __init__(self, dim: int, mlp_ratio: float, head_dim: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(dim, eps=1e-5)
+        self.token_mixer = Attention(dim, head_dim)
+        self.convffn = ConvFFN(dim, mlp_ratio)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.convffn(x + self.token_mixer(self.norm(x)))
+
+
+class Stem(nn.Module):
+    """Pixels to stage 0 at a quarter of the resolution (`convolutional_stem`)."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.conv = nn.Conv2d(3, dim, STEM_KERNEL, stride=2, padding=1)
+        self.depthwise = DepthwiseConv(dim, STEM_KERNEL, stride=2)
+        self.pointwise = nn.Linear(dim, dim)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        # In bands, since whole these would be the largest arrays of all.
+        return ops.in_row_bands(self._run, x, STEM_STRIDE, self.pointwise.bias.size)
+
+    def _run(self, x: mx.array) -> mx.array:
+        return gelu(self.pointwise(gelu(self.depthwise(gelu(self.conv(x))))))
+
+
+class Downsample(nn.Module):
+    """Half the resolution, wider channels (`PatchEmbed`).
+
+    The original's grouped convolution makes several outputs of each input channel. Here it is
+    one depthwise convolution for each; `pointwise` has its inputs permuted to match.
+    """
+
+    def __init__(self, in_dim: int, out_dim: int, kernel_size: int, stride: int):
+        super().__init__()
+        self.convs = [DepthwiseConv(in_dim, kernel_size, stride) for _ in range(out_dim // in_dim)]
+        self.pointwise = nn.Linear(out_dim, out_dim)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        x = mx.concatenate([conv(x) for conv in self.convs], axis=-1)
+        return gelu(self.pointwise(gelu(x)))
+
+
+class Expand(nn.Module):
+    """The last widening (`conv_exp`), with squeeze-and-excitation.
+
+    Split as in `Downsample`, and interleaved again, since its channels leave the encoder.
+    """
+
+    def __init__(self, in_dim: int, out_dim: int):
+        super().__init__()
+        self.convs = [DepthwiseConv(in_dim, STEM_KERNEL) for _ in range(out_dim // in_dim)]
+        self.reduce = nn.Linear(out_dim, out_dim // SE_REDUCTION)
+        self.expand = nn.Linear(out_dim // SE_REDUCTION, out_dim)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        B, H, W, _ = x.shape
+        x = mx.stack([conv(x) for conv in self.convs], axis=-1).reshape(B, H, W, -1)
+        squeezed = x.mean(axis=(1, 2), keepdims=True)
+        gate = mx.sigmoid(self.expand(nn.relu(self.reduce(squeezed))))
+        return gelu(x * gate)
+
+
+class FastViTHD(nn.Module):
+    """The encoder: pixels in, visual tokens out (FastVLM paper, section 3.2)."""
+
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.config = config
+        self.stem = Stem(config.embed_dims[0])
+        self.network = build_network(config)
+        self.conv_exp = Expand(config.embed_dims[-1], config.hidden_size)
+
+    def __call__(self, pixel_values: mx.array) -> mx.array:
+        """Encode images.
+
+        Args:
+            pixel_values: [B, S, S, 3] in [0, 1] as float or 0 to 255 as uint8; S any multiple of
+                the patch size (64).
+
+        Returns:
+            [B, (S/64)², C] features, row by row; C = `config.hidden_size`.
+
+        Raises:
+            ValueError: the shape is not that of channels-last images of such a size.
+        """
+        self._check(pixel_values)
+        x = self.stem(_as_input(pixel_values, self.stem.conv.weight))
+        for layer in self.network:
+            x = layer(x)
+        return self.conv_exp(x).flatten(1, 2)
+
+    def _check(self, pixel_values: mx.array) -> None:
+        shape, patch = pixel_values.shape, self.config.patch_size
+        if len(shape) != 4 or shape[3] != 3:
+            raise ValueError(f"pixel_values must be [B, S, S, 3] (channels last), found {shape}.")
+        if shape[1] % patch or shape[2] % patch or not shape[1] or not shape[2]:
+            raise ValueError(f"image size must be a multiple of {patch}, found {shape[1:3]}.")
+
+
+def _as_input(pixel_values: mx.array, weight: mx.array) -> mx.array:
+    if pixel_values.dtype == mx.uint8:
+        return _rescale(pixel_values, weight)
+    return pixel_values.astype(weight.dtype)
+
+
+@mx.compile
+def _rescale(pixel_values: mx.array, like: mx.array) -> mx.array:
+    return pixel_values.astype(like.dtype) / 255
+
+
+def build_network(config: VisionConfig) -> list[Callable[[mx.array], mx.array]]:
+    """The stages, flat: position encodings (`RepCPE`), blocks and downsampling in order."""
+    network: list[Callable[[mx.array], mx.array]] = []
+    for i, (depth, dim, ratio) in enumerate(
+        zip(config.layers, config.embed_dims, config.mlp_ratios, strict=True)
+    ):
+        if (shape := config.pos_embs_shapes[i]) is not None:
+            network.append(DepthwiseConv(dim, shape[0]))
+        for _ in range(depth):
+            if config.token_mixers[i] == "attention":
+                network.append(AttentionBlock(dim, ratio, config.head_dim))
+            else:
+                network.append(RepMixerBlock(dim, ratio, config.repmixer_kernel_size))
+        if i + 1 < len(config.layers) and config.has_downsample(i):
+            kernel, stride = config.down_patch_size, config.down_stride
+            network.append(Downsample(dim, config.embed_dims[i + 1], kernel, stride))
+    return network

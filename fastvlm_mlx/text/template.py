@@ -1,0 +1,154 @@
+"""Chat turns → the one text that the model reads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from .tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    import jinja2
+
+DEFAULT_SYSTEM = "You are a helpful assistant."
+ROLES = ("system", "user", "assistant")
+GUARD, IMAGE_PLACE, PROBE = "\ud800", "\ud801", "\ud802"
+Messages = str | Sequence[Mapping[str, str]]
+
+
+@dataclass(frozen=True)
+class ConvMode:
+    """How a conversation is written: what opens and what ends a turn of each role."""
+
+    system_prompt: str
+    system: tuple[str, str]
+    user: tuple[str, str]
+    assistant: tuple[str, str]
+
+    def render(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> str:
+        """The prompt's text; the mode's own system prompt comes first if the messages have none."""
+        if messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": self.system_prompt}, *messages]
+        turns = dict(zip(ROLES, (self.system, self.user, self.assistant), strict=True))
+        text = "".join(message["content"].join(turns[message["role"]]) for message in messages)
+        return text + self.assistant[0].rstrip(" ") if add_generation_prompt else text
+
+
+def _chatml(system_prompt: str, end: str) -> ConvMode:
+    opened = (f"<|im_start|>{role}\n" for role in ROLES)
+    return ConvMode(system_prompt, *((start, end) for start in opened))
+
+
+def _vicuna(person: str) -> ConvMode:
+    system_prompt = (
+        f"A chat between a curious {person} and an artificial intelligence assistant. "
+        f"The assistant gives helpful, detailed, and polite answers to the {person}'s questions."
+    )
+    return ConvMode(system_prompt, ("", " "), ("USER: ", " "), ("ASSISTANT: ", "</s>"))
+
+
+# The modes of ml-fastvlm's llava/conversation.py that fit this form. FastVLM learned `qwen_2`.
+CONV_MODES = {
+    "qwen_2": _chatml(DEFAULT_SYSTEM, "<|im_end|>\n"),
+    "chatml_direct": _chatml("Answer the questions.", "<|im_end|>"),
+    "mpt": _chatml(
+        "A conversation between a user and an LLM-based AI assistant. "
+        "The assistant gives helpful and honest answers.",
+        "<|im_end|>",
+    ),
+    "v1": _vicuna("user"),
+    "llava_v1": _vicuna("human"),
+    "plain": ConvMode("", ("", ""), ("", "\n"), ("", "\n")),
+}
+
+
+def apply_chat_template(
+    tokenizer: Tokenizer,
+    messages: Messages,
+    *,
+    add_generation_prompt: bool = True,
+    conv_mode: str | None = None,
+) -> str:
+    """Chat turns as the one text that the model reads.
+
+    Args:
+        tokenizer: whose own chat template is used; Qwen2's ChatML, which FastVLM learned, if it
+            has none or one that does not show texts (transformers' FastVLM has one for lists of
+            parts).
+        messages: turns `{"role": "system" | "user" | "assistant", "content": text}`; a string is
+            one user turn.
+        add_generation_prompt: whether to open the assistant's turn at the end.
+        conv_mode: one of `CONV_MODES`, instead of the template.
+
+    Raises:
+        ValueError: a malformed message, an unknown mode, or a template that rejects the messages.
+    """
+    messages = _checked(messages)
+    if conv_mode is not None:
+        if conv_mode not in CONV_MODES:
+            known = ", ".join(CONV_MODES)
+            raise ValueError(f"Unknown conversation mode {conv_mode!r}: known are {known}.")
+        return CONV_MODES[conv_mode].render(messages, add_generation_prompt)
+    if tokenizer.chat_template is not None:
+        probe = [{**message, "content": PROBE} for message in messages]
+        if _render(tokenizer, probe, add_generation_prompt).count(PROBE) == len(messages):
+            return _render(tokenizer, messages, add_generation_prompt)
+    return CONV_MODES["qwen_2"].render(messages, add_generation_prompt)
+
+
+def _checked(messages: Messages) -> list[dict[str, str]]:
+    if isinstance(messages, str):
+        return [{"role": "user", "content": messages}]
+    if not isinstance(messages, (list, tuple)):
+        raise ValueError(f"A prompt must be a text or a list of messages, found {messages!r}.")
+    for message in messages:
+        known = isinstance(message, Mapping) and message.get("role") in ROLES
+        if not known or not isinstance(message.get("content"), str):
+            raise ValueError(
+                "A message must have a role (system, user or assistant) and a text as content, "
+                f"found {message!r}."
+            )
+    if not messages:
+        raise ValueError("There are no messages: give at least a user's.")
+    return [{"role": message["role"], "content": message["content"]} for message in messages]
+
+
+def _render(
+    tokenizer: Tokenizer, messages: list[dict[str, str]], add_generation_prompt: bool
+) -> str:
+    try:
+        return _compiled(tokenizer.chat_template or "").render(
+            messages=messages,
+            add_generation_prompt=add_generation_prompt,
+            tools=None,
+            documents=None,
+            **tokenizer.special_tokens,
+        )
+    except Exception as error:  # a template is a program: it may fail in any way
+        raise ValueError(f"The chat template fails on these messages: {error}") from None
+
+
+@cache
+def _compiled(template: str) -> jinja2.Template:
+    """A chat template in the environment that transformers gives it."""
+    from datetime import datetime
+
+    from jinja2 import TemplateError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def raise_exception(message: str) -> None:
+        raise TemplateError(message)
+
+    def to_json(value: Any, **options: Any) -> str:
+        return json.dumps(value, **{"ensure_ascii": False, **options})
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = to_json
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return environment.from_string(template)

@@ -1,0 +1,256 @@
+"""Learned quantization: scales are tuned until the quantized model answers as its source does.
+
+Distilled weight quantization (DWQ) as mlx_lm has it, on questions about images. It tunes the scales
+and biases of the decoder's affine layers below 8 bits, embeddings included; the packed weights, and
+so the size, stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from functools import partial
+from io import StringIO
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..checkpoint.fold import Weights
+from ..checkpoint.load import load_model, load_processor
+from ..checkpoint.names import quantized_linears, to_checkpoint
+from ..checkpoint.quantize import Quantize, part_of
+from ..evaluate.questions import QUESTION, read_questions
+from ..generation.decode import generate_tokens
+from ..generation.inputs import preprocess_images, tokenize
+from ..generation.options import Options
+from ..model.fastvlm import FastVLM
+from ..processor import Processor
+from ..progress import progress_bar
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
+LEARNING_RATE = 2e-5
+EPOCHS = 5
+TEMPERATURE = 4.0  # divides both models' logits, so that unlikely tokens count too
+ANSWER_TOKENS = 64
+HELD_OUT = 8  # every eighth question tells which epoch was best
+Sequences = list[tuple[list[int], int]]
+
+
+@dataclass
+class Prompt:
+    """A question about an image.
+
+    Attributes:
+        input_ids: with `image_token_index` at each visual token.
+        features: [tiles, n, C] of the encoder.
+        image_size: (width, height) in pixels of the image.
+    """
+
+    input_ids: list[int]
+    features: mx.array
+    image_size: tuple[int, int]
+
+
+class Answering(nn.Module):
+    """A decoder in the form in which mlx_lm trains one: ids [1, T] → logits [1, T, vocab_size].
+
+    The first id is the number of a prompt, and the others are its answer; so what is compared are
+    the tokens of the answer alone.
+    """
+
+    def __init__(self, model: FastVLM, prompts: Sequence[Prompt]):
+        super().__init__()
+        self.language_model = model.language_model
+        # Functions, since all that mlx_lm finds among a module's fields is trained.
+        self.prompt_of = prompts.__getitem__
+        self.embed = partial(embed, model)
+
+    def __call__(self, ids: mx.array) -> mx.array:
+        prompt = self.prompt_of(int(ids[0, 0]))
+        input_ids = mx.concatenate([mx.array(prompt.input_ids), ids[0, 1:]])[None]
+        states = self.language_model.hidden_states(None, None, self.embed(prompt, input_ids))
+        logits = self.language_model.logits(states[:, len(prompt.input_ids) - 1 :])
+        return logits.astype(mx.float32)
+
+
+def calibrate(
+    folder: Path,
+    quantize: Quantize,
+    images: Path,
+    *,
+    epochs: int = EPOCHS,
+    learning_rate: float = LEARNING_RATE,
+    progress: bool = True,
+) -> Weights:
+    """Quantize a model and tune its decoder on a folder of images.
+
+    The source answers a question about each image: those of the folder's `.jsonl` files of
+    {"image", "question"}, or else "Describe the image.". The quantized model learns to give each
+    token of these answers the probability that the source gives it. Of all epochs, and of plain
+    rounding, the one nearest to the source on held-out answers is kept.
+
+    Args:
+        folder: a full-precision model.
+        quantize: as `quantize.settings` takes.
+        images: a folder of images.
+        epochs: how often each question is learned from.
+        learning_rate: of Adam, for scales and biases.
+        progress: show a bar.
+
+    Returns:
+        The tensors of the tuned layers in the mlx-vlm layout, float32 but for packed weights.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or it holds no images.
+        ValueError: nothing can be tuned, or a line or an image can't be read.
+    """
+    questions = list_questions(images)
+    student = load_model(folder, dtype="float32", quantize=quantize)
+    layers = tunable_layers(student)
+    if not layers:
+        raise ValueError(
+            "Calibration tunes affine layers of less than 8 bits, and the decoder would have none; "
+            "quantize to 6 bits or fewer."
+        )
+    processor = load_processor(folder)
+    teacher = load_model(folder)
+    prompts: list[Prompt] = []
+    sequences: Sequences = []
+    with progress_bar(len(questions), "Asking the source", shown=progress) as bar:
+        for number, (image, question) in enumerate(questions):
+            prompts.append(read_prompt(teacher, processor, image, question))
+            sequences.append(([number, *greedy_answer(teacher, processor, prompts[-1])], 0))
+            bar.update()
+    learner, target = Answering(student, prompts), Answering(teacher, prompts)
+    tune(learner, target, sequences, epochs, learning_rate, progress=progress)
+    tensors = to_checkpoint(student, folded=True)
+    return {name: tensors[name] for name in tensors if name.rpartition(".")[0] in layers}
+
+
+def list_questions(folder: Path) -> list[tuple[Path, str]]:
+    """(image, question) pairs of a folder; errors as `calibrate`."""
+    folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        raise FileNotFoundError(f"There is no folder {folder} of images to calibrate on.")
+    rows = [
+        row
+        for file in sorted(folder.glob("*.jsonl"))
+        for row in read_questions(file, ("image", "question"))
+    ]
+    questions = [(Path(row["image"]), row["question"]) for row in rows]
+    if not questions:
+        images = sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES)
+        questions = [(image, QUESTION) for image in images]
+    if not questions:
+        raise FileNotFoundError(f"{folder} holds no images to calibrate on.")
+    return questions
+
+
+def tunable_layers(model: FastVLM) -> set[str]:
+    """The layers that are tuned, by their names in a checkpoint: affine, below 8 bits."""
+    quantized = quantized_linears(to_checkpoint(model, folded=True), model.config)
+    return {
+        name
+        for name, settings in quantized
+        if settings["mode"] == "affine" and settings["bits"] < 8
+        if part_of(f"{name}.weight") in ("decoder", "embeddings")
+    }
+
+
+def read_prompt(model: FastVLM, processor: Processor, image: Path, question: str) -> Prompt:
+    """Encode an image and put its places into the tokens of a question."""
+    (pixel_values,), (size,) = preprocess_images(processor, [image])
+    features = model.vision_tower(pixel_values)
+    visual = model.merge_tiles(model.mm_projector(features), size)
+    mx.eval(features)
+    return Prompt(tokenize(model, processor, question, [visual], Options()), features, size)
+
+
+def greedy_answer(model: FastVLM, processor: Processor, prompt: Prompt) -> list[int]:
+    """The first tokens of the model's answer, with the one that ends it."""
+    input_ids = prompt.input_ids
+    embeddings = embed(model, prompt, mx.array([input_ids]))
+    limit = min(ANSWER_TOKENS, processor.max_length - len(input_ids))
+    answer = []
+    cache = model.make_kv_cache()
+    for token in generate_tokens(model, input_ids, embeddings, cache, Options(), limit):
+        answer.append(token)
+        if token in processor.tokenizer.eos_token_ids:
+            break
+    return answer
+
+
+def embed(model: FastVLM, prompt: Prompt, input_ids: mx.array) -> mx.array:
+    """[1, T] ids that begin with the prompt → [1, T, hidden_size] with its visual tokens."""
+    visual = model.merge_tiles(model.mm_projector(prompt.features), prompt.image_size)
+    return model.embed_inputs(input_ids, image_features=[visual])
+
+
+def tune(
+    learner: Answering,
+    target: Answering,
+    sequences: Sequences,
+    epochs: int,
+    learning_rate: float,
+    *,
+    progress: bool = True,
+) -> None:
+    """Train the learner's scales and biases, and leave it as good as it was at its best.
+
+    Args:
+        learner: quantized.
+        target: what it learns from.
+        sequences: the number of a prompt and its answer, and mlx_lm's offset, which is 0.
+        epochs, learning_rate: as `calibrate` takes.
+        progress: show a bar.
+    """
+    from mlx.optimizers import Adam
+    from mlx_lm.quant.dwq import dwq_quantize
+
+    held_out = sequences[::HELD_OUT]
+    trained = [sequence for i, sequence in enumerate(sequences) if i % HELD_OUT] or held_out
+    longest = max(len(ids) for ids, _ in sequences)
+
+    def targets(ids: mx.array, _: int, split: str) -> mx.array:
+        if split == "train":
+            bar.update()
+        return target(ids)
+
+    learner.freeze()
+    optimizer = Adam(learning_rate=learning_rate, bias_correction=True)
+    best, nearest = learner.parameters(), divergence(learner, target, held_out)
+    with progress_bar(epochs * len(trained), "Calibrating", shown=progress) as bar:
+        for epoch in range(epochs):
+            # mlx_lm prints as it trains, and has neither a switch for that nor one for epochs.
+            with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+                dwq_quantize(
+                    learner,
+                    targets,
+                    optimizer,
+                    trained,
+                    held_out[:1],
+                    batch_size=1,
+                    max_seq_length=longest + 1,
+                    seed=epoch,
+                    dtype=mx.float32,
+                    temperature=TEMPERATURE,
+                )
+            found = divergence(learner, target, held_out)
+            if found < nearest:
+                best, nearest = learner.parameters(), found
+    learner.update(best)
+    learner.eval()
+
+
+def divergence(learner: Answering, target: Answering, sequences: Sequences) -> float:
+    """Kullback-Leibler divergence of the learner's answers from the target's, in nats a token."""
+    from mlx_lm.tuner.losses import kl_div_loss
+
+    total, count = 0.0, 0
+    for ids, _ in sequences:
+        row = mx.array([ids[:-1]])
+        losses = kl_div_loss(learner(row), target(row))
+        total, count = total + losses.sum().item(), count + losses.size
+    return total / count
