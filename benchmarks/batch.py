@@ -95,7 +95,10 @@ def alone(
     model: fv.FastVLM, processor: fv.Processor, requests: list[Any], options: dict[str, Any]
 ) -> Tokens:
     return [
-        [part.token for part in stream_generate(model, processor, prompt, image=image, **options)]
+        [
+            response.token
+            for response in stream_generate(model, processor, prompt, image=image, **options)
+        ]
         for prompt, image in requests
     ]
 
@@ -104,8 +107,8 @@ def together(
     model: fv.FastVLM, processor: fv.Processor, requests: list[Request], options: dict[str, Any]
 ) -> Tokens:
     tokens: Tokens = [[] for _ in requests]
-    for i, part in stream_batch(model, processor, requests, **options):
-        tokens[i].append(part.token)
+    for i, response in stream_batch(model, processor, requests, **options):
+        tokens[i].append(response.token)
     return tokens
 
 

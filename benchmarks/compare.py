@@ -91,14 +91,14 @@ def folder_of(side: str, scratch: Path) -> Path:
 def write_folders(model: Path, scratch: Path, dtype: str, sides: Iterable[str]) -> None:
     """Convert a checkpoint to the layouts that the sides read."""
     from fastvlm_mlx.checkpoint.files import save_checkpoint, write_json
-    from fastvlm_mlx.checkpoint.read import read_whole
+    from fastvlm_mlx.checkpoint.read import read_checkpoint
     from fastvlm_mlx.convert import convert
 
     folder = convert(model, scratch / "mlx", dtype=dtype, progress=False)
     written = scratch / "transformers"
     if any(folder_of(side, scratch) == written for side in sides):
         # No tokenizer is needed, and so `convert` can't be asked: it looks there for <image>.
-        config, tensors = read_whole(folder)
+        config, tensors = read_checkpoint(folder)
         image_token = config.text.vocab_size - 1
         written.mkdir()
         write_json(written / "config.json", transformers.config_json(config, dtype, image_token))

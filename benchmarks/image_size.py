@@ -27,8 +27,10 @@ def measure(
     """Accuracy by task, and the median time to encode an image, alone, in seconds."""
     texts = [""] * len(rows)
     requests = [(row["question"], row["image"]) for row in rows]
-    for i, part in stream_batch(model, processor, requests, image_size=image_size, max_tokens=64):
-        texts[i] += part.text
+    for i, response in stream_batch(
+        model, processor, requests, image_size=image_size, max_tokens=64
+    ):
+        texts[i] += response.text
     right: dict[str, list[bool]] = defaultdict(list)
     for row, text in zip(rows, texts, strict=True):
         right[row["task"]].append(text.strip() == row["answer"].strip())
@@ -39,7 +41,7 @@ def measure(
     return {
         "image_size": image_size,
         "visual_tokens": processor.num_visual_tokens(image_size),
-        "encode_seconds": statistics.median(part.encode_time for part in times),
+        "encode_seconds": statistics.median(response.encode_time for response in times),
         **{task: sum(answers) / len(answers) for task, answers in right.items()},
     }
 

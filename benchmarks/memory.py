@@ -25,7 +25,7 @@ from random_checkpoint import SIZES, make_config
 from worker import DTYPES
 
 from fastvlm_mlx.checkpoint.load import quantize_like
-from fastvlm_mlx.checkpoint.names import to_checkpoint, to_memory
+from fastvlm_mlx.checkpoint.names import fuse, unfuse
 from fastvlm_mlx.checkpoint.quantize import quantize_checkpoint
 from fastvlm_mlx.config import FastVLMConfig
 from fastvlm_mlx.generation.decode import generate_tokens
@@ -41,13 +41,12 @@ def zero_model(size: str, layers: int, bits: int, dtype: mx.Dtype) -> FastVLM:
     """A model of a released size with so many layers, quantized as the library does, all zeros."""
     config = FastVLMConfig.from_dict(make_config(size, "bfloat16") | {"num_hidden_layers": layers})
     tensors = {
-        name: mx.zeros(tensor.shape, dtype)
-        for name, tensor in to_checkpoint(FastVLM(config)).items()
+        name: mx.zeros(tensor.shape, dtype) for name, tensor in unfuse(FastVLM(config)).items()
     }
     tensors, quantization, _ = quantize_checkpoint(tensors, config, bits)
     model = FastVLM(replace(config, quantization=quantization))
     quantize_like(model, tensors)
-    model.load_weights(list(to_memory(tensors, model.config).items()))
+    model.load_weights(list(fuse(tensors, model.config).items()))
     mx.eval(model.parameters())
     return model
 

@@ -18,10 +18,10 @@ from typing import Any
 
 import mlx.core as mx
 
-from fastvlm_mlx.checkpoint.files import folder_written_whole, save_checkpoint, write_json
+from fastvlm_mlx.checkpoint.files import atomic_folder, save_checkpoint, write_json
 from fastvlm_mlx.checkpoint.layouts import llava
 from fastvlm_mlx.checkpoint.load import DTYPES, cast
-from fastvlm_mlx.checkpoint.names import to_checkpoint
+from fastvlm_mlx.checkpoint.names import unfuse
 from fastvlm_mlx.config import FastVLMConfig
 from fastvlm_mlx.model.fastvlm import FastVLM
 
@@ -161,10 +161,10 @@ def write_checkpoint(
     """
     config = make_config(size, dtype)
     target = Path(target).expanduser()
-    with folder_written_whole(target, overwrite=overwrite) as folder:
+    with atomic_folder(target, overwrite=overwrite) as folder:
         write_json(folder / "config.json", config)
         # Nothing is computed before it is saved: a model's parameters are lazy, and so are these.
-        shapes = llava.from_mlx(to_checkpoint(FastVLM(FastVLMConfig.from_dict(config))))
+        shapes = llava.from_mlx(unfuse(FastVLM(FastVLMConfig.from_dict(config))))
         keys = mx.random.split(mx.random.key(seed), len(shapes))
         tensors = {
             name: cast(fill(name, like, key), DTYPES[dtype])

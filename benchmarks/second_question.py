@@ -31,7 +31,7 @@ def measure(model: fv.FastVLM, processor: fv.Processor, rounds: int) -> dict[str
         note(f"conversation {i} of {rounds}" if i else "warming up")
         chat = fv.Chat(model, processor, max_tokens=8)
         times = [
-            max(part.ttft for part in chat.ask(question, image=image, stream=True))
+            max(response.ttft for response in chat.ask(question, image=image, stream=True))
             for question, image in zip(QUESTIONS, (IMAGE, None), strict=True)
         ]
         if i:

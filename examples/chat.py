@@ -19,7 +19,7 @@ chat = fv.Chat(model, processor, image_size=args.image_size)
 image = args.image
 for question in args.questions:
     print(f"> {question}")
-    for part in chat.ask(question, image=image, stream=True):
-        print(part.text, end="", flush=True)
-    print(f"\n  (first token after {1000 * part.ttft:.0f} ms)")
+    for response in chat.ask(question, image=image, stream=True):
+        print(response.text, end="", flush=True)
+    print(f"\n  (first token after {1000 * response.ttft:.0f} ms)")
     image = None  # the conversation knows it from now on

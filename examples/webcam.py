@@ -30,7 +30,7 @@ try:
         seen, frame = camera.read()
         if not seen:
             sys.exit(f"Camera {args.camera} gives no more frames.")
-        parts = fv.stream_generate(
+        responses = fv.stream_generate(
             model,
             processor,
             args.prompt,
@@ -38,9 +38,9 @@ try:
             image_size=args.image_size,
             max_tokens=args.max_tokens,
         )
-        for part in parts:
-            print(part.text, end="", flush=True)
-        print(f"  ({1000 * part.ttft:.0f} ms)")
+        for response in responses:
+            print(response.text, end="", flush=True)
+        print(f"  ({1000 * response.ttft:.0f} ms)")
 except KeyboardInterrupt:
     pass
 finally:

@@ -20,8 +20,8 @@ from .convert import convert
 from .generation.batch import batch_generate
 from .generation.chat import Chat
 from .generation.generate import generate, stream_generate
-from .generation.prompt_cache import Reuse
-from .generation.response import Part
+from .generation.prompt_cache import PromptCache
+from .generation.response import Response
 from .image.load import load_image
 from .image.preprocess import preprocess
 from .model.fastvlm import FastVLM
@@ -33,9 +33,9 @@ __all__ = [
     "CheckpointError",
     "FastVLM",
     "FastVLMConfig",
-    "Part",
     "Processor",
-    "Reuse",
+    "PromptCache",
+    "Response",
     "__version__",
     "batch_generate",
     "convert",

@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 
 from .checkpoint.card import license_of, model_card
-from .checkpoint.files import check_target, folder_written_whole, save_checkpoint, write_json
+from .checkpoint.files import atomic_folder, check_target, save_checkpoint, write_json
 from .checkpoint.fold import Weights
 from .checkpoint.layouts import apple_export, llava, transformers
 from .checkpoint.layouts.coreml.program import PACKAGE, import_coremltools
@@ -25,7 +25,7 @@ from .checkpoint.processor_files import (
     write_processor,
 )
 from .checkpoint.quantize import Quantize, quantize_checkpoint
-from .checkpoint.read import read_whole
+from .checkpoint.read import read_checkpoint
 from .config import FastVLMConfig
 from .hub.resolve import resolve
 from .progress import progress_bar
@@ -87,7 +87,7 @@ def convert(
         if dtype not in (None, "float16"):
             raise ValueError(f"The apple-export layout is float16; leave out dtype, found {dtype}.")
         return export(source, target, revision=revision, quantize=quantize, overwrite=overwrite)
-    config, tensors = read_whole(folder)
+    config, tensors = read_checkpoint(folder)
     own = tensors["language_model.model.norm.weight"].dtype
     chosen = resolve_dtype(dtype or own, tensors)
     tensors = {name: cast(tensor, chosen) for name, tensor in tensors.items()}
@@ -98,7 +98,7 @@ def convert(
             print(f"In float, since the group size does not divide their width: {', '.join(kept)}")
     if quantization and layout != "mlx":
         raise ValueError(f"The {layout} layout holds no quantized weights; leave out quantize.")
-    with folder_written_whole(target, overwrite=overwrite) as temporary:
+    with atomic_folder(target, overwrite=overwrite) as temporary:
         if quantize is not None and calibrate is not None:
             tuned = tune(folder, quantize, Path(calibrate), progress=progress)
             tensors |= {name: cast(tensor, chosen) for name, tensor in tuned.items()}
@@ -176,7 +176,7 @@ def export(
     folder = resolve(source, revision=revision)
     target = Path(target).expanduser()
     check_target(target, folder)
-    config, tensors = read_whole(folder)
+    config, tensors = read_checkpoint(folder)
     if config.quantization:
         raise ValueError(f"{folder} is quantized already; export a full-precision source.")
     if config.mm_projector_type != "mlp2x_gelu" or "image_newline" in tensors:
@@ -188,7 +188,7 @@ def export(
     if quantize is not None:
         decoder, quantization, _ = quantize_checkpoint(decoder, config, quantize)
         quantization.pop("mode")  # which the app does not know
-    with folder_written_whole(target, overwrite=overwrite) as temporary:
+    with atomic_folder(target, overwrite=overwrite) as temporary:
         write_processor(folder, temporary, config.vision.image_size)
         image_token_index = write_image_token(folder, temporary)
         if image_token_index >= config.text.vocab_size:

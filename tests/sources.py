@@ -7,7 +7,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from fastvlm_mlx.checkpoint.names import quantized_linears
-from fastvlm_mlx.checkpoint.read import read_whole
+from fastvlm_mlx.checkpoint.read import read_checkpoint
 from fastvlm_mlx.hub.resolve import NANO
 
 
@@ -34,7 +34,7 @@ def with_tokenizer(folder: Path, target: Path) -> Path:
 
 def full_nano(target: Path) -> Path:
     """The bundled model with nothing in it quantized."""
-    config, tensors = read_whole(NANO)
+    config, tensors = read_checkpoint(NANO)
     for layer, settings in list(quantized_linears(tensors, config)):
         packed = [tensors.pop(f"{layer}.{name}") for name in ("weight", "scales", "biases")]
         tensors[f"{layer}.weight"] = mx.dequantize(*packed, **settings)

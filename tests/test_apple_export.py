@@ -24,9 +24,9 @@ from fastvlm_mlx.checkpoint.layouts.coreml.program import VISION, constant
 from fastvlm_mlx.checkpoint.layouts.coreml.reader import Reader
 from fastvlm_mlx.checkpoint.layouts.coreml.writer import Writer
 from fastvlm_mlx.checkpoint.load import cast
-from fastvlm_mlx.checkpoint.names import HEAD, to_checkpoint
+from fastvlm_mlx.checkpoint.names import HEAD, unfuse
 from fastvlm_mlx.checkpoint.quantize import quantize_checkpoint
-from fastvlm_mlx.checkpoint.read import read_checkpoint
+from fastvlm_mlx.checkpoint.read import read_layout
 from fastvlm_mlx.config import CheckpointError, FastVLMConfig, VisionConfig, load_config
 
 ct = pytest.importorskip("coremltools")
@@ -165,7 +165,7 @@ def expected(data: Path) -> dict[str, mx.array]:
 @pytest.fixture(scope="module")
 def encoder(small_folder: Path) -> fold.Weights:
     """The small model's tensors in the mlx-vlm layout, float32."""
-    return read_checkpoint(small_folder)[0]
+    return read_layout(small_folder)[0]
 
 
 @pytest.fixture(scope="module")
@@ -350,7 +350,7 @@ def random_encoder(config: VisionConfig) -> fold.Weights:
         name.removeprefix(VISION): mx.array(
             random.uniform(0.5, 1.5, tensor.shape).astype(np.float32)
         )
-        for name, tensor in to_checkpoint(model).items()
+        for name, tensor in unfuse(model).items()
         if name.startswith(VISION) and name != HEAD
     }
 

@@ -20,7 +20,7 @@ from sources import full_nano, with_tokenizer
 from fastvlm_mlx.checkpoint.files import read_tensors, save_checkpoint
 from fastvlm_mlx.checkpoint.layouts.coreml import writer
 from fastvlm_mlx.checkpoint.load import load_model
-from fastvlm_mlx.checkpoint.read import read_whole
+from fastvlm_mlx.checkpoint.read import read_checkpoint
 from fastvlm_mlx.config import CheckpointError
 from fastvlm_mlx.convert import WRITTEN
 from fastvlm_mlx.hub import registry as zoo
@@ -185,7 +185,7 @@ def test_core_mls_own_error_is_a_sentence(folder: Path, tmp_path: Path, monkeypa
     ct = pytest.importorskip("coremltools")
     pass
 
-    config, tensors = read_whole(folder)
+    config, tensors = read_checkpoint(folder)
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "from", None, "to")
     for error in (shutil.Error([("from", "to", str(full))]), RuntimeError("No room.\nAt all.")):
 

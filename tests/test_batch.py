@@ -47,8 +47,8 @@ def drive(batch: Batch) -> dict[int, str]:
     """Step until all requests have ended; the texts by id."""
     texts: dict[int, str] = {}
     while batch:
-        for id, part in batch.step():
-            texts[id] = texts.get(id, "") + part.text
+        for id, response in batch.step():
+            texts[id] = texts.get(id, "") + response.text
     return texts
 
 
@@ -73,16 +73,22 @@ def test_answers_at_full_size(nano: Nano) -> None:
 def test_tokens_and_counts_are_those_alone(nano: Nano) -> None:
     expected = [
         [
-            (part.token, part.text, part.prompt_tokens, part.generation_tokens, part.finish_reason)
-            for part in stream_generate(*nano, prompt, image=image, **SMALL)
+            (
+                response.token,
+                response.text,
+                response.prompt_tokens,
+                response.generation_tokens,
+                response.finish_reason,
+            )
+            for response in stream_generate(*nano, prompt, image=image, **SMALL)
         ]
         for prompt, image in REQUESTS
     ]
     found: list[Any] = [[] for _ in REQUESTS]
-    for i, part in stream_batch(*nano, REQUESTS, max_batch=4, **SMALL):
-        counts = (part.prompt_tokens, part.generation_tokens)
-        found[i].append((part.token, part.text, *counts, part.finish_reason))
-        assert 0 < part.preprocess_time < part.ttft
+    for i, response in stream_batch(*nano, REQUESTS, max_batch=4, **SMALL):
+        counts = (response.prompt_tokens, response.generation_tokens)
+        found[i].append((response.token, response.text, *counts, response.finish_reason))
+        assert 0 < response.preprocess_time < response.ttft
     assert found == expected
 
 
@@ -152,11 +158,11 @@ def test_conversation_arguments(nano: Nano) -> None:
 def test_answers_end_at_the_models_length(nano: Nano) -> None:
     model, processor = nano
     prompt, image = REQUESTS[0]
-    part = next(stream_generate(*nano, prompt, image=image, **SMALL))
-    short = replace(processor, max_length=part.prompt_tokens + 3)
+    response = next(stream_generate(*nano, prompt, image=image, **SMALL))
+    short = replace(processor, max_length=response.prompt_tokens + 3)
     options = {**SMALL, "max_tokens": 9}
-    parts = [part for _, part in stream_batch(model, short, REQUESTS[:1], **options)]
-    assert [part.finish_reason for part in parts] == [None, None, "length"]
+    responses = [response for _, response in stream_batch(model, short, REQUESTS[:1], **options)]
+    assert [response.finish_reason for response in responses] == [None, None, "length"]
 
 
 def test_what_prompts_begin_with_is_read_once(nano: Nano) -> None:
@@ -241,11 +247,11 @@ def test_requests_are_taken_as_they_are_needed(nano: Nano) -> None:
             yield "Hello!", None
 
     options = {**SMALL, "max_tokens": 1, "max_batch": 2, "encode_batch": 2}
-    parts = stream_batch(*nano, requests(), **options)
+    responses = stream_batch(*nano, requests(), **options)
     assert not taken
-    assert next(parts)[0] == 0
+    assert next(responses)[0] == 0
     assert 2 <= len(taken) <= 6
-    assert [i for i, _ in parts] == taken[1:] == list(range(1, 40))
+    assert [i for i, _ in responses] == taken[1:] == list(range(1, 40))
 
 
 # Driven step by step
@@ -258,8 +264,8 @@ def test_requests_come_at_any_time(nano: Nano, answers: list[str]) -> None:
     index_of: dict[int, int] = {}
     for i, (prompt, image) in enumerate(coming):
         index_of[batch.insert(prompt, image, **SMALL)] = i
-        for id, part in batch.step():
-            texts[id] = texts.get(id, "") + part.text
+        for id, response in batch.step():
+            texts[id] = texts.get(id, "") + response.text
     for id, text in drive(batch).items():
         texts[id] = texts.get(id, "") + text
     assert len(batch) == 0
@@ -314,7 +320,7 @@ def test_an_array_that_is_not_yet_computed(nano: Nano) -> None:
     assert batch_generate(*nano, [("Hi", 1 * pixels)], **SMALL) == [expected]
 
 
-# The parts
+# The responses
 
 
 def test_encode_together(nano: Nano) -> None:

@@ -214,5 +214,5 @@ def test_the_bundled_model(num_beams: int, nano: tuple[fv.FastVLM, fv.Processor]
     ends = processor.tokenizer.eos_token_ids
     answer = beam_search(model, embeddings, ends, num_beams=num_beams, max_tokens=16)
     greedy = stream_generate(model, processor, "Describe the image.", image=image)
-    assert answer == [part.token for part in greedy]
+    assert answer == [response.token for response in greedy]
     assert processor.tokenizer.decode(answer) == "The image shows 6 penguins."

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from fastvlm_mlx.checkpoint.load import load_model
 from fastvlm_mlx.checkpoint.names import is_folded, quantized_linears
-from fastvlm_mlx.checkpoint.read import read_whole
+from fastvlm_mlx.checkpoint.read import read_checkpoint
 from fastvlm_mlx.cli.main import app
 from fastvlm_mlx.convert import convert
 from fastvlm_mlx.evaluate.precision import precision_report
@@ -75,9 +75,9 @@ def test_it_is_nearer_to_its_source_than_plain_rounding(source, images, calibrat
 
 
 def test_scales_of_the_decoder_alone_change(source, calibrated, tmp_path):
-    _, exact = read_whole(source)
+    _, exact = read_checkpoint(source)
     plain_folder = convert(source, tmp_path / "plain", quantize=THREE, progress=False)
-    (_, plain), (_, tuned) = read_whole(plain_folder), read_whole(calibrated)
+    (_, plain), (_, tuned) = read_checkpoint(plain_folder), read_checkpoint(calibrated)
     assert plain.keys() == tuned.keys()
     changed = {name for name in plain if not mx.array_equal(plain[name], tuned[name])}
     assert changed == {
@@ -96,7 +96,7 @@ def test_parts_of_unlike_precision_are_tuned_where_they_can_be(source, images, t
     given = {"preset": "mixed-3-6", **group, "vision": {"bits": 4, **group}, "embeddings": "mxfp4"}
     plain = convert(source, tmp_path / "plain", quantize=given, progress=False)
     tuned = convert(source, tmp_path / "q", quantize=given, calibrate=images, progress=False)
-    (config, before), (_, after) = read_whole(plain), read_whole(tuned)
+    (config, before), (_, after) = read_checkpoint(plain), read_checkpoint(tuned)
     changed = {
         name.removesuffix(".scales")
         for name in before

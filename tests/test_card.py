@@ -6,7 +6,7 @@ from huggingface_hub import ModelCard
 from fastvlm_mlx.checkpoint.card import license_of, model_card
 from fastvlm_mlx.checkpoint.names import quantized_linears
 from fastvlm_mlx.checkpoint.quantize import plan
-from fastvlm_mlx.checkpoint.read import read_whole
+from fastvlm_mlx.checkpoint.read import read_checkpoint
 from fastvlm_mlx.config import load_config
 from fastvlm_mlx.hub import registry
 from fastvlm_mlx.hub.resolve import NANO
@@ -65,7 +65,7 @@ def test_a_card_of_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_table_of_what_is_quantized(small_folder: Path) -> None:
-    config, weights = read_whole(small_folder)
+    config, weights = read_checkpoint(small_folder)
     layers = plan(weights, config, {"bits": 4, "group_size": 32, "embeddings": {"mode": "mxfp8"}})
     rows = table_of(card := model_card("mine", small_folder, "bfloat16", layers=layers))
     counted = {row[0]: row[1:] for row in rows}
@@ -99,7 +99,7 @@ def test_a_quantized_encoder_is_read_here_alone() -> None:
 
 def test_a_card_of_the_bundled_model() -> None:
     config = load_config(NANO)
-    layers = dict(quantized_linears(read_whole(NANO)[1], config))
+    layers = dict(quantized_linears(read_checkpoint(NANO)[1], config))
     card = model_card("nano", NANO, "float16", layers=layers)
     assert {row[1] for row in table_of(card)} == {"8", "float16"}
 

@@ -73,15 +73,17 @@ class Stateless:
         self.images: list[Any] = []
 
     def ask(self, prompt: str, image: Any = None, read: int | None = None) -> str:
-        """The answer, or as much of it as `read` parts hold."""
+        """The answer, or as much of it as `read` responses hold."""
         images = [] if image is None else image if isinstance(image, list) else [image]
         marks = "" if "<image>" in prompt else "<image>\n" * len(images)
         self.turns.append({"role": "user", "content": marks + prompt})
         self.images += images
-        parts = stream_generate(
+        responses = stream_generate(
             self.model, self.processor, self.turns, image=self.images, **self.options
         )
-        answer = "".join(part.text for n, part in enumerate(parts) if read is None or n < read)
+        answer = "".join(
+            response.text for n, response in enumerate(responses) if read is None or n < read
+        )
         self.turns.append({"role": "assistant", "content": answer})
         return answer
 
@@ -145,10 +147,10 @@ def test_system_prompt(nano: Nano) -> None:
     options = {"system": "Hi.", "max_tokens": 5}
     chat, stateless = Chat(*nano, **options), Stateless(*nano, **options)
     for question in QUESTIONS[:2]:
-        (part, *_) = chat.ask(question, stream=True)
+        (response, *_) = chat.ask(question, stream=True)
         stateless.ask(question)
         plain = next(stream_generate(*nano, stateless.turns[:-1], max_tokens=1)).prompt_tokens
-        assert part.prompt_tokens < plain
+        assert response.prompt_tokens < plain
         assert chat.messages == stateless.turns
 
 
@@ -163,11 +165,13 @@ def test_sampling_repeats_with_a_seed() -> None:
 def test_stream(nano: Nano) -> None:
     chat = Chat(*nano, image_size=64)
     expected = generate(*nano, ASK, image=PENGUINS, image_size=64)
-    parts = list(chat.ask(ASK, image=PENGUINS, stream=True))
-    assert "".join(part.text for part in parts) == expected == chat.messages[-1]["content"]
-    assert parts[-1].finish_reason == "stop"
+    responses = list(chat.ask(ASK, image=PENGUINS, stream=True))
+    assert (
+        "".join(response.text for response in responses) == expected == chat.messages[-1]["content"]
+    )
+    assert responses[-1].finish_reason == "stop"
     (second, *_) = chat.ask(ASK, stream=True)
-    assert second.prompt_tokens > parts[-1].prompt_tokens + parts[-1].generation_tokens
+    assert second.prompt_tokens > responses[-1].prompt_tokens + responses[-1].generation_tokens
     assert second.ttft == pytest.approx(
         second.preprocess_time + second.encode_time + second.prefill_time
     )
@@ -238,11 +242,11 @@ def test_only_what_is_new_is_computed(options: dict, nano: Nano, counts: dict) -
 
 def test_an_answer_cut_short_is_computed_again_only_from_there(nano: Nano, counts: dict) -> None:
     chat = Chat(*nano, image_size=64)
-    parts = list(chat.ask(ASK, image=PENGUINS, stream=True, max_tokens=4))
+    responses = list(chat.ask(ASK, image=PENGUINS, stream=True, max_tokens=4))
     counts["positions"].clear()
     (last, *_) = chat.ask("Go on", stream=True, max_tokens=1)
     # The last token was given, but not run through the decoder.
-    assert counts["positions"] == [last.prompt_tokens - parts[-1].prompt_tokens - 3]
+    assert counts["positions"] == [last.prompt_tokens - responses[-1].prompt_tokens - 3]
 
 
 def test_stop_texts_leave_the_cache_useful(nano: Nano, counts: dict) -> None:
@@ -418,9 +422,9 @@ def test_an_interrupt_amid_the_layers(target: type, name: str, calls: int, strea
         with pytest.MonkeyPatch.context() as patch:
             interrupted_at(call, target, name, patch)
             with pytest.raises(KeyboardInterrupt):
-                "".join(part.text for part in chat.ask("Go on", stream=True)) if stream else (
-                    chat.ask("Go on")
-                )
+                "".join(
+                    response.text for response in chat.ask("Go on", stream=True)
+                ) if stream else (chat.ask("Go on"))
         assert [turn["content"] for turn in chat.messages[2::2]] == ["Go on"]
         answers.add(chat.messages[3]["content"])
         turns = [*chat.messages, {"role": "user", "content": "Then"}]

@@ -203,7 +203,7 @@ def test_json(run: Run) -> None:
     assert result.out.count("\n") == 1
     assert answer["text"] == ANSWER and answer["finish_reason"] == "stop"
     assert answer["generation_tokens"] == 8 and answer["ttft"] > 0
-    expected = {field.name for field in fields(fv.Part)} - {"token"}
+    expected = {field.name for field in fields(fv.Response)} - {"token"}
     assert answer.keys() == expected
 
 
@@ -256,7 +256,7 @@ def recorder(calls: list, result: Any) -> Callable[..., Any]:
 
 @pytest.mark.parametrize("cache", [{"kv_bits": 4}, {"max_kv_size": 64}], ids=str)
 def test_options_reach_generate(cache: dict, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    part = fv.Part("Well.", 1, 1, 1, 0.1, 0.1, 0.1, 0.3, 0.0, 0.1, "stop")
+    part = fv.Response("Well.", 1, 1, 1, 0.1, 0.1, 0.1, 0.3, 0.0, 0.1, "stop")
     loads: list[Any] = []
     calls: list[Any] = []
     weights, generate = map(
@@ -275,7 +275,7 @@ def test_options_reach_generate(cache: dict, run: Run, monkeypatch: pytest.Monke
     assert given["image"] == ["a.png", "b.png"]
     own = signature(fv.stream_generate).parameters.values()
     defaults = vars(Options()) | {p.name: p.default for p in own if p.kind is p.KEYWORD_ONLY}
-    assert {"reuse": None, **given} == {**defaults, **options, "image": given["image"]}
+    assert {"prompt_cache": None, **given} == {**defaults, **options, "image": given["image"]}
 
 
 @pytest.mark.parametrize("cache", [{"kv_bits": 4}, {"max_kv_size": 64}], ids=str)
@@ -721,7 +721,7 @@ def test_help_names_and_explains_every_option(name: str, run: Run) -> None:
 
 def test_flags_are_the_python_names() -> None:
     flags = {option for p in COMMANDS["generate"].params for option in p.opts}
-    python_only = {"logits_processor", "reuse"}
+    python_only = {"logits_processor", "prompt_cache"}
     names = [field.name for field in fields(Options)]
     names += [
         name

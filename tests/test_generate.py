@@ -19,7 +19,7 @@ from fastvlm_mlx.generation.decode import make_kv_cache
 from fastvlm_mlx.generation.generate import generate, stream_generate
 from fastvlm_mlx.generation.inputs import check_length, list_images
 from fastvlm_mlx.generation.options import Options
-from fastvlm_mlx.generation.response import Part, StopTexts, stream_parts
+from fastvlm_mlx.generation.response import Response, StopTexts, stream_responses
 from fastvlm_mlx.generation.sampling import keep_top_p, make_sampler
 from fastvlm_mlx.hub.resolve import NANO
 from fastvlm_mlx.model.fastvlm import FastVLM
@@ -48,7 +48,7 @@ def prompt_of(nano: Nano, image_size: int = 64) -> tuple[list[int], mx.array]:
 @pytest.fixture(scope="module")
 def tokens(nano: Nano) -> list[int]:
     """The greedy answer to the question about the small penguins."""
-    tokens = [part.token for part in stream_generate(*nano, ASK, **SMALL)]
+    tokens = [response.token for response in stream_generate(*nano, ASK, **SMALL)]
     assert len(tokens) > 5 and tokens[-1] == 742
     return tokens
 
@@ -64,11 +64,11 @@ def tokens_of(nano: Nano, text: str) -> list[int]:
 
 def parts_of(nano: Nano, tokens: list[int], stop: Sequence[str] = (), limit: int = 999) -> list:
     """What a stream of tokens becomes, without the model."""
-    return list(stream_parts(iter(tokens), nano[1], 5, stop, limit, (0.0, 0.0, 0.0)))
+    return list(stream_responses(iter(tokens), nano[1], 5, stop, limit, (0.0, 0.0, 0.0)))
 
 
-def text_of(parts: list[Part]) -> str:
-    return "".join(part.text for part in parts)
+def text_of(responses: list[Response]) -> str:
+    return "".join(response.text for response in responses)
 
 
 # Greedy
@@ -83,9 +83,9 @@ def test_greedy_equals_a_loop_without_cache(nano: Nano) -> None:
         tokens.append(int(mx.argmax(logits[0, -1])))
         added = model.language_model.embed_tokens(mx.array([tokens[-1:]]))
         embeddings = mx.concatenate([embeddings, added], axis=1)
-    parts = list(stream_generate(*nano, ASK, image=PENGUINS))
-    assert [part.token for part in parts] == tokens
-    assert text_of(parts) == processor.tokenizer.decode(tokens) == ANSWER
+    responses = list(stream_generate(*nano, ASK, image=PENGUINS))
+    assert [response.token for response in responses] == tokens
+    assert text_of(responses) == processor.tokenizer.decode(tokens) == ANSWER
     assert generate(*nano, ASK, image=PENGUINS) == ANSWER
 
 
@@ -163,8 +163,8 @@ def test_rotating_cache(nano: Nano, small_answer: str) -> None:
     expected = [int(token) for token, _ in steps]
     # mlx_lm processes the last token of the prompt by itself.
     alone = {"prefill_step_size": len(ids) - 1, "max_tokens": 8}
-    parts = stream_generate(*nano, ASK, **SMALL, max_kv_size=16, **alone)
-    found = [part.token for part in parts]
+    responses = stream_generate(*nano, ASK, **SMALL, max_kv_size=16, **alone)
+    found = [response.token for response in responses]
     assert found == expected[: len(found)]
 
 
@@ -304,7 +304,7 @@ def test_repetition_penalty_equals_a_loop(nano: Nano, tokens: list[int]) -> None
 
     def found(penalty: float) -> list[int]:
         options = {**SMALL, "max_tokens": limit, "repetition_penalty": penalty}
-        return [part.token for part in stream_generate(*nano, ASK, **options)]
+        return [response.token for response in stream_generate(*nano, ASK, **options)]
 
     assert found(penalty) == expected != tokens[:limit]
     assert found(1.0) == tokens[:limit]
@@ -362,17 +362,19 @@ def test_penalty_comes_before_the_processor(nano: Nano) -> None:
 def test_stop_texts_end_an_answer(stop: Any, expected: str, nano: Nano) -> None:
     tokens = [*tokens_of(nano, ANSWER), 742, *tokens_of(nano, "never read")]
     chosen = Options(stop=stop).stop
-    parts = parts_of(nano, tokens, chosen)
-    assert text_of(parts) == expected
-    assert [part.finish_reason for part in parts] == [None] * (len(parts) - 1) + ["stop"]
-    assert len(parts) < len(tokens)
+    responses = parts_of(nano, tokens, chosen)
+    assert text_of(responses) == expected
+    assert [response.finish_reason for response in responses] == [None] * (len(responses) - 1) + [
+        "stop"
+    ]
+    assert len(responses) < len(tokens)
 
 
 def test_stop_with_the_model(nano: Nano, small_answer: str) -> None:
     stop = small_answer[6:14]
-    parts = list(stream_generate(*nano, ASK, **SMALL, stop=[stop]))
-    assert text_of(parts) == small_answer.partition(stop)[0]
-    assert parts[-1].finish_reason == "stop"
+    responses = list(stream_generate(*nano, ASK, **SMALL, stop=[stop]))
+    assert text_of(responses) == small_answer.partition(stop)[0]
+    assert responses[-1].finish_reason == "stop"
     assert generate(*nano, ASK, **SMALL, stop=small_answer[-1]) == small_answer[:-1]
 
 
@@ -430,19 +432,22 @@ def test_one_stop_text_does_not_depend_on_chunks(text: str, stop: str, cuts: lis
 
 def test_max_tokens(nano: Nano, tokens: list[int]) -> None:
     for limit in (1, 2, len(tokens) - 1, len(tokens), len(tokens) + 1):
-        parts = list(stream_generate(*nano, ASK, **SMALL, max_tokens=limit))
-        assert [part.token for part in parts] == tokens[:limit]
-        assert text_of(parts) == nano[1].tokenizer.decode(tokens[:limit])
-        reasons = [part.finish_reason for part in parts]
+        responses = list(stream_generate(*nano, ASK, **SMALL, max_tokens=limit))
+        assert [response.token for response in responses] == tokens[:limit]
+        assert text_of(responses) == nano[1].tokenizer.decode(tokens[:limit])
+        reasons = [response.finish_reason for response in responses]
         last = "length" if limit < len(tokens) else "stop"
-        assert reasons == [None] * (len(parts) - 1) + [last]
+        assert reasons == [None] * (len(responses) - 1) + [last]
 
 
 def test_every_end_token_ends(nano: Nano) -> None:
     for end in nano[1].tokenizer.eos_token_ids:
-        parts = parts_of(nano, [32, end, 33])
-        assert [(part.token, part.finish_reason) for part in parts] == [(32, None), (end, "stop")]
-        assert text_of(parts) == nano[1].tokenizer.decode([32])
+        responses = parts_of(nano, [32, end, 33])
+        assert [(response.token, response.finish_reason) for response in responses] == [
+            (32, None),
+            (end, "stop"),
+        ]
+        assert text_of(responses) == nano[1].tokenizer.decode([32])
 
 
 tokenizer = load_processor(NANO).tokenizer
@@ -454,39 +459,41 @@ def test_characters_come_whole(text: str, cut: int) -> None:
     tokens = tokenizer.encode(text)
     tokens = tokens[: max(len(tokens) - cut, 1)]
     processor = Processor(tokenizer, image_size=64)
-    parts = list(stream_parts(iter(tokens), processor, 5, (), len(tokens), (0.0, 0.0, 0.0)))
-    assert [part.token for part in parts] == tokens
-    assert parts[-1].finish_reason == "length"
-    assert all("\ufffd" not in part.text for part in parts[:-1])
+    responses = list(stream_responses(iter(tokens), processor, 5, (), len(tokens), (0.0, 0.0, 0.0)))
+    assert [response.token for response in responses] == tokens
+    assert responses[-1].finish_reason == "length"
+    assert all("\ufffd" not in response.text for response in responses[:-1])
     # What was held back comes at last, even half a character.
     utf8 = b"".join(map(tokenizer.token_bytes, tokens))
-    assert text_of(parts) == utf8.decode("utf-8", "replace")
+    assert text_of(responses) == utf8.decode("utf-8", "replace")
 
 
 def test_held_back_text_comes_with_the_last_token(nano: Nano) -> None:
     tokens = tokens_of(nano, "A penguin")
-    parts = parts_of(nano, tokens, ["penguins and more"], limit=len(tokens))
-    assert text_of(parts) == "A penguin" and parts[-1].finish_reason == "length"
+    responses = parts_of(nano, tokens, ["penguins and more"], limit=len(tokens))
+    assert text_of(responses) == "A penguin" and responses[-1].finish_reason == "length"
 
 
 def test_a_stop_text_at_the_limit(nano: Nano) -> None:
     tokens = tokens_of(nano, "A penguin.")
-    parts = parts_of(nano, tokens, ["."], limit=len(tokens))
-    assert text_of(parts) == "A penguin" and parts[-1].finish_reason == "stop"
+    responses = parts_of(nano, tokens, ["."], limit=len(tokens))
+    assert text_of(responses) == "A penguin" and responses[-1].finish_reason == "stop"
 
 
 def test_counts_and_timings(nano: Nano) -> None:
     started = time.perf_counter()
-    parts = list(stream_generate(*nano, ASK, image=PENGUINS))
+    responses = list(stream_generate(*nano, ASK, image=PENGUINS))
     elapsed = time.perf_counter() - started
-    assert [part.generation_tokens for part in parts] == list(range(1, 9))
-    assert {part.prompt_tokens for part in parts} == {len(prompt_of(nano, 256)[0])}
-    first, last = parts[0], parts[-1]
-    for part in parts:
-        assert part.preprocess_time > 0 and part.encode_time > 0 and part.prefill_time > 0
-        total = part.preprocess_time + part.encode_time + part.prefill_time
-        assert part.ttft == pytest.approx(total) == pytest.approx(first.ttft)
-        assert 0 < part.peak_memory < 100
+    assert [response.generation_tokens for response in responses] == list(range(1, 9))
+    assert {response.prompt_tokens for response in responses} == {len(prompt_of(nano, 256)[0])}
+    first, last = responses[0], responses[-1]
+    for response in responses:
+        assert (
+            response.preprocess_time > 0 and response.encode_time > 0 and response.prefill_time > 0
+        )
+        total = response.preprocess_time + response.encode_time + response.prefill_time
+        assert response.ttft == pytest.approx(total) == pytest.approx(first.ttft)
+        assert 0 < response.peak_memory < 100
     assert first.ttft < elapsed
     assert 7 / last.generation_tps < elapsed
 
@@ -497,17 +504,17 @@ def test_tokens_per_second_count_from_the_first(
     seconds = iter([10.0, 10.5, 11.0, 12.0])
     monkeypatch.setattr(time, "perf_counter", lambda: next(seconds))
     tokens = iter([32, 33, 34, 35])
-    parts = list(stream_parts(tokens, nano[1], 5, (), 4, (7.0, 8.0, 8.5)))
-    assert [part.generation_tps for part in parts] == [0, 2, 2, 1.5]
-    assert {(part.ttft, part.preprocess_time, part.encode_time) for part in parts} == {
-        (3.0, 1.0, 0.5)
-    }
+    responses = list(stream_responses(tokens, nano[1], 5, (), 4, (7.0, 8.0, 8.5)))
+    assert [response.generation_tps for response in responses] == [0, 2, 2, 1.5]
+    assert {
+        (response.ttft, response.preprocess_time, response.encode_time) for response in responses
+    } == {(3.0, 1.0, 0.5)}
 
 
 def test_text_only_takes_no_time_for_images(nano: Nano) -> None:
-    (part,) = stream_generate(*nano, "What is this?", max_tokens=1)
-    assert part.encode_time < 0.01
-    assert part.prompt_tokens == len(
+    (response,) = stream_generate(*nano, "What is this?", max_tokens=1)
+    assert response.encode_time < 0.01
+    assert response.prompt_tokens == len(
         build_prompt(nano[1].tokenizer, "What is this?", num_visual_tokens=[])
     )
 
@@ -606,8 +613,8 @@ def test_prompt_at_the_limit(nano: Nano) -> None:
     length = len(prompt_of(nano)[0])
     for room in (1, 3):
         tight = replace(processor, max_length=length + room)
-        parts = list(stream_generate(model, tight, ASK, **SMALL))
-        assert len(parts) == room and parts[-1].finish_reason == "length"
+        responses = list(stream_generate(model, tight, ASK, **SMALL))
+        assert len(responses) == room and responses[-1].finish_reason == "length"
     for limit in (length, length - 1, 1):
         with pytest.raises(ValueError, match=rf"has {length} tokens.* limit is {limit} "):
             stream_generate(model, replace(processor, max_length=limit), ASK, **SMALL)
@@ -651,8 +658,10 @@ def test_marks_say_where_images_go(nano: Nano, small_answer: str) -> None:
 
 @pytest.mark.parametrize("image_size", [64, 128, 320, 512])
 def test_image_size(image_size: int, nano: Nano) -> None:
-    part = next(stream_generate(*nano, ASK, image=PENGUINS, image_size=image_size, max_tokens=1))
-    assert part.prompt_tokens == len(prompt_of(nano)[0]) - 1 + (image_size // 64) ** 2
+    response = next(
+        stream_generate(*nano, ASK, image=PENGUINS, image_size=image_size, max_tokens=1)
+    )
+    assert response.prompt_tokens == len(prompt_of(nano)[0]) - 1 + (image_size // 64) ** 2
 
 
 def test_native_image_size_is_the_default(nano: Nano) -> None:
@@ -731,8 +740,9 @@ def test_two_streams_at_once(nano: Nano) -> None:
         stream_generate(*nano, ASK, image=image, image_size=64) for image in (PENGUINS, PANDA)
     ]
     texts = ["", ""]
-    for parts in zip_longest(*streams):
+    for responses in zip_longest(*streams):
         texts = [
-            text + (part.text if part else "") for text, part in zip(texts, parts, strict=True)
+            text + (response.text if response else "")
+            for text, response in zip(texts, responses, strict=True)
         ]
     assert texts == expected and texts[0] != texts[1]

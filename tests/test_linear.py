@@ -7,7 +7,7 @@ import pytest
 from fastvlm_mlx.ops import QuantizedEmbedding, QuantizedLinear, cpu
 from fastvlm_mlx.ops import linear as project
 from fastvlm_mlx.ops import quantize as quantize_layers
-from fastvlm_mlx.ops.cpu import MANY_ROWS, times_row
+from fastvlm_mlx.ops.cpu import MANY_ROWS, row_matmul
 
 MODES = pytest.mark.parametrize(
     "settings",
@@ -26,10 +26,10 @@ MODES = pytest.mark.parametrize(
 def products(monkeypatch, assume) -> list[str]:
     """The quantized products made in the test: "rows" by MLX, or "written out"."""
     made = []
-    times_quantized, quantized_matmul = cpu.times_quantized, mx.quantized_matmul
+    dequantized_matmul, quantized_matmul = cpu.dequantized_matmul, mx.quantized_matmul
     assume("cpu")
     monkeypatch.setattr(
-        cpu, "times_quantized", lambda *a: made.append("written out") or times_quantized(*a)
+        cpu, "dequantized_matmul", lambda *a: made.append("written out") or dequantized_matmul(*a)
     )
     monkeypatch.setattr(
         mx, "quantized_matmul", lambda *a, **k: made.append("rows") or quantized_matmul(*a, **k)
@@ -106,8 +106,8 @@ def test_quantize_layers_takes_those_that_have_settings():
 def test_times_row(outputs):
     mx.random.seed(0)
     x, weight = mx.random.normal((1, 1, 96)), mx.random.normal((outputs, 96))
-    assert times_row(x, weight).shape == (1, 1, outputs)
-    assert close(times_row(x, weight), x @ weight.T)
+    assert row_matmul(x, weight).shape == (1, 1, outputs)
+    assert close(row_matmul(x, weight), x @ weight.T)
 
 
 @pytest.mark.parametrize("rows", [1, 3])

@@ -344,11 +344,11 @@ def test_tiled_images_end_to_end(merge_type: str, nano: tuple[fv.FastVLM, fv.Pro
     for count in (1, 2, 5):
         pixels = [processor.preprocess(image) for image in images[:count]]
         visual = model.encode_images(pixels, SIZES[:count])
-        part = next(
+        response = next(
             stream_generate(model, processor, "What is this?", image=images[:count], max_tokens=1)
         )
         # Each image is followed by a newline.
-        assert part.prompt_tokens == empty.prompt_tokens + sum(map(len, visual)) + count
+        assert response.prompt_tokens == empty.prompt_tokens + sum(map(len, visual)) + count
     assert generate(model, processor, "What is this?", image=images, max_tokens=4) == generate(
         model, processor, f"{'<image>' + chr(10)}" * 5 + "What is this?", image=images, max_tokens=4
     )

@@ -28,7 +28,7 @@ def names(cases: list[dict]) -> list[str]:
 @pytest.mark.parametrize("case", REFERENCE, ids=names(REFERENCE))
 def test_tokens_equal_the_reference(case: dict, nano: Nano) -> None:
     parts = stream_generate(*nano, case["question"], image=DATA / case["image"])
-    assert [part.token for part in parts] == case["output_ids"]
+    assert [response.token for response in parts] == case["output_ids"]
     assert fv.generate(*nano, case["question"], image=DATA / case["image"]) == case["output_text"]
 
 

@@ -25,7 +25,7 @@ EMBEDDING_ROWS = 768
 # The folder of a model that transformers trained has such a template: contents are lists of parts.
 PARTS_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n"
-    "{% for part in message.content | selectattr('type', 'equalto', 'text') %}{{ part.text }}"
+    "{% for part in message.content | selectattr('type', 'equalto', 'text') %}{{ response.text }}"
     "{% endfor %}<|im_end|>\n{% endfor %}"
 )
 

@@ -16,9 +16,9 @@ from fastvlm_mlx.checkpoint.quantize import (
     quantize_checkpoint,
     settings,
 )
-from fastvlm_mlx.checkpoint.read import read_whole
+from fastvlm_mlx.checkpoint.read import read_checkpoint
 from fastvlm_mlx.convert import convert
-from fastvlm_mlx.ops import SideBySide
+from fastvlm_mlx.ops import UnfusedLinear
 
 IDS = mx.array([[5, 9, 11, -200, -200, -200, -200, 17, 23]])
 
@@ -90,7 +90,7 @@ def test_parts_have_their_own_settings(small_folder):
 
 
 def test_layers_that_no_group_divides_stay_and_are_listed(small_folder):
-    config, tensors = read_whole(small_folder)
+    config, tensors = read_checkpoint(small_folder)
     given = {"vision": {"bits": 8, "group_size": 32}}
     packed, entry, kept = quantize_checkpoint(tensors, config, given)
     assert "vision_tower.stem.pointwise" in kept  # 16 channels
@@ -110,8 +110,8 @@ def test_mixed_presets_give_sensitive_layers_more_bits(small_folder, tmp_path, p
     assert sensitive and all(n.endswith(("v_proj", "down_proj", "lm_head")) for n in sensitive)
     assert written["bits"] == low
     model = load_model(folder)
-    assert leaves(model, SideBySide) or any(
-        isinstance(layer.self_attn.qkv_proj, SideBySide) for layer in model.layers
+    assert leaves(model, UnfusedLinear) or any(
+        isinstance(layer.self_attn.qkv_proj, UnfusedLinear) for layer in model.layers
     )
     assert mx.isfinite(outputs(model)[1]).all()
 
@@ -126,7 +126,7 @@ def test_sensitive_layers_are_those_of_mlx_lm():
 
 def test_quantizing_commutes_with_folding(small_folder):
     """Scaling the rows of packed weights is scaling their scales and biases."""
-    _, tensors = read_whole(small_folder)
+    _, tensors = read_checkpoint(small_folder)
     name = "vision_tower.vision_model.network.7.0.convffn.fc2.weight"
     matrix = tensors[name].flatten(1)
     scale = mx.random.uniform(0.1, 2, (matrix.shape[0], 1))

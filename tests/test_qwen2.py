@@ -11,7 +11,7 @@ from mlx.utils import tree_map
 from mlx_lm.generate import generate_step
 from mlx_lm.models import cache as mlx_lm_cache
 
-from fastvlm_mlx.checkpoint.names import to_checkpoint
+from fastvlm_mlx.checkpoint.names import unfuse
 from fastvlm_mlx.config import FastVLMConfig
 from fastvlm_mlx.generation.decode import generate_tokens
 from fastvlm_mlx.generation.options import Options
@@ -60,7 +60,7 @@ def reference_of(model: FastVLM) -> mlx_lm.models.qwen2.Model:
     prefix = "language_model."
     weights = {
         name.removeprefix(prefix): value
-        for name, value in to_checkpoint(model).items()
+        for name, value in unfuse(model).items()
         if name.startswith(prefix)
     }
     reference.load_weights(list(weights.items()), strict=True)

@@ -5,7 +5,7 @@ import mlx.core as mx
 import pytest
 
 from fastvlm_mlx.checkpoint.names import quantized_linears
-from fastvlm_mlx.checkpoint.read import read_whole
+from fastvlm_mlx.checkpoint.read import read_checkpoint
 from fastvlm_mlx.cli.main import quantize_settings
 from fastvlm_mlx.evaluate.precision import SAMPLES, precision_report, token_agreement
 from fastvlm_mlx.evaluate.questions import read_questions
@@ -16,7 +16,7 @@ from fastvlm_mlx.hub.resolve import NANO
 def full(tmp_path_factory):
     """The bundled model at float16, as a folder."""
     folder = tmp_path_factory.mktemp("full")
-    config, tensors = read_whole(NANO)
+    config, tensors = read_checkpoint(NANO)
     for layer, settings in list(quantized_linears(tensors, config)):
         packed = [tensors.pop(f"{layer}.{name}") for name in ("weight", "scales", "biases")]
         tensors[f"{layer}.weight"] = mx.dequantize(*packed, **settings)

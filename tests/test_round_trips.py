@@ -19,7 +19,7 @@ from fastvlm_mlx.checkpoint.files import read_tensors
 from fastvlm_mlx.checkpoint.layouts import llava, transformers
 from fastvlm_mlx.checkpoint.load import load_processor
 from fastvlm_mlx.checkpoint.names import quantized_linears
-from fastvlm_mlx.checkpoint.read import read_whole
+from fastvlm_mlx.checkpoint.read import read_checkpoint
 from fastvlm_mlx.config import load_config
 from fastvlm_mlx.convert import WRITTEN, convert
 from fastvlm_mlx.hub.resolve import NANO
@@ -56,7 +56,7 @@ def tensors_of(folder: Path) -> fold.Weights:
 
 def folded(folder: Path) -> fold.Weights:
     """What a folder holds, whatever its layout: the encoder folded, in the names of memory."""
-    config, tensors = read_whole(folder)
+    config, tensors = read_checkpoint(folder)
     encoder = fold.fold_encoder(lambda name: tensors.pop(VISION + name), config.vision)
     tensors = {name: t for name, t in tensors.items() if not name.startswith(VISION)}
     return tensors | encoder
@@ -244,7 +244,7 @@ def test_a_quantized_folder_computes_with_what_it_holds(source, tmp_path, quanti
     """The same as one that holds its weights expanded, in float32."""
     given = {"bits": 4, "group_size": 32} if quantize == "4" else quantize
     packed = convert(source, tmp_path / "packed", quantize=given, progress=False)
-    config, tensors = read_whole(packed)
+    config, tensors = read_checkpoint(packed)
     for layer, settings in list(quantized_linears(tensors, config)):
         names = [f"{layer}.{name}" for name in ("weight", "scales", "biases")]
         parts = [tensors.pop(name) for name in names if name in tensors]
@@ -263,7 +263,7 @@ def test_a_quantized_folder_computes_with_what_it_holds(source, tmp_path, quanti
 def test_a_quantized_decoder_of_the_app_keeps_its_bits(data, tmp_path):
     once = data / "apple-export-small"
     folder = convert(once, tmp_path / "mlx", progress=False)
-    found, wanted = tensors_of(folder), read_whole(once)[1]
+    found, wanted = tensors_of(folder), read_checkpoint(once)[1]
     decoder = [name for name in wanted if name.startswith(("language_model.", "mm_projector."))]
     assert any(name.endswith(".scales") for name in decoder)
     assert all(mx.array_equal(found[name], wanted[name]) for name in decoder)
@@ -292,7 +292,7 @@ def rounded_blocks(tensors: fold.Weights) -> fold.Weights:
 
 def test_quantizing_commutes_with_folding(small_folder):
     """Of every layer of every block: scaling rows scales their groups, and no more."""
-    config, tensors = read_whole(small_folder)
+    config, tensors = read_checkpoint(small_folder)
     encoder = {n.removeprefix(VISION): t for n, t in tensors.items() if n.startswith(VISION)}
 
     def fold_all(source: fold.Weights) -> fold.Weights:

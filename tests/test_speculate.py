@@ -14,7 +14,7 @@ from fastvlm_mlx.generation.decode import generate_tokens, make_kv_cache
 from fastvlm_mlx.generation.drafters import Drafter, DraftModel, PromptLookup
 from fastvlm_mlx.generation.inputs import read_inputs
 from fastvlm_mlx.generation.options import Options
-from fastvlm_mlx.generation.response import stream_parts
+from fastvlm_mlx.generation.response import stream_responses
 from fastvlm_mlx.generation.speculate import (
     agree,
     check_vocabularies,
@@ -324,7 +324,7 @@ def test_ends_inside_a_draft(stop: tuple[str, ...], nano: Nano, question: dict[s
         cache, drafter = model.make_kv_cache(), Guess(tokens, 9)
         answer = speculate_tokens(model, ids, embeddings, cache, GREEDY, limit, drafter)
         found, expected = (
-            list(stream_parts(stream, processor, len(ids), stop, limit, (0.0, 0.0, 0.0)))
+            list(stream_responses(stream, processor, len(ids), stop, limit, (0.0, 0.0, 0.0)))
             for stream in (answer, iter(tokens[:limit]))
         )
         assert drafter.drafted == drafter.accepted > (0 if limit > 2 else -1)

@@ -8,7 +8,7 @@ from fastvlm_mlx.checkpoint import processor_files
 from fastvlm_mlx.checkpoint.files import read_tensors
 from fastvlm_mlx.checkpoint.layouts import llava, transformers
 from fastvlm_mlx.checkpoint.load import load_model
-from fastvlm_mlx.checkpoint.read import read_checkpoint
+from fastvlm_mlx.checkpoint.read import read_layout
 from fastvlm_mlx.config import FastVLMConfig
 from fastvlm_mlx.convert import convert
 from fastvlm_mlx.hub.resolve import NANO
@@ -81,8 +81,8 @@ def test_a_folder_written_in_a_layout_is_read_back(small_folder, tmp_path, small
             convert(source, tmp_path / "written", layout=layout, progress=False)
         return
     written = convert(source, tmp_path / "written", layout=layout, progress=False)
-    tensors, found = read_checkpoint(written)
-    original, _ = read_checkpoint(source)
+    tensors, found = read_layout(written)
+    original, _ = read_layout(source)
     assert found is llava and tensors.keys() == original.keys()
     assert all(mx.array_equal(tensors[name], original[name]) for name in original)
     assert json.loads((written / "config.json").read_text())["hidden_size"] == config["hidden_size"]

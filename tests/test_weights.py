@@ -15,12 +15,12 @@ import pytest
 from mlx.utils import tree_flatten
 
 import fastvlm_mlx as fv
-from fastvlm_mlx.checkpoint.files import folder_written_whole, save_checkpoint
+from fastvlm_mlx.checkpoint.files import atomic_folder, save_checkpoint
 from fastvlm_mlx.checkpoint.layouts import llava, mlx_vlm
 from fastvlm_mlx.checkpoint.load import cast, load_model, load_processor
-from fastvlm_mlx.checkpoint.names import to_checkpoint, to_memory
+from fastvlm_mlx.checkpoint.names import fuse, unfuse
 from fastvlm_mlx.checkpoint.quantize import quantize_checkpoint
-from fastvlm_mlx.checkpoint.read import check_tensors, read_checkpoint, trust_tensors
+from fastvlm_mlx.checkpoint.read import check_tensors, read_layout, trust_tensors
 from fastvlm_mlx.config import CheckpointError, FastVLMConfig, load_config
 from fastvlm_mlx.hub.resolve import NANO
 from fastvlm_mlx.model.fastvlm import FastVLM
@@ -176,14 +176,14 @@ def test_logits_and_greedy_tokens_equal_the_reference(model, expected, i):
 @pytest.mark.parametrize("size", TEXT)
 def test_tensors_of_the_original_checkpoints(data, size):
     with peak_memory() as used:
-        found = llava.from_mlx(to_checkpoint(FastVLM(released_config(size))))
+        found = llava.from_mlx(unfuse(FastVLM(released_config(size))))
     assert shapes_of(found) == manifest(data, f"llava-fastvithd_{size}")
     assert used[0] < MIB
 
 
 def test_tensors_of_the_mlx_layout(data):
     with peak_memory() as used:
-        found = to_checkpoint(FastVLM(released_config("0.5b")))
+        found = unfuse(FastVLM(released_config("0.5b")))
     assert shapes_of(found) == manifest(data, "mlx-vlm_0.5b_fp16")
     assert used[0] < MIB
 
@@ -191,7 +191,7 @@ def test_tensors_of_the_mlx_layout(data):
 def test_tensors_of_the_mlx_layout_quantized(data):
     with peak_memory() as used:
         found = quantize_checkpoint(
-            to_checkpoint(FastVLM(released_config("0.5b"))), released_config("0.5b"), 4
+            unfuse(FastVLM(released_config("0.5b"))), released_config("0.5b"), 4
         )[0]
     assert shapes_of(found) == manifest(data, "mlx-vlm_0.5b_q4")
     assert used[0] < MIB
@@ -216,7 +216,7 @@ def test_released_tensors_in_the_original_layout_are_taken(data, size):
 
 
 def test_the_encoder_has_125_1_million_parameters():
-    tensors = to_checkpoint(FastVLM(released_config("0.5b")))
+    tensors = unfuse(FastVLM(released_config("0.5b")))
     count = sum(math.prod(t.shape) for n, t in tensors.items() if n.startswith("vision_tower."))
     assert round(count / 1e6, 1) == 125.1
 
@@ -630,7 +630,7 @@ def big_folder(folder: Path, dtype: mx.Dtype, width: int) -> int:
     config = json.loads((folder / "config.json").read_text())
     config |= {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": 8}
     (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 16 * width}))
-    tensors = to_checkpoint(FastVLM(load_config(folder)))
+    tensors = unfuse(FastVLM(load_config(folder)))
     tensors = {name: tensor.astype(dtype) for name, tensor in tensors.items()}
     mx.save_safetensors(str(folder / "model.safetensors"), llava.from_mlx(tensors))
     return sum(tensor.nbytes for tensor in tensors.values())
@@ -666,7 +666,7 @@ def test_quantizing_while_loading_never_holds_the_weights(folder):
 def test_tensors_are_read_when_they_are_needed(request, form):
     found = request.getfixturevalue(form)
     with peak_memory() as used:
-        tensors, _ = read_checkpoint(found)
+        tensors, _ = read_layout(found)
     assert used[0] < 0.01 * sum(tensor.nbytes for tensor in tensors.values())
 
 
@@ -674,8 +674,8 @@ def test_tensors_are_read_when_they_are_needed(request, form):
 
 
 def test_to_checkpoint_is_the_inverse_of_to_memory(small):
-    tensors = to_checkpoint(small)
-    again = to_memory(dict(tensors), small.config)
+    tensors = unfuse(small)
+    again = fuse(dict(tensors), small.config)
     parameters = dict(tree_flatten(small.parameters()))
     assert again.keys() == parameters.keys()
     assert all(mx.allclose(again[k], parameters[k], rtol=1e-6, atol=0) for k in again)
@@ -715,7 +715,7 @@ def test_saving_holds_one_shard_at_most(tmp_path):
 
 
 def write_into(target: Path, *, overwrite: bool = False, text: str = "new") -> None:
-    with folder_written_whole(target, overwrite=overwrite) as temporary:
+    with atomic_folder(target, overwrite=overwrite) as temporary:
         assert temporary != target and temporary.is_dir()
         (temporary / "file").write_text(text)
 
@@ -767,7 +767,7 @@ def test_after_a_failure_all_is_as_before(tmp_path, old, failure):
     for target in (tmp_path / "another", old):
         with (
             pytest.raises(type(failure)),
-            folder_written_whole(target, overwrite=True) as temporary,
+            atomic_folder(target, overwrite=True) as temporary,
         ):
             (temporary / "file").write_text("new")
             raise failure

@@ -171,7 +171,7 @@ def check_target(target: Path, source: Path) -> None:
 
 
 @contextmanager
-def folder_written_whole(target: Path, *, overwrite: bool) -> Iterator[Path]:
+def atomic_folder(target: Path, *, overwrite: bool) -> Iterator[Path]:
     """A temporary folder that becomes `target` when the block ends well, and else disappears.
 
     Raises:

@@ -13,14 +13,14 @@ from mlx.utils import tree_flatten
 from ..config import load_config, read_json
 from ..hub.resolve import resolve
 from ..model.fastvlm import FastVLM
-from ..ops import SideBySide, on_cpu, on_metal
+from ..ops import UnfusedLinear, on_cpu, on_metal
 from ..ops import quantize as quantize_layers
 from ..processor import Processor
 from ..text.tokenizer import Tokenizer
 from .fold import Weights
-from .names import DECODER, _apart, _fused_rows, quantized_linears, source_name, to_memory
+from .names import DECODER, _apart, _fused_rows, fuse, quantized_linears, source_name
 from .quantize import Quantize, quantize_checkpoint
-from .read import read_whole
+from .read import read_checkpoint
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 READ_AT_ONCE = 10**8  # bytes; enough for parallel reads
@@ -89,7 +89,7 @@ def load_model(
     folder = Path(folder).expanduser()
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no model folder {folder}.")
-    config, weights = read_whole(folder)
+    config, weights = read_checkpoint(folder)
     target = resolve_dtype(dtype, weights)
     if quantize is not None or target == mx.float32:
         weights = {name: cast(tensor, target) for name, tensor in weights.items()}
@@ -98,7 +98,7 @@ def load_model(
         config = replace(config, quantization=quantization)
     model = FastVLM(config)
     quantize_like(model, weights)
-    parameters = to_memory(weights, config)
+    parameters = fuse(weights, config)
     model.load_weights([(name, cast(value, target)) for name, value in parameters.items()])
     parameters.clear()
     _evaluate(model)
@@ -134,7 +134,7 @@ def quantize_like(model: FastVLM, weights: Weights) -> None:
         fused = module[whole]
         width = fused.weight.shape[1]
         rows = _fused_rows(config)[f"{block}.{whole}"]
-        module[whole] = SideBySide([nn.Linear(width, n, bias="bias" in fused) for n in rows])
+        module[whole] = UnfusedLinear([nn.Linear(width, n, bias="bias" in fused) for n in rows])
 
     if settings:
         quantize_layers(model, lambda path: settings.get(source_name(path, config)))

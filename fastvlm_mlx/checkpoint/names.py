@@ -48,7 +48,7 @@ def quantized_linears(weights: Weights, config: FastVLMConfig) -> Iterator[tuple
                 raise CheckpointError(f"config.json, {linear}: {error}") from None
 
 
-def to_memory(weights: Weights, config: FastVLMConfig) -> Weights:
+def fuse(weights: Weights, config: FastVLMConfig) -> Weights:
     """A checkpoint in the mlx-vlm layout → the parameters of `FastVLM`; empties `weights`."""
     parameters: Weights = {}
     if not is_folded(weights):
@@ -76,8 +76,8 @@ def to_memory(weights: Weights, config: FastVLMConfig) -> Weights:
     return parameters
 
 
-def to_checkpoint(model: FastVLM, *, folded: bool = False) -> Weights:
-    """The inverse of `to_memory`, with neutral BatchNorms, layer scales and head.
+def unfuse(model: FastVLM, *, folded: bool = False) -> Weights:
+    """The inverse of `fuse`, with neutral BatchNorms, layer scales and head.
 
     Args:
         model: the model.

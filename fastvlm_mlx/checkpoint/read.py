@@ -15,13 +15,13 @@ from . import fold
 from .files import MAX_NAMED, read_file, read_tensors
 from .fold import Weights
 from .layouts import adapters, apple_export, llava, mlx_vlm, transformers
-from .names import HEAD, LM_HEAD, is_folded, quantized_linears, to_checkpoint
+from .names import HEAD, LM_HEAD, is_folded, quantized_linears, unfuse
 from .quantize import Settings
 
 LAYOUTS: tuple[ModuleType, ...] = (mlx_vlm, llava, transformers, apple_export)
 
 
-def read_whole(folder: Path) -> tuple[FastVLMConfig, Weights]:
+def read_checkpoint(folder: Path) -> tuple[FastVLMConfig, Weights]:
     """The configuration and the tensors of a folder, in the mlx-vlm layout, checked.
 
     Raises:
@@ -29,7 +29,7 @@ def read_whole(folder: Path) -> tuple[FastVLMConfig, Weights]:
     """
     base = resolve(adapters.base_of(folder)) if adapters.is_adapter(folder) else folder
     config = load_config(folder if (folder / "config.json").is_file() else base)
-    weights, layout = read_checkpoint(base)
+    weights, layout = read_layout(base)
     if base is not folder:
         weights = _with_trained_parts(weights, folder)
     config = trust_tensors(config, weights)
@@ -37,7 +37,7 @@ def read_whole(folder: Path) -> tuple[FastVLMConfig, Weights]:
     return config, weights
 
 
-def read_checkpoint(folder: Path) -> tuple[Weights, ModuleType]:
+def read_layout(folder: Path) -> tuple[Weights, ModuleType]:
     """The tensors of a folder in the names of the mlx-vlm layout, and the layout they came in.
 
     Training form is merged to inference form. Nothing is read from disk yet.
@@ -96,7 +96,7 @@ def check_tensors(
     Raises:
         CheckpointError: naming up to ten missing, surplus and misshapen tensors.
     """
-    expected = to_checkpoint(FastVLM(config), folded=is_folded(weights))
+    expected = unfuse(FastVLM(config), folded=is_folded(weights))
     if HEAD in expected:  # carried for other readers, never computed with
         weights.setdefault(HEAD, expected[HEAD])
     shapes = {name: tensor.shape for name, tensor in expected.items()}

@@ -10,7 +10,7 @@ from ..hub.resolve import HUB_ID, answer_of
 from ..model.fastvlm import FastVLM
 from .card import license_of, license_text
 from .load import load_processor, quantize_like
-from .read import read_whole
+from .read import read_checkpoint
 
 # Hidden files (`.cache`, `.DS_Store`) and what a download has not finished.
 LEFT_OUT = [".*", "*/.*", "*.part", "*.part.version", "*.lock"]
@@ -116,7 +116,7 @@ def check_folder(folder: str | Path) -> None:
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no model folder {folder}.")
     load_processor(folder)
-    config, tensors = read_whole(folder)
+    config, tensors = read_checkpoint(folder)
     quantize_like(FastVLM(config), tensors)
 
 

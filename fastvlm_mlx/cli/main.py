@@ -171,14 +171,14 @@ def generate(
     if not images and prompt is None:
         images = [str(SAMPLE_IMAGE)]
         typer.echo(f"No --image and no --prompt: describing {SAMPLE_IMAGE}.", err=True)
-    parts = stream_generate(
+    responses = stream_generate(
         loaded,
         processor,
         DESCRIBE if prompt is None else prompt,
         image=images,
         **vars(options),
     )
-    text, last = show(parts, quiet=as_json)
+    text, last = show(responses, quiet=as_json)
     if as_json:
         result = {**asdict(last), "text": text}
         del result["token"]
@@ -187,36 +187,38 @@ def generate(
         print_timings(last)
 
 
-def show(parts: Iterator[Any], *, quiet: bool = False) -> tuple[str, Any]:
-    """Print an answer as it appears; the whole text and the last part."""
+def show(responses: Iterator[Any], *, quiet: bool = False) -> tuple[str, Any]:
+    """Print an answer as it appears; the whole text and the last response."""
     text = ""
-    for part in parts:  # there is always one, since max_tokens is at least 1
-        text += part.text
+    for response in responses:  # there is always one, since max_tokens is at least 1
+        text += response.text
         if not quiet:
-            typer.echo(part.text, nl=False)
+            typer.echo(response.text, nl=False)
             sys.stdout.flush()
     if not quiet:
         typer.echo()
-    return text, part
+    return text, response
 
 
-def print_timings(part: Any) -> None:
+def print_timings(response: Any) -> None:
     """A table of where the time of an answer went, on standard error."""
     from rich.console import Console
     from rich.table import Table
 
     table = Table(show_header=False, box=None)
     for name, seconds in (
-        ("Read and resize", part.preprocess_time),
-        ("Encode image", part.encode_time),
-        ("Prefill", part.prefill_time),
-        ("Time to first token", part.ttft),
+        ("Read and resize", response.preprocess_time),
+        ("Encode image", response.encode_time),
+        ("Prefill", response.prefill_time),
+        ("Time to first token", response.ttft),
     ):
         table.add_row(name, f"{1000 * seconds:.1f} ms")
-    table.add_row("Prompt", f"{part.prompt_tokens} tokens")
-    table.add_row("Answer", f"{part.generation_tokens} tokens, {part.generation_tps:.1f} a second")
-    table.add_row("Peak memory", f"{part.peak_memory:.3f} GB")
-    table.add_row("Ended by", str(part.finish_reason))
+    table.add_row("Prompt", f"{response.prompt_tokens} tokens")
+    table.add_row(
+        "Answer", f"{response.generation_tokens} tokens, {response.generation_tps:.1f} a second"
+    )
+    table.add_row("Peak memory", f"{response.peak_memory:.3f} GB")
+    table.add_row("Ended by", str(response.finish_reason))
     Console(stderr=True).print(table)
 
 

@@ -13,7 +13,7 @@ import mlx.core as mx
 from ..checkpoint.fold import Weights
 from ..checkpoint.load import load_model, load_processor
 from ..checkpoint.quantize import Quantize, quantize_checkpoint
-from ..checkpoint.read import read_whole
+from ..checkpoint.read import read_checkpoint
 from ..generation.generate import generate, stream_generate
 from ..generation.inputs import preprocess_images, tokenize
 from ..generation.options import Options
@@ -105,7 +105,7 @@ def precision_report(
     folder = resolve(source, revision=revision)
     processor = load_processor(folder)
     asked = read_questions(questions) if questions else []
-    config, tensors = read_whole(folder)
+    config, tensors = read_checkpoint(folder)
     if config.quantization:
         raise ValueError(f"{folder} is quantized already; report on its full-precision source.")
     count = sum(tensor.size for tensor in tensors.values())
@@ -134,7 +134,7 @@ def precision_report(
         packed, _, _ = quantize_checkpoint(tensors, config, quantize)
         yield row(name, packed, load_model(folder, quantize=quantize))
     for name, written in (folders or {}).items():
-        _, packed = read_whole(written)
+        _, packed = read_checkpoint(written)
         yield row(name, packed, load_model(written))
 
 
@@ -151,8 +151,10 @@ def sample_outputs(model: FastVLM, processor: Processor, images: Sequence[Any]) 
             model.language_model(None, None, embeddings)[:, -1].astype(mx.float32)
         )
         mx.eval(outputs.features[-1], outputs.logits[-1])
-        parts = stream_generate(model, processor, QUESTION, image=image, max_tokens=ANSWER_TOKENS)
-        outputs.tokens.append([part.token for part in parts])
+        responses = stream_generate(
+            model, processor, QUESTION, image=image, max_tokens=ANSWER_TOKENS
+        )
+        outputs.tokens.append([response.token for response in responses])
     return outputs
 
 

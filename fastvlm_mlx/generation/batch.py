@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 from ..model.fastvlm import FastVLM
 from ..processor import Processor
 from ..text.template import Messages
-from .response import Part
+from .response import Response
 from .scheduler import Batch, Images, RequestError, check_options
 
 Request: TypeAlias = "tuple[Messages, Images]"
@@ -71,7 +71,7 @@ def batch_generate(
         BatchError: some requests could not be answered, since an image can't be read, marks and
             images differ in number, or the prompt is too long. The other answers are in `texts`.
     """
-    parts = stream_batch(
+    responses = stream_batch(
         model,
         processor,
         requests,
@@ -82,8 +82,8 @@ def batch_generate(
     texts: dict[int, str] = {}
     errors: dict[int, Exception] = {}
     try:
-        for i, part in parts:
-            texts[i] = texts.get(i, "") + part.text
+        for i, response in responses:
+            texts[i] = texts.get(i, "") + response.text
     except BatchError as error:
         errors = error.errors
     answers = [texts.get(i) for i in range(len(texts) + len(errors))]
@@ -100,10 +100,10 @@ def stream_batch(
     max_batch: int = 16,
     encode_batch: int | None = None,
     **options: Any,
-) -> Iterator[tuple[int, Part]]:
-    """As `batch_generate`, but (index of the request, part) as parts appear.
+) -> Iterator[tuple[int, Response]]:
+    """As `batch_generate`, but (index of the request, response) as responses appear.
 
-    An answer's last part has a `finish_reason`.
+    An answer's last response has a `finish_reason`.
     """
     batch = Batch(model, processor, max_batch=max_batch, encode_batch=encode_batch)
     check_options(options)
@@ -112,7 +112,7 @@ def stream_batch(
 
 def _run(
     batch: Batch, coming: Iterator[tuple[int, Request]], common: dict[str, Any]
-) -> Iterator[tuple[int, Part]]:
+) -> Iterator[tuple[int, Response]]:
     """Keep a batch supplied until all requests are answered."""
     index_of: dict[int, int] = {}
     errors: dict[int, Exception] = {}
@@ -126,11 +126,11 @@ def _run(
         if not batch:
             break
         try:
-            parts = batch.step()
+            responses = batch.step()
         except RequestError as error:
             errors[index_of[error.id]] = error.error
         else:
-            yield from ((index_of[id], part) for id, part in parts)
+            yield from ((index_of[id], response) for id, response in responses)
     if errors:
         raise BatchError(dict(sorted(errors.items())))
 

@@ -16,7 +16,7 @@ from ..text.prompt import IMAGE_MARK, check_marks
 from .decode import generate_tokens, make_kv_cache
 from .inputs import encode_images, list_images, preprocess_images, tokenize
 from .options import Options
-from .response import Part, stream_parts
+from .response import Response, stream_responses
 
 Images: TypeAlias = "ImageSource | Sequence[ImageSource] | None"
 
@@ -40,7 +40,7 @@ class Chat:
         self.processor = processor
         self.options = options
         Options(**options)
-        self._running: Iterator[Part] | None = None
+        self._running: Iterator[Response] | None = None
         self.reset()
 
     def reset(self) -> None:
@@ -60,17 +60,17 @@ class Chat:
     @overload
     def ask(
         self, prompt: str, *, image: Images = None, stream: Literal[True], **options: Any
-    ) -> Iterator[Part]: ...
+    ) -> Iterator[Response]: ...
 
     def ask(
         self, prompt: str, *, image: Images = None, stream: bool = False, **options: Any
-    ) -> str | Iterator[Part]:
+    ) -> str | Iterator[Response]:
         """Answer the next question.
 
         Args:
             prompt: the question; `<image>` in it marks the places of this turn's images.
             image: images that are new in this turn.
-            stream: give `Part`s as they appear instead of the whole text. An answer that is not
+            stream: give `Response`s as they appear instead of the whole text. An answer that is not
                 read to its end before the next question counts as far as it was read.
             **options: fields of `generate.Options`, over those of the chat.
 
@@ -79,8 +79,8 @@ class Chat:
         """
         chosen = Options(**{**self.options, **options})
         self.stop()
-        self._running = parts = self._answer(prompt, list_images(image), chosen)
-        return parts if stream else "".join(part.text for part in parts)
+        self._running = responses = self._answer(prompt, list_images(image), chosen)
+        return responses if stream else "".join(response.text for response in responses)
 
     def stop(self) -> None:
         """End a streamed answer that was not read to its end; it counts as far as it was read."""
@@ -88,7 +88,9 @@ class Chat:
             self._running.close()  # type: ignore[attr-defined]
             self._running = None
 
-    def _answer(self, prompt: str, images: list[ImageSource], options: Options) -> Iterator[Part]:
+    def _answer(
+        self, prompt: str, images: list[ImageSource], options: Options
+    ) -> Iterator[Response]:
         start = time.perf_counter()
         check_marks(prompt, len(images))
         pixel_values, sizes = preprocess_images(
@@ -110,8 +112,10 @@ class Chat:
             ),
         )
         times = (start, preprocessed, encoded)
-        parts = stream_parts(tokens, self.processor, len(input_ids), options.stop, limit, times)
-        return self._record(messages, features, parts)
+        responses = stream_responses(
+            tokens, self.processor, len(input_ids), options.stop, limit, times
+        )
+        return self._record(messages, features, responses)
 
     def _rewind(self, input_ids: list[int], options: Options) -> int:
         """Trim the cache to what it shares with the prompt, and say how many tokens that is."""
@@ -146,14 +150,17 @@ class Chat:
                 self._cached_ids = given[: self._cache[0].offset]
 
     def _record(
-        self, messages: list[dict[str, str]], features: list[mx.array], parts: Iterator[Part]
-    ) -> Iterator[Part]:
+        self,
+        messages: list[dict[str, str]],
+        features: list[mx.array],
+        responses: Iterator[Response],
+    ) -> Iterator[Response]:
         answer = ""
         try:
-            for part in parts:
-                answer += part.text
-                yield part
+            for response in responses:
+                answer += response.text
+                yield response
         finally:
-            parts.close()  # type: ignore[attr-defined]
+            responses.close()  # type: ignore[attr-defined]
             self.messages = [*messages, {"role": "assistant", "content": answer}]
             self._features = features

@@ -11,8 +11,8 @@ from ..processor import Processor
 from .decode import generate_tokens, make_kv_cache
 from .inputs import read_inputs
 from .options import Options
-from .prompt_cache import Reuse
-from .response import Part, stream_parts
+from .prompt_cache import PromptCache
+from .response import Response, stream_responses
 from .speculate import make_drafter, speculate_tokens
 
 
@@ -22,7 +22,7 @@ def generate(
     prompt: str | Sequence[dict[str, str]],
     *,
     image: ImageSource | Sequence[ImageSource] | None = None,
-    reuse: Reuse | None = None,
+    prompt_cache: PromptCache | None = None,
     **options: Any,
 ) -> str:
     """Answer a prompt about any number of images; the whole text.
@@ -32,8 +32,8 @@ def generate(
         prompt: a question, in which `<image>` may mark the images' places, or a chat as a list of
             {"role", "content"}.
         image: one image or several: path, URL, bytes, PIL image or array.
-        reuse: what earlier calls computed, so that an image asked about again is neither encoded
-            nor read by the decoder again.
+        prompt_cache: what earlier calls computed, so that an image asked about again is neither
+            encoded nor read by the decoder again.
         **options: the fields of `Options`.
 
     Raises:
@@ -41,8 +41,10 @@ def generate(
             number, or the prompt is longer than the model's limit.
         FileNotFoundError: no such image.
     """
-    parts = stream_generate(model, processor, prompt, image=image, reuse=reuse, **options)
-    return "".join(part.text for part in parts)
+    responses = stream_generate(
+        model, processor, prompt, image=image, prompt_cache=prompt_cache, **options
+    )
+    return "".join(response.text for response in responses)
 
 
 def stream_generate(
@@ -51,19 +53,21 @@ def stream_generate(
     prompt: str | Sequence[dict[str, str]],
     *,
     image: ImageSource | Sequence[ImageSource] | None = None,
-    reuse: Reuse | None = None,
+    prompt_cache: PromptCache | None = None,
     **options: Any,
-) -> Iterator[Part]:
+) -> Iterator[Response]:
     """As `generate`, piece by piece; bad arguments raise on the call, not on the first piece."""
     chosen = Options(**options)
-    encode = None if reuse is None else reuse.encode
+    encode = None if prompt_cache is None else prompt_cache.encode
     inputs = read_inputs(model, processor, prompt, image, chosen, encode)
     input_ids, limit = inputs.input_ids, inputs.limit(chosen, processor)
     embeddings, cache = inputs.embeddings, make_kv_cache(model, chosen)
-    keeps_prompt = reuse is not None and chosen.max_kv_size is None and chosen.kv_bits is None
-    if reuse is not None and keeps_prompt:
-        ids = reuse.mark(input_ids, inputs.features, inputs.image_keys)
-        embeddings = embeddings[:, reuse.start(ids, cache) :]
+    keeps_prompt = (
+        prompt_cache is not None and chosen.max_kv_size is None and chosen.kv_bits is None
+    )
+    if prompt_cache is not None and keeps_prompt:
+        ids = prompt_cache.tag(input_ids, inputs.features, inputs.image_keys)
+        embeddings = embeddings[:, prompt_cache.fetch(ids, cache) :]
     drafter = make_drafter(processor, prompt, inputs, chosen)
     times = inputs.times
     del inputs
@@ -71,17 +75,17 @@ def stream_generate(
         tokens = generate_tokens(model, input_ids, embeddings, cache, chosen, limit)
     else:
         tokens = speculate_tokens(model, input_ids, embeddings, cache, chosen, limit, drafter)
-    if reuse is not None and keeps_prompt:
-        tokens = keep_prompt(reuse, ids, cache, tokens)
+    if prompt_cache is not None and keeps_prompt:
+        tokens = keep_prompt(prompt_cache, ids, cache, tokens)
     del embeddings
-    return stream_parts(tokens, processor, len(input_ids), chosen.stop, limit, times)
+    return stream_responses(tokens, processor, len(input_ids), chosen.stop, limit, times)
 
 
 def keep_prompt(
-    reuse: Reuse, ids: list[int], cache: list[Any], tokens: Iterator[int]
+    prompt_cache: PromptCache, ids: list[int], cache: list[Any], tokens: Iterator[int]
 ) -> Iterator[int]:
     """The tokens, and once the first shows that the prompt was read, it is remembered."""
     for n, token in enumerate(tokens):
         if n == 0:
-            reuse.keep(ids, cache)
+            prompt_cache.store(ids, cache)
         yield token

@@ -23,13 +23,13 @@ MAX_BYTES = 2**30
 
 @dataclass(eq=False)
 class Prefix:
-    """A prompt's ids, as `Reuse.mark` gives them, and its keys and values, an array a layer."""
+    """The ids of a prompt (see `PromptCache.tag`) and its keys and values, one array per layer."""
 
     ids: list[int]
     stored: list[mx.array]
 
 
-class Reuse:
+class PromptCache:
     """Remembers images and prompts of one model for `generate`; the longest unused goes first.
 
     Args:
@@ -75,7 +75,9 @@ class Reuse:
             ValueError: it is another model.
         """
         if model is not self.model:
-            raise ValueError("reuse was made for another model; make a Reuse for each.")
+            raise ValueError(
+                "prompt_cache was made for another model; make a PromptCache for each."
+            )
         features, keys = [], []
         for pixels, size in zip(pixel_values, image_sizes, strict=True):
             key = image_key(pixels, size)
@@ -88,7 +90,7 @@ class Reuse:
             self._features.popitem(last=False)
         return features, keys
 
-    def mark(
+    def tag(
         self, input_ids: Sequence[int], features: Sequence[mx.array], keys: Sequence[bytes]
     ) -> list[int]:
         """`input_ids` with a number of each image's own in its places, so that images differ."""
@@ -99,11 +101,11 @@ class Reuse:
         )
         return [next(marks) if i == self.model.config.image_token_index else i for i in input_ids]
 
-    def start(self, ids: list[int], cache: Sequence[KVCache]) -> int:
+    def fetch(self, ids: list[int], cache: Sequence[KVCache]) -> int:
         """Fill an empty cache with as much of a prompt as is known; how many tokens that is.
 
         Args:
-            ids: of the prompt, as `mark` gives them; the last is never taken as known.
+            ids: of the prompt, as `tag` gives them; the last is never taken as known.
             cache: one a layer.
         """
         known = 0
@@ -117,7 +119,7 @@ class Reuse:
                 layer.stored, layer.offset = stored[..., :known, :], known
         return known
 
-    def keep(self, ids: list[int], cache: Sequence[KVCache]) -> None:
+    def store(self, ids: list[int], cache: Sequence[KVCache]) -> None:
         """Remember a prompt whose keys and values are the first of a cache."""
         if any(prefix.ids[: len(ids)] == ids for prefix in self._prefixes):
             return

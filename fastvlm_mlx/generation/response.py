@@ -13,7 +13,7 @@ from ..text.tokenizer import Detokenizer
 
 
 @dataclass
-class Part:
+class Response:
     """A piece of an answer as it appears; times are in seconds, memory in GB (10⁹ bytes).
 
     Attributes:
@@ -42,14 +42,14 @@ class Part:
     finish_reason: str | None = None
 
 
-def stream_parts(
+def stream_responses(
     tokens: Iterator[int],
     processor: Processor,
     prompt_tokens: int,
     stop: Sequence[str],
     limit: int,
     times: tuple[float, float, float],
-) -> Iterator[Part]:
+) -> Iterator[Response]:
     """Tokens to text, with the timings.
 
     Args:
@@ -72,7 +72,7 @@ def stream_parts(
         if ended or (n == limit and not stopper.stopped):
             text += stopper.add(detokenizer.finish()) + stopper.finish()
         stopped = ended or stopper.stopped
-        yield Part(
+        yield Response(
             text=text,
             token=token,
             prompt_tokens=prompt_tokens,

@@ -23,7 +23,7 @@ from ..text.prompt import check_marks
 from ..text.template import Messages
 from .inputs import list_images, tokenize
 from .options import Options
-from .response import Part, stream_parts
+from .response import Response, stream_responses
 from .sampling import MIN_TEMPERATURE, make_logits_processor, scale_logits
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ class _Row:
         self.generated = 0
         self.done = False
         self._tokens: deque[int] = deque()
-        self._parts = stream_parts(
+        self._parts = stream_responses(
             iter(self._tokens.popleft, None),
             processor,
             len(request.input_ids),
@@ -103,13 +103,13 @@ class _Row:
             (request.start, request.preprocessed, request.encoded),
         )
 
-    def read(self, token: int) -> Part:
+    def read(self, token: int) -> Response:
         """What one more token brings."""
         self._tokens.append(token)
-        part = next(self._parts)
-        self.generated = part.generation_tokens
-        self.done = part.finish_reason is not None
-        return part
+        response = next(self._parts)
+        self.generated = response.generation_tokens
+        self.done = response.finish_reason is not None
+        return response
 
 
 class Batch:
@@ -118,8 +118,8 @@ class Batch:
         batch = Batch(model, processor)
         id = batch.insert("What is this?", "cat.jpg", max_tokens=64)
         while batch:
-            for id, part in batch.step():
-                print(id, part.text, part.finish_reason)
+            for id, response in batch.step():
+                print(id, response.text, response.finish_reason)
 
     Which sequences run together depends on the requests and their order, never on time, so that a
     run can be repeated. All methods are to be called from one thread.
@@ -207,8 +207,8 @@ class Batch:
         self._encoded = deque(request for request in self._encoded if request.id != id)
         self._read_ahead()
 
-    def step(self) -> list[tuple[int, Part]]:
-        """Let requests in where there is room; then one more token of each that runs: (id, part).
+    def step(self) -> list[tuple[int, Response]]:
+        """Let requests in where there is room; then (id, response) of each that runs.
 
         Raises:
             RequestError: a request that was to be let in can't be answered and is out. No other is

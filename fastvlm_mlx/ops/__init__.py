@@ -11,7 +11,7 @@ from .device import assume, on_cpu, on_metal
 from .linear import (
     QuantizedEmbedding,
     QuantizedLinear,
-    SideBySide,
+    UnfusedLinear,
     as_linear,
     linear,
     quantize,
@@ -26,7 +26,7 @@ __all__ = [
     "QuantizedLinear",
     "RMSNorm",
     "RoPE",
-    "SideBySide",
+    "UnfusedLinear",
     "as_linear",
     "assume",
     "attention",

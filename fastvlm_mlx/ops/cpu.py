@@ -119,7 +119,7 @@ def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
     return _normalise(x, mx.square(x).sum(axis=-1, keepdims=True), weight, eps)
 
 
-def one_by_one(
+def in_sequence(
     function: Callable[..., mx.array], pieces: Iterable[Sequence[mx.array]]
 ) -> list[mx.array]:
     """The function of each piece's arrays; none is begun before the one before it is done, so that
@@ -220,16 +220,16 @@ def in_row_bands(
     step = max(1, MAX_HIDDEN // (x.shape[2] * channels))
     tops = [max(row - 1, 0) for row in range(0, x.shape[1] // stride, step)]
     bands = [[x[:, stride * top : stride * (i + 1) * step]] for i, top in enumerate(tops)]
-    outputs = one_by_one(function, bands)
+    outputs = in_sequence(function, bands)
     return mx.concatenate([outputs[0], *(y[:, 1:] for y in outputs[1:])], axis=1)
 
 
 def with_ones(values: mx.array) -> mx.array:
-    """[..., S, D] → [..., S, D + 1], as `average` takes them."""
+    """[..., S, D] → [..., S, D + 1], as `softmax_weighted` takes them."""
     return mx.concatenate([values, mx.ones((*values.shape[:-1], 1))], axis=-1)
 
 
-def average(scores: mx.array, values: mx.array) -> mx.array:
+def softmax_weighted(scores: mx.array, values: mx.array) -> mx.array:
     """softmax(scores) @ values, on the CPU.
 
     Args:
@@ -250,7 +250,9 @@ def average(scores: mx.array, values: mx.array) -> mx.array:
 def attention(q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
     """One head at a time, so that the scores stay in the processor's cache: [B, heads, N, D]."""
     heads = zip(*(mx.split(x, x.shape[1], axis=1) for x in (q, k, with_ones(v))), strict=True)
-    outputs = one_by_one(lambda q, k, v: average(scale * q @ k.swapaxes(-1, -2), v), heads)
+    outputs = in_sequence(
+        lambda q, k, v: softmax_weighted(scale * q @ k.swapaxes(-1, -2), v), heads
+    )
     return mx.concatenate(outputs, axis=1)
 
 
@@ -274,14 +276,14 @@ def causal_attention(q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.
         (q[..., i * ROWS : end, :], k[..., : before + end, :], v[..., : before + end, :])
         for i, end in enumerate(ends)
     ]
-    return mx.concatenate(one_by_one(_attend_rows, pieces), axis=-2).reshape(B, heads, T, D)
+    return mx.concatenate(in_sequence(_attend_rows, pieces), axis=-2).reshape(B, heads, T, D)
 
 
 def _attend_rows(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
     scores = q @ k.swapaxes(-1, -2)
     rows, seen = scores.shape[-2:]
     sees = mx.arange(seen - rows, seen)[:, None] >= mx.arange(seen)
-    return average(mx.where(sees, scores, -mx.inf), v)
+    return softmax_weighted(mx.where(sees, scores, -mx.inf), v)
 
 
 def rope_tables(
@@ -309,11 +311,11 @@ def _rotate(a: mx.array, b: mx.array, cos: mx.array, sin: mx.array) -> list[mx.a
 
 
 def is_row(x: mx.array, weight: mx.array) -> bool:
-    """Whether `times_row` is for x and a weight: one row, times a large one."""
+    """Whether `row_matmul` is for x and a weight: one row, times a large one."""
     return x.size == x.shape[-1] and weight.size >= LARGE
 
 
-def times_row(x: mx.array, weight: mx.array) -> mx.array:
+def row_matmul(x: mx.array, weight: mx.array) -> mx.array:
     """One row x, [..., inputs], times weight [outputs, inputs] transposed.
 
     Where it can, a block of outputs at a time: BLAS libraries repack a large matrix before they
@@ -327,11 +329,11 @@ def times_row(x: mx.array, weight: mx.array) -> mx.array:
 
 
 def has_many_rows(x: mx.array) -> bool:
-    """Whether `times_quantized` is for x: in float32, and of enough rows."""
+    """Whether `dequantized_matmul` is for x: in float32, and of enough rows."""
     return x.dtype == mx.float32 and x.size >= MANY_ROWS * x.shape[-1]
 
 
-def times_quantized(x: mx.array, layer: nn.QuantizedLinear | nn.QuantizedEmbedding) -> mx.array:
+def dequantized_matmul(x: mx.array, layer: nn.QuantizedLinear | nn.QuantizedEmbedding) -> mx.array:
     """x, [..., inputs], times the layer's weight [outputs, inputs] transposed, in float32."""
     quantized = [a for a in (layer.weight, layer.scales, layer.get("biases")) if a is not None]
     rows = x.reshape(-1, x.shape[-1])
@@ -347,5 +349,5 @@ def times_quantized(x: mx.array, layer: nn.QuantizedLinear | nn.QuantizedEmbeddi
             return (written_out @ mx.contiguous(rows.T)).T
         return rows @ mx.contiguous(written_out.T)
 
-    y = mx.concatenate(one_by_one(product, pieces), axis=-1)
+    y = mx.concatenate(in_sequence(product, pieces), axis=-1)
     return mx.contiguous(y).reshape(*x.shape[:-1], -1)

@@ -18,7 +18,7 @@ def linear(layer: nn.Module, x: mx.array, residual: mx.array | None = None) -> m
     if not isinstance(layer, nn.Linear):
         return layer(x) if residual is None else residual + layer(x)
     if on_cpu() and cpu.is_row(x, layer.weight):
-        y = cpu.times_row(x, layer.weight)
+        y = cpu.row_matmul(x, layer.weight)
         y = y + layer.bias if "bias" in layer else y
         return y if residual is None else residual + y
     if residual is not None and "bias" not in layer:
@@ -29,13 +29,13 @@ def linear(layer: nn.Module, x: mx.array, residual: mx.array | None = None) -> m
 def as_linear(table: nn.Module, x: mx.array) -> mx.array:
     """[..., dims] → [..., num_embeddings]: the logits of tied embeddings."""
     if on_cpu() and isinstance(table, nn.Embedding) and cpu.is_row(x, table.weight):
-        return cpu.times_row(x, table.weight)
+        return cpu.row_matmul(x, table.weight)
     return table.as_linear(x)
 
 
 def split_linear(layer: nn.Module, x: mx.array, parts: int) -> list[mx.array]:
     """The outputs of a fused layer, split into as many equal parts."""
-    if isinstance(layer, SideBySide):
+    if isinstance(layer, UnfusedLinear):
         return [linear(each, x) for each in layer.layers]
     return list(mx.split(linear(layer, x), parts, axis=-1))
 
@@ -47,7 +47,7 @@ class QuantizedLinear(nn.QuantizedLinear):
         """[..., inputs] → [..., outputs]."""
         if not (on_cpu() and cpu.has_many_rows(x)):
             return super().__call__(x)
-        y = cpu.times_quantized(x, self)
+        y = cpu.dequantized_matmul(x, self)
         return y + self.bias if "bias" in self else y
 
 
@@ -57,10 +57,10 @@ class QuantizedEmbedding(nn.QuantizedEmbedding):
     def as_linear(self, x: mx.array) -> mx.array:
         """[..., dims] → [..., num_embeddings]."""
         is_slow = on_cpu() and cpu.has_many_rows(x)
-        return cpu.times_quantized(x, self) if is_slow else super().as_linear(x)
+        return cpu.dequantized_matmul(x, self) if is_slow else super().as_linear(x)
 
 
-class SideBySide(nn.Module):
+class UnfusedLinear(nn.Module):
     """Linear layers of one input that stay apart, their outputs joined."""
 
     def __init__(self, layers: Sequence[nn.Module]):

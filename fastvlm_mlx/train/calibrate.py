@@ -19,7 +19,7 @@ import mlx.nn as nn
 
 from ..checkpoint.fold import Weights
 from ..checkpoint.load import load_model, load_processor
-from ..checkpoint.names import quantized_linears, to_checkpoint
+from ..checkpoint.names import quantized_linears, unfuse
 from ..checkpoint.quantize import Quantize, part_of
 from ..evaluate.questions import QUESTION, read_questions
 from ..generation.decode import generate_tokens
@@ -125,7 +125,7 @@ def calibrate(
             bar.update()
     learner, target = Answering(student, prompts), Answering(teacher, prompts)
     tune(learner, target, sequences, epochs, learning_rate, progress=progress)
-    tensors = to_checkpoint(student, folded=True)
+    tensors = unfuse(student, folded=True)
     return {name: tensors[name] for name in tensors if name.rpartition(".")[0] in layers}
 
 
@@ -150,7 +150,7 @@ def list_questions(folder: Path) -> list[tuple[Path, str]]:
 
 def tunable_layers(model: FastVLM) -> set[str]:
     """The layers that are tuned, by their names in a checkpoint: affine, below 8 bits."""
-    quantized = quantized_linears(to_checkpoint(model, folded=True), model.config)
+    quantized = quantized_linears(unfuse(model, folded=True), model.config)
     return {
         name
         for name, settings in quantized

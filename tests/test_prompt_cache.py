@@ -45,9 +45,12 @@ def test_an_image_is_encoded_and_read_once(nano: Nano, work: dict[str, list[int]
     whole = work["prefilled"][:]
     work["encoded"].clear()
     work["prefilled"].clear()
-    reuse = fv.Reuse(model)
+    prompt_cache = fv.PromptCache(model)
     for _ in range(2):
-        found = [fv.generate(*nano, q, image=PENGUINS, reuse=reuse) for q in (COUNT, DESCRIBE)]
+        found = [
+            fv.generate(*nano, q, image=PENGUINS, prompt_cache=prompt_cache)
+            for q in (COUNT, DESCRIBE)
+        ]
         assert found == alone
     assert work["encoded"] == [1]
     first, second, *again = work["prefilled"]
@@ -55,22 +58,24 @@ def test_an_image_is_encoded_and_read_once(nano: Nano, work: dict[str, list[int]
 
 
 def test_another_image_is_not_mistaken(nano: Nano, work: dict[str, list[int]]) -> None:
-    reuse = fv.Reuse(nano[0])
+    prompt_cache = fv.PromptCache(nano[0])
     for image in (PENGUINS, PANDA, PENGUINS):
         expected = fv.generate(*nano, DESCRIBE, image=image)
         work["encoded"].clear()
-        assert fv.generate(*nano, DESCRIBE, image=image, reuse=reuse) == expected
+        assert fv.generate(*nano, DESCRIBE, image=image, prompt_cache=prompt_cache) == expected
     assert work["encoded"] == []
     swapped = [PANDA, PENGUINS]
     expected = fv.generate(*nano, DESCRIBE, image=swapped)
-    assert fv.generate(*nano, DESCRIBE, image=swapped[::-1], reuse=reuse)
-    assert fv.generate(*nano, DESCRIBE, image=swapped, reuse=reuse) == expected
+    assert fv.generate(*nano, DESCRIBE, image=swapped[::-1], prompt_cache=prompt_cache)
+    assert fv.generate(*nano, DESCRIBE, image=swapped, prompt_cache=prompt_cache) == expected
 
 
 def test_the_prefix_before_the_image_is_shared(nano: Nano, work: dict[str, list[int]]) -> None:
-    reuse = fv.Reuse(nano[0])
+    prompt_cache = fv.PromptCache(nano[0])
     for image in (PENGUINS, PANDA):
-        fv.generate(*nano, DESCRIBE, image=image, system="Answer in one word.", reuse=reuse)
+        fv.generate(
+            *nano, DESCRIBE, image=image, system="Answer in one word.", prompt_cache=prompt_cache
+        )
     first, second = work["prefilled"]
     assert 16 < second < first  # the visual tokens are other ones
 
@@ -81,47 +86,53 @@ def test_the_prefix_before_the_image_is_shared(nano: Nano, work: dict[str, list[
     ids=str,
 )
 def test_options_answer_as_without(nano: Nano, options: dict[str, int]) -> None:
-    reuse = fv.Reuse(nano[0])
+    prompt_cache = fv.PromptCache(nano[0])
     expected = fv.generate(*nano, COUNT, image=PENGUINS, **options)
     for _ in range(2):
-        assert fv.generate(*nano, COUNT, image=PENGUINS, reuse=reuse, **options) == expected
+        assert (
+            fv.generate(*nano, COUNT, image=PENGUINS, prompt_cache=prompt_cache, **options)
+            == expected
+        )
 
 
 def test_a_stopped_answer_leaves_what_it_read(nano: Nano, work: dict[str, list[int]]) -> None:
-    reuse = fv.Reuse(nano[0])
-    parts = fv.stream_generate(*nano, COUNT, image=PENGUINS, reuse=reuse)
-    next(parts)
-    parts.close()  # type: ignore[attr-defined]
+    prompt_cache = fv.PromptCache(nano[0])
+    responses = fv.stream_generate(*nano, COUNT, image=PENGUINS, prompt_cache=prompt_cache)
+    next(responses)
+    responses.close()  # type: ignore[attr-defined]
     expected = fv.generate(*nano, COUNT, image=PENGUINS)
     work["prefilled"].clear()
-    assert fv.generate(*nano, COUNT, image=PENGUINS, reuse=reuse) == expected
+    assert fv.generate(*nano, COUNT, image=PENGUINS, prompt_cache=prompt_cache) == expected
     assert work["prefilled"] == [1]
 
 
 @pytest.mark.parametrize("max_bytes", [1, 20_000, 250_000, 2**30])
 def test_never_keeps_more_than_allowed(nano: Nano, max_bytes: int) -> None:
-    reuse = fv.Reuse(nano[0], max_bytes=max_bytes)
+    prompt_cache = fv.PromptCache(nano[0], max_bytes=max_bytes)
     most = 0
     for image in (PENGUINS, PANDA):
         for question in (COUNT, DESCRIBE):
             expected = fv.generate(*nano, question, image=image, max_tokens=3)
-            assert fv.generate(*nano, question, image=image, reuse=reuse, max_tokens=3) == expected
-            most = max(most, reuse.nbytes)
-            assert reuse.nbytes <= max_bytes
+            assert (
+                fv.generate(*nano, question, image=image, prompt_cache=prompt_cache, max_tokens=3)
+                == expected
+            )
+            most = max(most, prompt_cache.nbytes)
+            assert prompt_cache.nbytes <= max_bytes
     assert (most > 0) == (max_bytes > 100_000)
-    reuse.clear()
-    assert reuse.nbytes == 0
+    prompt_cache.clear()
+    assert prompt_cache.nbytes == 0
 
 
 def test_is_for_one_model(nano: Nano, small: FastVLM) -> None:
     with pytest.raises(ValueError, match="another model"):
-        fv.generate(*nano, COUNT, image=PENGUINS, reuse=fv.Reuse(small))
+        fv.generate(*nano, COUNT, image=PENGUINS, prompt_cache=fv.PromptCache(small))
 
 
 @pytest.mark.parametrize("max_bytes", [0, -1, 1.5, "1 GB", None])
 def test_bad_bounds(nano: Nano, max_bytes: object) -> None:
     with pytest.raises(ValueError, match="max_bytes"):
-        fv.Reuse(nano[0], max_bytes=max_bytes)  # type: ignore[arg-type]
+        fv.PromptCache(nano[0], max_bytes=max_bytes)  # type: ignore[arg-type]
 
 
 def test_keys_tell_images_apart() -> None:
