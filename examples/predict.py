@@ -9,12 +9,7 @@ Without --model-path the bundled nano model answers.
 import argparse
 import sys
 
-import mlx.core as mx
-
 import fastvlm_mlx as fv
-from fastvlm_mlx.generation.beam import beam_search
-from fastvlm_mlx.generation.inputs import encode_images, preprocess_images
-from fastvlm_mlx.text.prompt import build_prompt
 
 
 def parse_args() -> argparse.Namespace:
@@ -31,34 +26,17 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def search(model: fv.FastVLM, processor: fv.Processor, args: argparse.Namespace) -> str:
-    """The most likely answer that beam search finds."""
-    features = encode_images(model, *preprocess_images(processor, [args.image_file]))
-    input_ids = build_prompt(
-        processor.tokenizer,
-        args.prompt,
-        num_visual_tokens=[len(f) for f in features],
-        image_token_index=model.config.image_token_index,
-        conv_mode=args.conv_mode,
-    )
-    embeddings = model.embed_inputs(mx.array([input_ids]), image_features=features)
-    ends = processor.tokenizer.eos_token_ids
-    tokens = beam_search(model, embeddings, ends, num_beams=args.num_beams)
-    return processor.tokenizer.decode(tokens)
-
-
 def predict(args: argparse.Namespace) -> str:
     model, processor = fv.load(args.model_path)
-    if args.num_beams != 1:
-        return search(model, processor, args)
+    sampling = {"temperature": args.temperature, "top_p": args.top_p}
     return fv.generate(
         model,
         processor,
         args.prompt,
         image=args.image_file,
         conv_mode=args.conv_mode,
-        temperature=args.temperature,
-        top_p=args.top_p,
+        num_beams=args.num_beams,
+        **(sampling if args.num_beams == 1 else {}),
     )
 
 

@@ -172,7 +172,7 @@ def test_what_prompts_begin_with_is_read_once(nano: Nano) -> None:
     ids = [batch.insert(prompt, image, **options) for prompt, image in requests]
     batch.step()
     held = batch._prefix
-    text = nano[1].tokenizer.decode(held, skip_special_tokens=False)
+    text = nano[1].tokenizer.decode(held.ids, skip_special_tokens=False)
     assert text == "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n"
     batch.insert("Hello!", conv_mode="plain", **{"max_tokens": 1})
     batch.insert("Hello!", system="Be kind.", **{"max_tokens": 1})
@@ -193,8 +193,10 @@ def test_no_requests(nano: Nano) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"kv_bits": 4}, "kv_bits is not for batches"),
-        ({"max_kv_size": 64}, "max_kv_size is not for batches"),
+        ({"kv_bits": 4}, "kv_bits does not go with a batch"),
+        ({"max_kv_size": 64}, "max_kv_size does not go with a batch"),
+        ({"prompt_lookup": 3}, "prompt_lookup does not go with a batch"),
+        ({"num_beams": 2}, "num_beams does not go with a batch"),
         ({"temperature": -1}, "temperature must be a number from 0"),
         ({"max_batch": 0}, "max_batch must be a whole number from 1, found 0"),
         ({"encode_batch": True}, "encode_batch must be a whole number from 1"),

@@ -456,3 +456,12 @@ def test_a_wrapped_cache_keeps_answering() -> None:
     # What was closed can't be trimmed from a cache that wrapped, so all is computed anew.
     turns = [*chat.messages, {"role": "user", "content": "Then"}]
     assert chat.ask("Then") == generate(*noise, turns, image=[pixels[0]], **options)
+
+
+@pytest.mark.parametrize("options", [{"prompt_lookup": 2}, {"num_beams": 2}], ids=str)
+def test_a_conversation_refuses_by_name_what_it_can_not_take(options: dict, nano: Nano) -> None:
+    (name,) = options
+    with pytest.raises(ValueError, match=f"{name} does not go with a conversation; leave it out"):
+        Chat(*nano, **options)
+    with pytest.raises(ValueError, match=f"{name} does not go with a conversation; leave it out"):
+        Chat(*nano).ask("Hi", **options)

@@ -15,6 +15,7 @@ from PIL import Image
 
 import fastvlm_mlx as fv
 from fastvlm_mlx.checkpoint.load import load_processor
+from fastvlm_mlx.generation.beam import beam_search
 from fastvlm_mlx.generation.decode import make_kv_cache
 from fastvlm_mlx.generation.generate import generate, stream_generate
 from fastvlm_mlx.generation.inputs import check_length, list_images
@@ -746,3 +747,41 @@ def test_two_streams_at_once(nano: Nano) -> None:
             for text, response in zip(texts, responses, strict=True)
         ]
     assert texts == expected and texts[0] != texts[1]
+
+
+# Ways of answering that do not go together
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 0.5},
+        {"top_p": 0.9},
+        {"top_k": 3},
+        {"min_p": 0.1},
+        {"repetition_penalty": 1.1},
+        {"logits_processor": lambda tokens, logits: logits},
+        {"prompt_lookup": 2},
+        {"max_kv_size": 16},
+        {"kv_bits": 8},
+    ],
+    ids=str,
+)
+def test_beam_search_refuses_by_name_what_it_can_not_take(options: dict) -> None:
+    (name,) = options
+    with pytest.raises(ValueError, match=f"^{name} does not go with beam search; leave it out.$"):
+        Options(num_beams=2, **options)
+
+
+def test_beam_search_is_an_option(nano: Nano) -> None:
+    model, processor = nano
+    _, embeddings = prompt_of(nano, image_size=256)
+    ends = processor.tokenizer.eos_token_ids
+    found = list(stream_generate(*nano, ASK, image=PENGUINS, num_beams=3, max_tokens=20))
+    expected = beam_search(model, embeddings, ends, num_beams=3, max_tokens=20)
+    assert [response.token for response in found] == expected
+    assert found[-1].finish_reason == "stop" and text_of(found) == ANSWER
+    cache = fv.PromptCache(model)
+    for _ in range(2):  # images come from the prompt cache, and no beam's KV cache goes there
+        assert generate(*nano, ASK, image=PENGUINS, num_beams=3, prompt_cache=cache) == ANSWER
+    assert generate(*nano, ASK, image=PENGUINS, prompt_cache=cache) == ANSWER

@@ -22,7 +22,7 @@ from ..checkpoint import load
 from ..checkpoint.load import load_processor
 from ..checks import check_whole_number
 from ..generation.decode import generate_tokens, make_kv_cache
-from ..generation.inputs import check_length, encode_images, preprocess_images
+from ..generation.inputs import check_length, compute_visual_tokens, preprocess_images
 from ..generation.options import Options
 from ..hub.resolve import resolve
 from ..model.fastvlm import FastVLM
@@ -81,7 +81,7 @@ def bench(
     load = partial(load_model, folder, dtype=dtype, quantize=quantize)
     load_times, model, processor = time_loads(load, runs)
     (pixel_values,), (original,) = preprocess_images(processor, [content], image_size)
-    (features,) = encode_images(model, [pixel_values], [original])
+    (features,) = compute_visual_tokens(model, [pixel_values], [original])
     input_ids = make_prompt(model, len(features), prompt_tokens)
     check_length(input_ids, processor.max_length - tokens)
     images, side = pixel_values.shape[:2]
@@ -200,7 +200,7 @@ def run_once(
     pixel_values, sizes = preprocess_images(processor, [content], image_size)
     mx.eval(pixel_values)
     preprocessed = time.perf_counter()
-    features = encode_images(model, pixel_values, sizes)
+    features = compute_visual_tokens(model, pixel_values, sizes)
     encoded = time.perf_counter()
     embeddings = model.embed_inputs(mx.array([input_ids]), image_features=features)
     del features, pixel_values

@@ -1,14 +1,4 @@
-"""Many requests at once: images are encoded and answers decoded together.
-
-Each request goes through reading (threads) → encoder (a few images at a time) → prefill → decoder,
-where all running sequences take each step together: one that ends leaves, and the next one enters.
-
-Sequences lie side by side in rows of the KV cache, each from position 0 on and padded at its end:
-there, causal attention never looks in prefill, and a mask by length keeps it off in decoding. So
-padding moves no position and adds to no sum, and each answer is the one that `generate` gives.
-
-Shapes: B sequences, T tokens, D = head_dim.
-"""
+"""Many requests, answered together: all texts in order, or responses as they appear."""
 
 from __future__ import annotations
 
@@ -19,10 +9,11 @@ from typing import Any, TypeAlias
 from ..model.fastvlm import FastVLM
 from ..processor import Processor
 from ..text.template import Messages
+from .inputs import ImageSources
 from .response import Response
-from .scheduler import Batch, Images, RequestError, check_options
+from .scheduler import MAX_BATCH, Batch, RequestError, batch_options
 
-Request: TypeAlias = "tuple[Messages, Images]"
+Request: TypeAlias = tuple[Messages, ImageSources]
 
 
 class BatchError(ValueError):
@@ -46,7 +37,7 @@ def batch_generate(
     processor: Processor,
     requests: Iterable[Request],
     *,
-    max_batch: int = 16,
+    max_batch: int = MAX_BATCH,
     encode_batch: int | None = None,
     **options: Any,
 ) -> list[str]:
@@ -59,7 +50,7 @@ def batch_generate(
         model, processor: from `load`.
         requests: (prompt, image) pairs, each as `generate` takes them: a prompt and one image,
             several or None. They are taken as they are needed, so there may be any number of them,
-            and memory holds but a few images and the sequences in the decoder.
+            and memory holds only a few images and the sequences in the decoder.
         max_batch: sequences that are decoded at a time.
         encode_batch: images that are encoded, and requests that enter the decoder, at a time; by
             default 8, or fewer if they have more than 4 million pixels.
@@ -67,7 +58,8 @@ def batch_generate(
             each answer is the one that `generate` gives with it.
 
     Raises:
-        ValueError: an option is out of range, or is `kv_bits` or `max_kv_size`.
+        ValueError: an option is out of range, or is one that batches can't take: drafts, beams,
+            `kv_bits` and `max_kv_size`.
         BatchError: some requests could not be answered, since an image can't be read, marks and
             images differ in number, or the prompt is too long. The other answers are in `texts`.
     """
@@ -97,7 +89,7 @@ def stream_batch(
     processor: Processor,
     requests: Iterable[Request],
     *,
-    max_batch: int = 16,
+    max_batch: int = MAX_BATCH,
     encode_batch: int | None = None,
     **options: Any,
 ) -> Iterator[tuple[int, Response]]:
@@ -106,7 +98,7 @@ def stream_batch(
     An answer's last response has a `finish_reason`.
     """
     batch = Batch(model, processor, max_batch=max_batch, encode_batch=encode_batch)
-    check_options(options)
+    batch_options(options)
     return _run(batch, enumerate(requests), options)
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
+from ..checks import check_whole_number
 from ..model.fastvlm import FastVLM
 from ..model.kv_cache import KVCache
+from .decode import prefill
+from .options import Options
 
 
 class Beam(NamedTuple):
@@ -29,14 +32,33 @@ class Beam(NamedTuple):
         return max(self.logprob / length**length_penalty for length in lengths)
 
 
+def search_tokens(
+    model: FastVLM,
+    embeddings: mx.array,
+    eos_token_ids: Collection[int],
+    options: Options,
+    limit: int,
+) -> Iterator[int]:
+    """As `decode.generate_tokens`, but the tokens of the likeliest answer, all at once."""
+    yield from beam_search(
+        model,
+        embeddings,
+        eos_token_ids,
+        num_beams=options.num_beams,
+        max_tokens=limit,
+        prefill_step_size=options.prefill_step_size,
+    )
+
+
 def beam_search(
     model: FastVLM,
     embeddings: mx.array,
     eos_token_ids: Collection[int],
     *,
     num_beams: int,
-    max_tokens: int = 256,
+    max_tokens: int = Options.max_tokens,
     length_penalty: float = 1.0,
+    prefill_step_size: int = Options.prefill_step_size,
 ) -> list[int]:
     """The best answer among those that a beam of this width meets.
 
@@ -50,20 +72,19 @@ def beam_search(
         num_beams: answers followed at once.
         max_tokens: most tokens of an answer, the ending one included.
         length_penalty: exponent of the length that scores are divided by, as in transformers.
+        prefill_step_size: positions of the prompt that are processed at a time.
 
     Returns:
         Token ids, the ending one included if it came.
 
     Raises:
-        ValueError: `num_beams` or `max_tokens` is below 1.
+        ValueError: `num_beams` or `max_tokens` is not a whole number from 1.
     """
-    if num_beams < 1 or max_tokens < 1:
-        raise ValueError(
-            f"num_beams and max_tokens must be at least 1, found {num_beams} and {max_tokens}."
-        )
+    check_whole_number("num_beams", num_beams)
+    check_whole_number("max_tokens", max_tokens)
     cache = model.make_kv_cache()
     decoder = model.language_model
-    hidden_states = decoder.hidden_states(None, cache, embeddings)
+    hidden_states = prefill(decoder, embeddings, cache, prefill_step_size)
     logits = decoder.logits(hidden_states[:, -1])
     beams: list[Beam] = [Beam((), 0.0)]
     finished: list[Beam] = []

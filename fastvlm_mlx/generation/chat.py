@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Sequence
-from typing import Any, Literal, TypeAlias, overload
+from collections.abc import Iterator
+from typing import Any, Literal, overload
 
 import mlx.core as mx
 
-from ..image.load import ImageSource
 from ..model.fastvlm import FastVLM
-from ..model.kv_cache import common_prefix
 from ..processor import Processor
 from ..text.prompt import IMAGE_MARK, check_marks
 from .decode import generate_tokens, make_kv_cache
-from .inputs import encode_images, list_images, preprocess_images, tokenize
-from .options import Options
+from .inputs import ImageSources, answer_limit, list_images, read_inputs
+from .options import DRAFTS, Options, refuse
+from .prefix import common_prefix
 from .response import Response, stream_responses
-
-Images: TypeAlias = "ImageSource | Sequence[ImageSource] | None"
 
 
 class Chat:
@@ -39,7 +35,7 @@ class Chat:
         self.model = model
         self.processor = processor
         self.options = options
-        Options(**options)
+        self._chosen({})
         self._running: Iterator[Response] | None = None
         self.reset()
 
@@ -47,23 +43,28 @@ class Chat:
         """Forget all turns and images."""
         self.stop()
         self.messages: list[dict[str, str]] = []
-        self._features: list[mx.array] = []
+        self._visual_tokens: list[mx.array] = []
         self._cached_ids: list[int] = []
         self._cache: list[Any] = []
         self._cache_kind: tuple[int | None, int | None] | None = None
 
     @overload
     def ask(
-        self, prompt: str, *, image: Images = None, stream: Literal[False] = False, **options: Any
+        self,
+        prompt: str,
+        *,
+        image: ImageSources = None,
+        stream: Literal[False] = False,
+        **options: Any,
     ) -> str: ...
 
     @overload
     def ask(
-        self, prompt: str, *, image: Images = None, stream: Literal[True], **options: Any
+        self, prompt: str, *, image: ImageSources = None, stream: Literal[True], **options: Any
     ) -> Iterator[Response]: ...
 
     def ask(
-        self, prompt: str, *, image: Images = None, stream: bool = False, **options: Any
+        self, prompt: str, *, image: ImageSources = None, stream: bool = False, **options: Any
     ) -> str | Iterator[Response]:
         """Answer the next question.
 
@@ -77,10 +78,16 @@ class Chat:
         Raises:
             ValueError, FileNotFoundError: as `generate`; the conversation is then as before.
         """
-        chosen = Options(**{**self.options, **options})
+        chosen = self._chosen(options)
         self.stop()
-        self._running = responses = self._answer(prompt, list_images(image), chosen)
+        self._running = responses = self._answer(prompt, image, chosen)
         return responses if stream else "".join(response.text for response in responses)
+
+    def _chosen(self, options: dict[str, Any]) -> Options:
+        """The options of a turn; ValueError if one is out of range or not for conversations."""
+        chosen = Options(**{**self.options, **options})
+        refuse(chosen, "a conversation", *DRAFTS, "num_beams")
+        return chosen
 
     def stop(self) -> None:
         """End a streamed answer that was not read to its end; it counts as far as it was read."""
@@ -88,34 +95,28 @@ class Chat:
             self._running.close()  # type: ignore[attr-defined]
             self._running = None
 
-    def _answer(
-        self, prompt: str, images: list[ImageSource], options: Options
-    ) -> Iterator[Response]:
-        start = time.perf_counter()
+    def _answer(self, prompt: str, image: ImageSources, options: Options) -> Iterator[Response]:
+        images = list_images(image)
         check_marks(prompt, len(images))
-        pixel_values, sizes = preprocess_images(
-            self.processor, images, options.image_size, fast=options.fast
-        )
-        preprocessed = time.perf_counter()
-        features = self._features + encode_images(self.model, pixel_values, sizes)
-        encoded = time.perf_counter()
         marks = "" if IMAGE_MARK in prompt else f"{IMAGE_MARK}\n" * len(images)
         messages = [*self.messages, {"role": "user", "content": marks + prompt}]
-        input_ids = tokenize(self.model, self.processor, messages, features, options)
-        embeddings = self.model.embed_inputs(mx.array([input_ids]), image_features=features)
+        inputs = read_inputs(
+            self.model, self.processor, messages, images, options, earlier=self._visual_tokens
+        )
+        input_ids, visual_tokens = inputs.input_ids, inputs.visual_tokens
         known = self._rewind(input_ids, options)
-        limit = min(options.max_tokens, self.processor.max_length - len(input_ids))
-        tokens = self._remember(
-            input_ids,
-            generate_tokens(
-                self.model, input_ids, embeddings[:, known:], self._cache, options, limit
-            ),
-        )
-        times = (start, preprocessed, encoded)
+        limit = answer_limit(input_ids, options, self.processor)
+        unknown = inputs.embeddings[:, known:]
+        tokens = generate_tokens(self.model, input_ids, unknown, self._cache, options, limit)
         responses = stream_responses(
-            tokens, self.processor, len(input_ids), options.stop, limit, times
+            self._remember(input_ids, tokens),
+            self.processor,
+            len(input_ids),
+            options.stop,
+            limit,
+            inputs.times,
         )
-        return self._record(messages, features, responses)
+        return self._record(messages, visual_tokens, responses)
 
     def _rewind(self, input_ids: list[int], options: Options) -> int:
         """Trim the cache to what it shares with the prompt, and say how many tokens that is."""
@@ -152,7 +153,7 @@ class Chat:
     def _record(
         self,
         messages: list[dict[str, str]],
-        features: list[mx.array],
+        visual_tokens: list[mx.array],
         responses: Iterator[Response],
     ) -> Iterator[Response]:
         answer = ""
@@ -163,4 +164,4 @@ class Chat:
         finally:
             responses.close()  # type: ignore[attr-defined]
             self.messages = [*messages, {"role": "assistant", "content": answer}]
-            self._features = features
+            self._visual_tokens = visual_tokens

@@ -8,12 +8,13 @@ from typing import Any
 import mlx.core as mx
 
 from ..model.fastvlm import FastVLM
+from ..model.qwen2 import Qwen2
 from .options import Options
 from .sampling import make_logits_processor, make_sampler
 
 
 def make_kv_cache(model: FastVLM, options: Options) -> list[Any]:
-    """An empty KV cache a layer, of the kind that the options ask for."""
+    """An empty KV cache per layer, of the kind that the options ask for."""
     if options.max_kv_size is not None:
         from mlx_lm.models.cache import RotatingKVCache
 
@@ -27,6 +28,22 @@ def make_kv_cache(model: FastVLM, options: Options) -> list[Any]:
             raise ValueError(f"kv_bits needs heads in multiples of 32, and the model's are {D}.")
         return [QuantizedKVCache(group_size, options.kv_bits) for _ in model.layers]
     return model.make_kv_cache()
+
+
+def prefill(decoder: Qwen2, embeddings: mx.array, cache: list[Any], step: int) -> mx.array:
+    """Run the decoder over a prompt; the hidden states [B, t, hidden_size] of its last step.
+
+    Args:
+        decoder: the model's.
+        embeddings: [B, T, hidden_size] of what the cache does not hold.
+        cache: updated in place.
+        step: positions that are processed at a time.
+    """
+    while embeddings.shape[1] > step:
+        decoder.hidden_states(None, cache, embeddings[:, :step])
+        mx.eval([layer.state for layer in cache])
+        embeddings = embeddings[:, step:]
+    return decoder.hidden_states(None, cache, embeddings)
 
 
 def generate_tokens(
@@ -63,11 +80,7 @@ def generate_tokens(
             seen = mx.concatenate([seen, token])
         return token
 
-    while embeddings.shape[1] > options.prefill_step_size:
-        decoder.hidden_states(None, cache, embeddings[:, : options.prefill_step_size])
-        mx.eval([c.state for c in cache])
-        embeddings = embeddings[:, options.prefill_step_size :]
-    token = next_token(decoder.hidden_states(None, cache, embeddings))
+    token = next_token(prefill(decoder, embeddings, cache, options.prefill_step_size))
     mx.async_eval(token)
     for _ in range(limit - 1):
         following = next_token(decoder.hidden_states(token[None], cache))

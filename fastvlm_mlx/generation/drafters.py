@@ -9,6 +9,7 @@ import mlx.core as mx
 
 from ..checks import check_whole_number
 from ..model.fastvlm import FastVLM
+from .options import Options
 
 MAX_NGRAM_SIZE = 3
 
@@ -115,7 +116,7 @@ class DraftModel(Drafter):
         embeddings: mx.array,
         num_draft_tokens: int,
         vocab_size: int,
-        prefill_step_size: int = 2048,
+        prefill_step_size: int = Options.prefill_step_size,
     ):
         super().__init__(num_draft_tokens)
         self._decoder = model.language_model

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
-from ..image.load import ImageSource
 from ..model.fastvlm import FastVLM
 from ..processor import Processor
+from ..text.template import Messages
+from .beam import search_tokens
 from .decode import generate_tokens, make_kv_cache
-from .inputs import read_inputs
+from .inputs import ImageSources, Inputs, answer_limit, read_inputs
 from .options import Options
 from .prompt_cache import PromptCache
 from .response import Response, stream_responses
@@ -19,9 +20,9 @@ from .speculate import make_drafter, speculate_tokens
 def generate(
     model: FastVLM,
     processor: Processor,
-    prompt: str | Sequence[dict[str, str]],
+    prompt: Messages,
     *,
-    image: ImageSource | Sequence[ImageSource] | None = None,
+    image: ImageSources = None,
     prompt_cache: PromptCache | None = None,
     **options: Any,
 ) -> str:
@@ -50,42 +51,58 @@ def generate(
 def stream_generate(
     model: FastVLM,
     processor: Processor,
-    prompt: str | Sequence[dict[str, str]],
+    prompt: Messages,
     *,
-    image: ImageSource | Sequence[ImageSource] | None = None,
+    image: ImageSources = None,
     prompt_cache: PromptCache | None = None,
     **options: Any,
 ) -> Iterator[Response]:
     """As `generate`, piece by piece; bad arguments raise on the call, not on the first piece."""
     chosen = Options(**options)
     encode = None if prompt_cache is None else prompt_cache.encode
-    inputs = read_inputs(model, processor, prompt, image, chosen, encode)
-    input_ids, limit = inputs.input_ids, inputs.limit(chosen, processor)
-    embeddings, cache = inputs.embeddings, make_kv_cache(model, chosen)
-    keeps_prompt = (
-        prompt_cache is not None and chosen.max_kv_size is None and chosen.kv_bits is None
-    )
-    if prompt_cache is not None and keeps_prompt:
-        ids = prompt_cache.tag(input_ids, inputs.features, inputs.image_keys)
-        embeddings = embeddings[:, prompt_cache.fetch(ids, cache) :]
-    drafter = make_drafter(processor, prompt, inputs, chosen)
-    times = inputs.times
-    del inputs
-    if drafter is None:
-        tokens = generate_tokens(model, input_ids, embeddings, cache, chosen, limit)
+    inputs = read_inputs(model, processor, prompt, image, chosen, encode=encode)
+    input_ids, times = inputs.input_ids, inputs.times
+    limit = answer_limit(input_ids, chosen, processor)
+    cache = make_kv_cache(model, chosen)
+    if prompt_cache is None or not _keeps_prompt(chosen):
+        tokens = _answer(model, processor, prompt, inputs, cache, chosen, limit)
     else:
-        tokens = speculate_tokens(model, input_ids, embeddings, cache, chosen, limit, drafter)
-    if prompt_cache is not None and keeps_prompt:
-        tokens = keep_prompt(prompt_cache, ids, cache, tokens)
-    del embeddings
+        tagged = prompt_cache.tag(input_ids, inputs.visual_tokens, inputs.image_keys)
+        inputs.embeddings = inputs.embeddings[:, prompt_cache.fetch(tagged, cache) :]
+        tokens = _answer(model, processor, prompt, inputs, cache, chosen, limit)
+        tokens = _store_prompt(prompt_cache, tagged, cache, tokens)
+    del inputs  # pixel values and visual tokens, which are needed no more
     return stream_responses(tokens, processor, len(input_ids), chosen.stop, limit, times)
 
 
-def keep_prompt(
-    prompt_cache: PromptCache, ids: list[int], cache: list[Any], tokens: Iterator[int]
+def _keeps_prompt(options: Options) -> bool:
+    """Whether the KV cache will hold the prompt as `PromptCache` keeps it."""
+    return options.max_kv_size is None and options.kv_bits is None and options.num_beams == 1
+
+
+def _answer(
+    model: FastVLM,
+    processor: Processor,
+    prompt: Messages,
+    inputs: Inputs,
+    cache: list[Any],
+    options: Options,
+    limit: int,
 ) -> Iterator[int]:
-    """The tokens, and once the first shows that the prompt was read, it is remembered."""
+    """The tokens of an answer, decoded in the way that the options ask for."""
+    if options.num_beams > 1:
+        ends = processor.tokenizer.eos_token_ids
+        return search_tokens(model, inputs.embeddings, ends, options, limit)
+    drafter = make_drafter(processor, prompt, inputs, options)
+    asked = model, inputs.input_ids, inputs.embeddings, cache, options, limit
+    return generate_tokens(*asked) if drafter is None else speculate_tokens(*asked, drafter)
+
+
+def _store_prompt(
+    prompt_cache: PromptCache, tagged: list[int], cache: list[Any], tokens: Iterator[int]
+) -> Iterator[int]:
+    """The tokens; once the first shows that the prompt was read, it is stored."""
     for n, token in enumerate(tokens):
         if n == 0:
-            prompt_cache.store(ids, cache)
+            prompt_cache.store(tagged, cache)
         yield token

@@ -1,11 +1,11 @@
-"""Prompt and images to what the decoder reads; every way of answering begins here."""
+"""Prompt and images → what the decoder reads; every way of answering begins here."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, cast
+from typing import NamedTuple, TypeAlias, cast
 
 import mlx.core as mx
 
@@ -16,14 +16,16 @@ from ..text.prompt import build_prompt, check_marks
 from ..text.template import Messages
 from .options import Options
 
+# What a person gives as images: one, several or none
+ImageSources: TypeAlias = "ImageSource | Sequence[ImageSource] | None"
+# (width, height) in pixels of each original image
+Sizes: TypeAlias = Sequence[tuple[int, int]]
 # (model, pixel values, original sizes) → (visual tokens, key) of each image
-Encode = Callable[
-    [FastVLM, list[mx.array], list[tuple[int, int]]], tuple[list[mx.array], list[bytes]]
-]
+Encode = Callable[[FastVLM, Sequence[mx.array], Sizes], tuple[list[mx.array], list[bytes]]]
 
 
 class Times(NamedTuple):
-    """When an answer was asked for, its images were read, and they were encoded."""
+    """When an answer was asked for, its images were read, and they were encoded, in seconds."""
 
     start: float
     preprocessed: float
@@ -35,61 +37,65 @@ class Inputs:
     """A prompt, ready for the decoder.
 
     Attributes:
-        input_ids: with `image_token_index` at the place of each visual token.
+        input_ids: of the prompt, with `config.image_token_index` at the place of each visual token.
         embeddings: [1, T, hidden_size] of them.
-        features: the visual tokens [n, hidden_size] of each image.
-        pixel_values, image_sizes: of the images that were read.
-        image_keys: of those images, where `encode` gave them.
+        visual_tokens: [n, hidden_size] of each image, in the prompt's order.
+        pixel_values: uint8 [n, S, S, 3] of each image that was read: one square, or with tiles
+            its overview first.
+        image_sizes: original (width, height) of each.
         times: see `Times`.
+        image_keys: of the images, where `encode` gave them.
     """
 
     input_ids: list[int]
     embeddings: mx.array
-    features: list[mx.array]
+    visual_tokens: list[mx.array]
     pixel_values: list[mx.array]
     image_sizes: list[tuple[int, int]]
     times: Times
     image_keys: list[bytes] = field(default_factory=list)
-
-    def limit(self, options: Options, processor: Processor) -> int:
-        """Tokens to generate at most."""
-        return min(options.max_tokens, processor.max_length - len(self.input_ids))
 
 
 def read_inputs(
     model: FastVLM,
     processor: Processor,
     prompt: Messages,
-    image: ImageSource | Sequence[ImageSource] | None,
+    image: ImageSources,
     options: Options,
+    *,
+    earlier: Sequence[mx.array] = (),
     encode: Encode | None = None,
 ) -> Inputs:
-    """Read, encode and tokenize; errors as `generate`.
+    """Read and encode images, tokenize the prompt and embed it; errors as `generate`.
 
     Args:
         model, processor, prompt, image: as `generate` takes them.
         options: how to read them.
-        encode: what gives visual tokens instead of `encode_images`, and a key of each image.
+        earlier: visual tokens of images that stand in the prompt before these, as a conversation
+            keeps them.
+        encode: what gives visual tokens, and a key of each image, instead of
+            `compute_visual_tokens`.
     """
     start = time.perf_counter()
     images = list_images(image)
-    check_marks(prompt, len(images))
+    check_marks(prompt, len(earlier) + len(images))
     pixel_values, sizes = preprocess_images(
         processor, images, options.image_size, fast=options.fast
     )
     preprocessed = time.perf_counter()
     keys: list[bytes] = []
     if encode is None:
-        features = encode_images(model, pixel_values, sizes)
+        encoded = compute_visual_tokens(model, pixel_values, sizes)
     else:
-        features, keys = encode(model, pixel_values, sizes)
+        encoded, keys = encode(model, pixel_values, sizes)
     times = Times(start, preprocessed, time.perf_counter())
-    input_ids = tokenize(model, processor, prompt, features, options)
-    embeddings = model.embed_inputs(mx.array([input_ids]), image_features=features)
-    return Inputs(input_ids, embeddings, features, pixel_values, sizes, times, keys)
+    visual_tokens = [*earlier, *encoded]
+    input_ids = tokenize(model, processor, prompt, visual_tokens, options)
+    embeddings = model.embed_inputs(mx.array([input_ids]), image_features=visual_tokens)
+    return Inputs(input_ids, embeddings, visual_tokens, pixel_values, sizes, times, keys)
 
 
-def list_images(image: ImageSource | Sequence[ImageSource] | None) -> list[ImageSource]:
+def list_images(image: ImageSources) -> list[ImageSource]:
     """One image, several or none, as a list."""
     if image is None:
         return []
@@ -105,37 +111,38 @@ def preprocess_images(
     *,
     fast: bool = False,
 ) -> tuple[list[mx.array], list[tuple[int, int]]]:
-    """Pixels, uint8 [n, S, S, 3], and original (width, height) of each image."""
+    """Pixel values, uint8 [n, S, S, 3], and original (width, height) of each image."""
+    # As bytes, nothing is left to compute: MLX would keep a stream for each thread that does.
     each = list(processor.preprocess_each(images, image_size, fast=fast, dtype=mx.uint8))
     return [pixels for pixels, _ in each], [size for _, size in each]
 
 
-def encode_images(
-    model: FastVLM, pixel_values: list[mx.array], image_sizes: list[tuple[int, int]]
+def compute_visual_tokens(
+    model: FastVLM, pixel_values: Sequence[mx.array], image_sizes: Sizes
 ) -> list[mx.array]:
-    """The visual tokens [n, hidden_size] of each image, computed."""
-    features = model.encode_images(pixel_values, image_sizes) if pixel_values else []
-    mx.eval(features)
+    """The visual tokens [n, hidden_size] of each image, computed, one image at a time."""
+    visual_tokens = model.encode_images(pixel_values, image_sizes) if pixel_values else []
+    mx.eval(visual_tokens)
     mx.clear_cache()  # of the encoder's activations, which the decoder has no use for
-    return features
+    return visual_tokens
 
 
 def tokenize(
     model: FastVLM,
     processor: Processor,
     prompt: Messages,
-    features: Sequence[mx.array],
+    visual_tokens: Sequence[mx.array],
     options: Options,
 ) -> list[int]:
-    """Token ids of a prompt, with a place for each of the visual tokens in `features`.
+    """Token ids of a prompt, with a place for each visual token of each image.
 
     Raises:
-        ValueError: as `prompt.build_prompt`, or the prompt leaves no room for an answer.
+        ValueError: as `build_prompt`, or the prompt leaves no room for an answer.
     """
     input_ids = build_prompt(
         processor.tokenizer,
         prompt,
-        num_visual_tokens=[len(f) for f in features],
+        num_visual_tokens=[len(tokens) for tokens in visual_tokens],
         system=options.system,
         image_token_index=model.config.image_token_index,
         conv_mode=options.conv_mode,
@@ -151,3 +158,8 @@ def check_length(input_ids: Sequence[int], max_length: int) -> None:
             f"The prompt has {len(input_ids)} tokens, and the model's limit is {max_length} with "
             "the answer; shorten it, or use fewer or smaller images."
         )
+
+
+def answer_limit(input_ids: Sequence[int], options: Options, processor: Processor) -> int:
+    """Tokens to generate at most: those asked for, or those that the model has positions for."""
+    return min(options.max_tokens, processor.max_length - len(input_ids))

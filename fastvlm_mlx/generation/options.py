@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import mlx.core as mx
@@ -23,8 +23,9 @@ WHOLE_NUMBERS = {
     "prefill_step_size": 1,
     "prompt_lookup": 1,
     "num_draft_tokens": 1,
+    "num_beams": 1,
 }
-NEEDED = ("max_tokens", "top_k", "prefill_step_size", "num_draft_tokens")  # never None
+NEEDED = ("max_tokens", "top_k", "prefill_step_size", "num_draft_tokens", "num_beams")  # not None
 # Speculation takes back what was guessed wrong, which a KV cache of limited size can't.
 EITHER = (
     ("kv_bits", "max_kv_size"),
@@ -32,6 +33,9 @@ EITHER = (
     ("prompt_lookup", "max_kv_size"),
     ("draft_model", "max_kv_size"),
 )
+CACHE_KINDS = ("max_kv_size", "kv_bits")
+DRAFTS = ("prompt_lookup", "draft_model")
+SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "logits_processor")
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,8 @@ class Options:
             the same; see `speculate`.
         draft_model: the same with a smaller model of the same family, from `load`, as drafter.
         num_draft_tokens: tokens that `draft_model` proposes at a time.
+        num_beams: above 1, beam search: this many answers are followed at once and the likeliest
+            one wins. It samples nothing, and its text comes all at once.
 
     Raises:
         ValueError: a value is out of its range.
@@ -86,6 +92,7 @@ class Options:
     prompt_lookup: int | None = None
     draft_model: tuple[FastVLM, Processor] | None = None
     num_draft_tokens: int = 3
+    num_beams: int = 1
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -110,6 +117,8 @@ class Options:
         for one, other in EITHER:
             if getattr(self, one) is not None and getattr(self, other) is not None:
                 raise ValueError(f"Give {one} or {other}, not both.")
+        if self.num_beams > 1:
+            refuse(self, "beam search", *SAMPLING, *DRAFTS, *CACHE_KINDS)
 
     def _check(
         self,
@@ -121,6 +130,20 @@ class Options:
         value = getattr(self, name)
         if not of_type(value) or not in_range(value):
             raise ValueError(f"{name} must be {wanted}, found {value!r}.")
+
+
+def refuse(options: Options, way: str, *names: str) -> None:
+    """ValueError, naming it, if an option is set that a way of answering can't take.
+
+    Args:
+        options: what was asked for.
+        way: of answering, for the message ("a batch").
+        names: the options that it can't take.
+    """
+    defaults = {field.name: field.default for field in fields(Options)}
+    for name in names:
+        if getattr(options, name) != defaults[name]:
+            raise ValueError(f"{name} does not go with {way}; leave it out.")
 
 
 def _is_texts(value: Any) -> bool:

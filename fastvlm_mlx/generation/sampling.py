@@ -1,4 +1,4 @@
-"""Logits to tokens."""
+"""Logits → tokens."""
 
 from __future__ import annotations
 
@@ -8,14 +8,38 @@ import mlx.core as mx
 
 from .options import LogitsProcessor, Options
 
+Sampler = Callable[[mx.array], mx.array]
+MIN_TEMPERATURE = 1e-6  # below it float32 has no room for the quotients, and sampling is greedy
 
-def scale_logits(logits: mx.array, options: Options) -> mx.array:
-    """What `generate.make_sampler` samples from: filtered, and divided by the temperature."""
-    if not (options.top_k or options.min_p):
-        if options.top_p < 1:
-            logits = keep_top_p(logits, options.top_p)
-        logits = (logits - logits.max(axis=-1, keepdims=True)).astype(mx.float32)
-        return logits / options.temperature
+
+def is_greedy(options: Options) -> bool:
+    """Whether the likeliest token is always taken."""
+    return options.temperature < MIN_TEMPERATURE
+
+
+def make_sampler(options: Options) -> Sampler:
+    """Logits [B, vocab_size] → tokens [B]."""
+    if is_greedy(options):
+        return lambda logits: mx.argmax(logits, axis=-1)
+    return lambda logits: mx.random.categorical(filter_logits(logits, options))
+
+
+def filter_logits(logits: mx.array, options: Options) -> mx.array:
+    """The logits to sample from, [B, vocab_size] in float32.
+
+    Tokens that `top_p`, `min_p` and `top_k` rule out are -inf; the filters come before the
+    temperature, as in mlx_lm, whose they are when `min_p` or `top_k` is set.
+    """
+    if options.top_k or options.min_p:
+        return _filter_as_mlx_lm(logits, options)
+    if options.top_p < 1:
+        logits = keep_top_p(logits, options.top_p)
+    # From the maximum and in float32, so that no temperature is too low.
+    logits = (logits - logits.max(axis=-1, keepdims=True)).astype(mx.float32)
+    return logits / options.temperature
+
+
+def _filter_as_mlx_lm(logits: mx.array, options: Options) -> mx.array:
     from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p
 
     logits = logits.astype(mx.float32)
@@ -29,43 +53,6 @@ def scale_logits(logits: mx.array, options: Options) -> mx.array:
     return logits * (1 / options.temperature)
 
 
-Sampler = Callable[[mx.array], mx.array]
-MIN_TEMPERATURE = 1e-6  # below it float32 has no room for the quotients, and sampling is greedy
-
-
-def make_sampler(options: Options) -> Sampler:
-    """Logits [B, vocab_size] → tokens [B]; filters come before the temperature, as in mlx_lm."""
-    if options.temperature < MIN_TEMPERATURE:
-        return lambda logits: mx.argmax(logits, axis=-1)
-    if options.top_k or options.min_p:
-        return _mlx_lm_sampler(options)
-
-    def sample(logits: mx.array) -> mx.array:
-        if options.top_p < 1:
-            logits = keep_top_p(logits, options.top_p)
-        # From the maximum and in float32, so that no temperature is too low.
-        logits = (logits - logits.max(axis=-1, keepdims=True)).astype(mx.float32)
-        return mx.random.categorical(logits / options.temperature)
-
-    return sample
-
-
-def _mlx_lm_sampler(options: Options) -> Sampler:
-    from mlx_lm import sample_utils
-
-    def sample(logits: mx.array) -> mx.array:
-        sampler = sample_utils.make_sampler(
-            temp=options.temperature,
-            top_p=options.top_p,
-            min_p=options.min_p,
-            top_k=options.top_k if options.top_k < logits.shape[-1] else 0,
-        )
-        logits = logits.astype(mx.float32)
-        return sampler(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
-
-    return sample
-
-
 def keep_top_p(logits: mx.array, top_p: float) -> mx.array:
     """-inf for all but the most likely tokens whose probabilities first reach `top_p`."""
     order = mx.argsort(-logits, axis=-1)
@@ -77,7 +64,7 @@ def keep_top_p(logits: mx.array, top_p: float) -> mx.array:
 
 
 def make_logits_processor(options: Options) -> LogitsProcessor | None:
-    """The repetition penalty and the caller's own processor, in this order."""
+    """The repetition penalty and the caller's own processor, in this order; None for neither."""
     processors: list[LogitsProcessor] = []
     if options.repetition_penalty not in (None, 1.0):
         from mlx_lm.sample_utils import make_logits_processors

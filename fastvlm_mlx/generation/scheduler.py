@@ -1,37 +1,44 @@
-"""TODO scheduler"""
+"""Many requests at once: images are encoded and answers decoded together.
+
+Each request goes through reading (threads) → encoder (a few images at a time) → prefill → decoder,
+where all running sequences take each step together: one that ends leaves, and the next one enters.
+
+Sequences lie side by side in rows of the KV cache, each from position 0 on and padded at its end:
+there, causal attention never looks in prefill, and a mask by length keeps it off in decoding. So
+padding moves no position and adds to no sum, and each answer is the one that `generate` gives.
+
+Shapes: B sequences, T tokens, D = head_dim.
+"""
 
 from __future__ import annotations
 
 import os
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import accumulate, islice, takewhile
-from typing import TYPE_CHECKING, Any, TypeAlias
+from collections.abc import Mapping
+from itertools import islice, takewhile
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
 from ..checks import check_whole_number
-from ..image.load import ImageSource
 from ..model.batch_kv_cache import BatchKVCache
 from ..model.fastvlm import FastVLM
-from ..model.kv_cache import KVCache, common_prefix
+from ..model.kv_cache import KVCache
 from ..ops import on_cpu
 from ..processor import Processor
 from ..text.prompt import check_marks
 from ..text.template import Messages
-from .inputs import list_images, tokenize
-from .options import Options
-from .response import Response, stream_responses
-from .sampling import MIN_TEMPERATURE, make_logits_processor, scale_logits
+from .inputs import ImageSources, list_images, preprocess_images
+from .options import CACHE_KINDS, DRAFTS, Options, refuse
+from .prefix import Prefix, common_prefix
+from .requests import PendingRequest, Picture, Row, encode_together, sample_rows
+from .response import Response
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
-Images: TypeAlias = "ImageSource | Sequence[ImageSource] | None"
-# Of an image: uint8 [n, S, S, 3], one square or with tiles more; and its original (width, height)
-Pixels: TypeAlias = "tuple[mx.array, tuple[int, int]]"
+MAX_BATCH = 16  # sequences in the decoder, if nothing else is asked for
 MAX_THREADS = 8  # that read images
 READ_AHEAD = 2  # encoder batches whose images are read in advance
 PIXELS_AT_ONCE, IMAGES_AT_ONCE = 2**22, 8  # that are encoded, if nothing else is asked for
@@ -51,65 +58,11 @@ class RequestError(ValueError):
         self.error = error
 
 
-def check_options(options: Mapping[str, Any]) -> Options:
-    """The options of a request in a batch.
-
-    Raises:
-        ValueError: one is out of range, or of those that change the KV cache.
-    """
+def batch_options(options: Mapping[str, Any]) -> Options:
+    """The options of a request in a batch; ValueError if one is out of range or not for batches."""
     chosen = Options(**options)
-    for name in ("max_kv_size", "kv_bits"):
-        if getattr(chosen, name) is not None:
-            raise ValueError(f"{name} is not for batches, whose KV cache is kept in full: omit it.")
-    if chosen.prompt_lookup is not None or chosen.draft_model is not None:
-        raise ValueError("Batches are not speculated on: omit prompt_lookup and draft_model.")
+    refuse(chosen, "a batch", *CACHE_KINDS, *DRAFTS, "num_beams")
     return chosen
-
-
-@dataclass(eq=False)
-class _Request:
-    """A request on its way to the decoder."""
-
-    id: int
-    prompt: Messages
-    images: list[ImageSource]
-    options: Options
-    start: float
-    preprocessed: float = 0.0
-    encoded: float = 0.0
-    features: list[mx.array] = field(default_factory=list)
-    input_ids: list[int] = field(default_factory=list)
-
-
-class _Row:
-    """A sequence in the decoder."""
-
-    def __init__(self, request: _Request, processor: Processor):
-        self.id = request.id
-        self.options = options = request.options
-        self.limit = min(options.max_tokens, processor.max_length - len(request.input_ids))
-        self.process = make_logits_processor(options)
-        self.seen = mx.array([i for i in request.input_ids if i >= 0])
-        self.key = None if options.seed is None else mx.random.key(options.seed)
-        self.generated = 0
-        self.done = False
-        self._tokens: deque[int] = deque()
-        self._parts = stream_responses(
-            iter(self._tokens.popleft, None),
-            processor,
-            len(request.input_ids),
-            options.stop,
-            self.limit,
-            (request.start, request.preprocessed, request.encoded),
-        )
-
-    def read(self, token: int) -> Response:
-        """What one more token brings."""
-        self._tokens.append(token)
-        response = next(self._parts)
-        self.generated = response.generation_tokens
-        self.done = response.finish_reason is not None
-        return response
 
 
 class Batch:
@@ -139,7 +92,7 @@ class Batch:
         model: FastVLM,
         processor: Processor,
         *,
-        max_batch: int = 16,
+        max_batch: int = MAX_BATCH,
         encode_batch: int | None = None,
     ):
         from concurrent.futures import ThreadPoolExecutor
@@ -155,15 +108,14 @@ class Batch:
         self.encode_batch = encode_batch
         self._threads = ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1))
         self._count = 0
-        self._waiting: deque[_Request] = deque()
-        self._reading: deque[tuple[_Request, Future[list[Pixels]]]] = deque()
-        self._encoded: deque[_Request] = deque()
+        self._waiting: deque[PendingRequest] = deque()
+        self._reading: deque[tuple[PendingRequest, Future[list[Picture]]]] = deque()
+        self._encoded: deque[PendingRequest] = deque()
         self._failed: deque[RequestError] = deque()
-        self._rows: list[_Row] = []
+        self._rows: list[Row] = []
         self._tokens = mx.array([], dtype=mx.uint32)  # one a row, computed but not yet read
         self._cache = BatchKVCache(len(model.layers))
-        self._prefix: list[int] = []
-        self._prefix_caches: list[Any] = []
+        self._prefix = Prefix([], [])
 
     def __len__(self) -> int:
         """Requests that have not ended."""
@@ -178,7 +130,7 @@ class Batch:
     def insert(
         self,
         prompt: Messages,
-        image: Images = None,
+        image: ImageSources = None,
         **options: Any,
     ) -> int:
         """Add a request; the arguments are those of `generate`, the result is its id for `step`.
@@ -187,14 +139,14 @@ class Batch:
             ValueError: an option is out of range, or marks and images differ in number. What is
                 wrong with an image, or a prompt that is too long, is for `step` to find.
         """
-        chosen = check_options(options)
+        chosen = batch_options(options)
         images = list_images(image)
         check_marks(prompt, len(images))
         self.processor.num_visual_tokens(chosen.image_size)
         mx.eval([image for image in images if isinstance(image, mx.array)])  # for another thread
         id, self._count = self._count, self._count + 1
         start = time.perf_counter()
-        self._waiting.append(_Request(id, prompt, images, chosen, start))
+        self._waiting.append(PendingRequest(id, prompt, images, chosen, start))
         self._read_ahead()
         return id
 
@@ -233,7 +185,7 @@ class Batch:
     def _read_ahead(self) -> None:
         while self._waiting and len(self._reading) < READ_AHEAD * self.encode_batch:
             request = self._waiting.popleft()
-            future = self._threads.submit(_read_images, self.processor, request)
+            future = self._threads.submit(_read, self.processor, request)
             self._reading.append((request, future))
 
     def _let_in(self) -> None:
@@ -247,7 +199,7 @@ class Batch:
 
     def _encode(self) -> None:
         """Encode the images of the next few requests and tokenize their prompts."""
-        found: list[tuple[_Request, list[Pixels]]] = []
+        found: list[tuple[PendingRequest, list[Picture]]] = []
         for _ in range(min(self.encode_batch, len(self._reading))):
             request, future = self._reading.popleft()
             try:
@@ -257,29 +209,27 @@ class Batch:
             request.preprocessed = time.perf_counter()
         self._read_ahead()
         images = [image for _, images in found for image in images]
-        features = iter(encode_together(self.model, images, self.encode_batch))
+        visual_tokens = iter(encode_together(self.model, images, self.encode_batch))
         for request, images in found:
-            request.features = list(islice(features, len(images)))
+            request.visual_tokens = list(islice(visual_tokens, len(images)))
             request.encoded = time.perf_counter()
             try:
-                request.input_ids = tokenize(
-                    self.model, self.processor, request.prompt, request.features, request.options
-                )
+                request.tokenize(self.model, self.processor)
                 self._encoded.append(request)
             except ValueError as error:
                 self._failed.append(RequestError(request.id, error))
 
-    def _prefill(self, requests: list[_Request]) -> None:
+    def _prefill(self, requests: list[PendingRequest]) -> None:
         """Start a sequence for each request, up to its first token."""
         sequences = [request.input_ids for request in requests]
         lengths = [len(ids) for ids in sequences]
         padded = [ids + [0] * (max(lengths) - len(ids)) for ids in sequences]
-        rows = [_Row(request, self.processor) for request in requests]
+        rows = [Row(request, self.processor) for request in requests]
         step = min(row.options.prefill_step_size for row in rows)
         caches = self._start_caches(sequences, step)
         known = caches[0].offset
         embeddings = self.model.embed_inputs(
-            mx.array(padded), image_features=[f for r in requests for f in r.features]
+            mx.array(padded), image_features=[t for r in requests for t in r.visual_tokens]
         )
         last = [length - known - 1 for length in lengths]
         hidden_states = self._hidden_states_at(last, embeddings[:, known:], caches, step)
@@ -296,18 +246,15 @@ class Batch:
         """
         text = list(takewhile(lambda i: i >= 0, sequences[0][:-1]))
         alike = min(common_prefix(text, ids[:-1]) for ids in sequences)
-        known = common_prefix(text[:alike], self._prefix)
+        known = self._prefix.shared(text[:alike])
         if alike < (alike - known) * (len(sequences) - 1):
-            known, self._prefix = alike, text[:alike]
-            self._prefix_caches = self.model.make_kv_cache()
-            embeddings = self.model.embed_inputs(mx.array([self._prefix]))
-            self._hidden_states_at([alike - 1], embeddings, self._prefix_caches, step)
+            known, cache = alike, self.model.make_kv_cache()
+            embeddings = self.model.embed_inputs(mx.array([text[:alike]]))
+            self._hidden_states_at([alike - 1], embeddings, cache, step)
+            self._prefix = Prefix.of(text[:alike], cache)
         caches = self.model.make_kv_cache()
         if known:
-            for cache, prefix in zip(caches, self._prefix_caches, strict=True):
-                held = (prefix.keys[:, :, :known], prefix.values[:, :, :known])
-                shape = (len(sequences), *held[0].shape[1:])
-                cache.update_and_fetch(*(mx.broadcast_to(each, shape) for each in held))
+            self._prefix.fill(caches, known, len(sequences))
         return caches
 
     def _hidden_states_at(
@@ -343,7 +290,7 @@ class Batch:
         self._cache.advance()
         self._tokens = self._next_tokens(self._rows, hidden_states[:, -1])
 
-    def _next_tokens(self, rows: list[_Row], hidden_states: mx.array) -> mx.array:
+    def _next_tokens(self, rows: list[Row], hidden_states: mx.array) -> mx.array:
         """[B, hidden_size] → tokens [B]."""
         logits = self.model.language_model.logits(hidden_states)
         if any(row.process for row in rows):
@@ -369,68 +316,8 @@ class Batch:
         self._tokens = self._tokens[mx.array(order, dtype=mx.int32)]
 
 
-def _read_images(processor: Processor, request: _Request) -> list[Pixels]:
-    # As bytes nothing is left to compute: MLX would keep a stream for each thread that does.
-    each = processor.preprocess_each(
-        request.images, request.options.image_size, fast=request.options.fast, dtype=mx.uint8
-    )
-    return list(each)
-
-
-def encode_together(model: FastVLM, images: Sequence[Pixels], encode_batch: int) -> list[mx.array]:
-    """As `generate.encode_images`, but squares of one size are encoded several at a time.
-
-    Args:
-        model: see `batch_generate`.
-        images: from `Processor.preprocess_each`, as bytes.
-        encode_batch: squares at a time.
-
-    Returns:
-        the visual tokens [n, hidden_size] of each image, computed.
-    """
-    features: list[mx.array] = [mx.array([])] * len(images)
-    for side in {pixels.shape[1] for pixels, _ in images}:
-        alike = [i for i, (pixels, _) in enumerate(images) if pixels.shape[1] == side]
-        squares = mx.concatenate([images[i][0] for i in alike])
-        encoded = []
-        for start in range(0, len(squares), encode_batch):
-            encoded.append(model.encode_image(squares[start : start + encode_batch]))
-            mx.eval(encoded)
-        ends = list(accumulate(len(images[i][0]) for i in alike))
-        for i, tiles in zip(alike, mx.split(mx.concatenate(encoded), ends[:-1]), strict=True):
-            features[i] = model.merge_tiles(tiles, images[i][1])
-    mx.eval(features)
-    return features
-
-
-def sample_rows(rows: Sequence[_Row], logits: mx.array) -> mx.array:
-    """[B, vocab_size] → tokens [B], those of like options together."""
-    groups: dict[Any, list[int]] = {}
-    for i, row in enumerate(rows):
-        o = row.options
-        greedy = o.temperature < MIN_TEMPERATURE
-        kind = None if greedy else (o.temperature, o.top_p, o.top_k, o.min_p)
-        groups.setdefault(kind, []).append(i)
-    if len(groups) == 1:
-        return _sample_alike(rows, logits).astype(mx.uint32)
-    tokens = mx.zeros(len(rows), dtype=mx.uint32)
-    for members in groups.values():
-        index = mx.array(members)
-        tokens[index] = _sample_alike([rows[i] for i in members], logits[index])
-    return tokens
-
-
-def _sample_alike(rows: Sequence[_Row], logits: mx.array) -> mx.array:
-    options = rows[0].options
-    if options.temperature < MIN_TEMPERATURE:
-        return mx.argmax(logits, axis=-1)
-    logits = scale_logits(logits, options)
-    if all(row.key is None for row in rows):
-        return mx.random.categorical(logits)
-    tokens = []
-    for i, row in enumerate(rows):
-        key = None
-        if row.key is not None:
-            row.key, key = mx.random.split(row.key)
-        tokens.append(mx.random.categorical(logits[i : i + 1], key=key))
-    return mx.concatenate(tokens)
+def _read(processor: Processor, request: PendingRequest) -> list[Picture]:
+    """The images of a request, on a thread of their own."""
+    options = request.options
+    found = preprocess_images(processor, request.images, options.image_size, fast=options.fast)
+    return list(zip(*found, strict=True))

@@ -126,9 +126,9 @@ def make_drafter(
     model, draft_processor = options.draft_model
     check_vocabularies(processor.tokenizer, draft_processor.tokenizer)
     pixel_values = inputs.pixel_values
-    features = model.encode_images(pixel_values, inputs.image_sizes) if pixel_values else []
-    draft_ids = tokenize(model, draft_processor, prompt, features, options)
-    embeddings = model.embed_inputs(mx.array([draft_ids]), image_features=features)
+    visual_tokens = model.encode_images(pixel_values, inputs.image_sizes) if pixel_values else []
+    draft_ids = tokenize(model, draft_processor, prompt, visual_tokens, options)
+    embeddings = model.embed_inputs(mx.array([draft_ids]), image_features=visual_tokens)
     vocab_size = processor.tokenizer.vocab_size
     return DraftModel(model, embeddings, options.num_draft_tokens, vocab_size)
 

@@ -5,7 +5,6 @@ Shapes: B sequences, T tokens, S tokens seen so far, D = head_dim.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -112,11 +111,3 @@ class KVCache:
         growing = cache.KVCache()
         growing.state = self.state
         return growing.to_quantized(group_size=group_size, bits=bits)
-
-
-def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many of the first items are the same."""
-    for n, (x, y) in enumerate(zip(a, b, strict=False)):
-        if x != y:
-            return n
-    return min(len(a), len(b))
