@@ -43,19 +43,19 @@ def batch_generate(
 ) -> list[str]:
     """Answer many requests, each as `generate` does; the texts in order.
 
-    In float32 the answers are those of `generate`; in lower precision products of many rows may
-    round otherwise than those of one, and so decide otherwise between nearly equal tokens.
+    In float32 the answers are those of `generate`. In lower precision, products of many rows may
+    round differently from those of one, and so pick the other of two nearly equal tokens.
 
     Args:
         model, processor: from `load`.
         requests: (prompt, image) pairs, each as `generate` takes them: a prompt and one image,
-            several or None. They are taken as they are needed, so there may be any number of them,
-            and memory holds only a few images and the sequences in the decoder.
-        max_batch: sequences that are decoded at a time.
-        encode_batch: images that are encoded, and requests that enter the decoder, at a time; by
-            default 8, or fewer if they have more than 4 million pixels.
-        **options: the fields of `generate.Options`, for each request by itself: with a `seed`,
-            each answer is the one that `generate` gives with it.
+            several or None. They are taken as needed, so there may be any number of them, and
+            memory holds only a few images and the sequences in the decoder.
+        max_batch: sequences decoded at a time.
+        encode_batch: images encoded, and requests that enter the decoder, at a time; by default 8,
+            or fewer if they have more than 4 million pixels.
+        **options: the fields of `Options`, for each request by itself: with a `seed`, each answer
+            is the one that `generate` gives with it.
 
     Raises:
         ValueError: an option is out of range, or is one that batches can't take: drafts, beams,

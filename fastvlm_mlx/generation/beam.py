@@ -1,4 +1,4 @@
-"""Beam search: several answers are followed at once and the most likely one wins."""
+"""Beam search: several answers are followed at once and the likeliest one wins."""
 
 from __future__ import annotations
 
@@ -60,22 +60,22 @@ def beam_search(
     length_penalty: float = 1.0,
     prefill_step_size: int = Options.prefill_step_size,
 ) -> list[int]:
-    """The best answer among those that a beam of this width meets.
+    """The best answer among those that a beam of this width finds.
 
-    It goes on until no open answer can still beat the best finished ones, so that a beam as wide
-    as the vocabulary's tree finds the most likely answer of all.
+    The search goes on until no open answer can beat the best finished one, so a beam as wide as
+    the vocabulary's tree finds the likeliest answer of all.
 
     Args:
         model: the model.
         embeddings: [1, T, hidden_size] of the prompt.
         eos_token_ids: tokens that end an answer.
         num_beams: answers followed at once.
-        max_tokens: most tokens of an answer, the ending one included.
+        max_tokens: the most tokens of an answer, its end included.
         length_penalty: exponent of the length that scores are divided by, as in transformers.
-        prefill_step_size: positions of the prompt that are processed at a time.
+        prefill_step_size: prompt tokens processed at a time.
 
     Returns:
-        Token ids, the ending one included if it came.
+        Token ids, with the end-of-sequence token if it came.
 
     Raises:
         ValueError: `num_beams` or `max_tokens` is not a whole number from 1.
@@ -107,7 +107,7 @@ def beam_search(
 
 
 def expand(beams: list[Beam], logits: mx.array, count: int) -> list[tuple[int, Beam]]:
-    """The `count` likeliest continuations by one token, with the number of the beam before."""
+    """The `count` likeliest continuations by one token, each with the index of its beam."""
     vocab_size = logits.shape[-1]
     logits = logits.astype(mx.float32)
     so_far = mx.array([beam.logprob for beam in beams])[:, None]

@@ -20,12 +20,11 @@ from .response import Response, stream_responses
 class Chat:
     """A conversation about any number of images.
 
-    Each answer starts from the KV cache of the turns before, so that only what was added is
-    computed.
+    Each answer starts from the KV cache of the previous turns, so only what was added is computed.
 
     Args:
         model, processor: from `load`.
-        **options: fields of `generate.Options`, for every turn.
+        **options: fields of `Options`, for every turn; drafts and beams are not for conversations.
 
     Attributes:
         messages: the turns so far, as {"role", "content"}.
@@ -71,9 +70,9 @@ class Chat:
         Args:
             prompt: the question; `<image>` in it marks the places of this turn's images.
             image: images that are new in this turn.
-            stream: give `Response`s as they appear instead of the whole text. An answer that is not
-                read to its end before the next question counts as far as it was read.
-            **options: fields of `generate.Options`, over those of the chat.
+            stream: yield a `Response` per token instead of returning the whole text. An answer that
+                is not read to its end before the next question counts as far as it was read.
+            **options: fields of `Options` that replace the chat's for this turn.
 
         Raises:
             ValueError, FileNotFoundError: as `generate`; the conversation is then as before.
@@ -119,7 +118,7 @@ class Chat:
         return self._record(messages, visual_tokens, responses)
 
     def _rewind(self, input_ids: list[int], options: Options) -> int:
-        """Trim the cache to what it shares with the prompt, and say how many tokens that is."""
+        """Trim the KV cache to what it shares with the prompt; returns that many tokens."""
         kind = (options.max_kv_size, options.kv_bits)
         known = common_prefix(self._cached_ids, input_ids[:-1])
         surplus = self._cache[0].offset - known if self._cache else 0
@@ -134,7 +133,7 @@ class Chat:
         return known
 
     def _remember(self, input_ids: list[int], tokens: Iterator[int]) -> Iterator[int]:
-        """Keep count of what the cache holds while tokens pass."""
+        """Pass tokens on, and keep track of what the KV cache holds."""
         given = list(input_ids)
         self._cached_ids = []
         try:
@@ -143,7 +142,7 @@ class Chat:
                 yield token
         except GeneratorExit:
             raise
-        except BaseException:  # an interrupt amid the layers leaves some of them ahead
+        except BaseException:  # an interrupt between layers leaves some ahead of others
             self._cache = []
             raise
         finally:

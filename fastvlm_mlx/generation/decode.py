@@ -1,4 +1,4 @@
-"""Embeddings to tokens."""
+"""Embeddings → tokens."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def prefill(decoder: Qwen2, embeddings: mx.array, cache: list[Any], step: int) -
         decoder: the model's.
         embeddings: [B, T, hidden_size] of what the cache does not hold.
         cache: updated in place.
-        step: positions that are processed at a time.
+        step: positions processed at a time.
     """
     while embeddings.shape[1] > step:
         decoder.hidden_states(None, cache, embeddings[:, :step])
@@ -54,14 +54,14 @@ def generate_tokens(
     options: Options,
     limit: int,
 ) -> Iterator[int]:
-    """Prefill, then one token after the other, each computed while the one before is read.
+    """Prefill, then one token after the other, each computed while the previous one is read.
 
     Args:
         input_ids: the whole prompt.
-        embeddings: [1, T, hidden_size] of what the cache does not hold of it.
+        embeddings: [1, T, hidden_size] of the part that the cache does not hold.
         cache: updated in place.
         options: see `Options`.
-        limit: tokens to generate at most.
+        limit: the most tokens to generate.
     """
     if options.seed is not None:
         mx.random.seed(options.seed)

@@ -1,4 +1,4 @@
-"""What may follow: tokens from prompt look-up or a smaller model."""
+"""Drafts of the next tokens: from prompt look-up, or from a smaller model."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ MAX_NGRAM_SIZE = 3
 
 
 class Drafter:
-    """Guesses how an answer goes on.
+    """Proposes the next tokens of an answer.
 
     Attributes:
-        num_draft_tokens: most tokens that are proposed at a time.
+        num_draft_tokens: the most tokens proposed at a time.
         drafted, accepted: tokens proposed so far, and those that the model agreed with.
 
     Raises:
@@ -32,29 +32,29 @@ class Drafter:
         self.accepted = 0
 
     def propose(self, answer: list[int], count: int) -> mx.array:
-        """What may follow.
+        """A draft of what follows.
 
         Args:
-            answer: the tokens so far, at least one; those of the call before and more.
-            count: most tokens to propose, from 0.
+            answer: the tokens so far, at least one; it begins with those of the previous call.
+            count: the most tokens to propose, from 0.
 
         Returns:
-            [k] token ids, k ≤ count; they need not be computed yet.
+            [k] token ids, k ≤ count, perhaps not computed yet.
         """
         raise NotImplementedError
 
 
 class PromptLookup(Drafter):
-    """Proposes what followed the last tokens where they stood before, in prompt or answer.
+    """Proposes what followed the last tokens at their previous occurrence in prompt or answer.
 
-    The longest run of last tokens that stood before decides, and its latest place (prompt lookup
-    decoding, Saxena 2023, but for the latest where that takes the first). What is copied may run
-    into itself, so that a short loop is continued at any length.
+    The longest run of last tokens that occurred before is looked up at its latest occurrence
+    (prompt lookup decoding, Saxena 2023, which takes the first one). The copy may run into itself,
+    so a short loop is continued at any length.
 
     Args:
-        input_ids: the whole prompt; visual tokens are negative, and match nothing.
-        num_draft_tokens: most tokens to propose (`prompt_lookup_num_tokens` in transformers).
-        max_ngram_size: most last tokens to look for (`max_matching_ngram_size` there).
+        input_ids: the whole prompt; visual tokens are negative and match nothing.
+        num_draft_tokens: the most tokens to propose (`prompt_lookup_num_tokens` in transformers).
+        max_ngram_size: the longest run to look up (`max_matching_ngram_size` there).
     """
 
     def __init__(
@@ -67,7 +67,9 @@ class PromptLookup(Drafter):
         self.max_ngram_size = max_ngram_size
         self._prompt_tokens = len(input_ids)
         self._tokens: list[int] = []
-        self._next: dict[tuple[int, ...], int] = {}  # n-gram → the place after its latest one
+        self._next: dict[
+            tuple[int, ...], int
+        ] = {}  # n-gram → the position after its latest occurrence
         self._add(input_ids)
 
     def propose(self, answer: list[int], count: int) -> mx.array:
@@ -87,7 +89,7 @@ class PromptLookup(Drafter):
         return (run for run in runs if min(run) >= 0)
 
     def _copy(self, start: int, count: int) -> list[int]:
-        """The tokens from a place on, as far as they are text."""
+        """The tokens from a position on, as far as they are text."""
         end = len(self._tokens)
         copied: list[int] = []
         for place in range(start, start + count if start < end else start):
@@ -99,15 +101,15 @@ class PromptLookup(Drafter):
 
 
 class DraftModel(Drafter):
-    """Proposes what a smaller model would say, which sees the same images with its own encoder.
+    """Proposes what a smaller model would say, which sees the same images through its own encoder.
 
     Args:
         model: the smaller model.
-        embeddings: [1, T, hidden_size] of the prompt, made by the smaller model; computed only
-            when the first draft is.
-        num_draft_tokens: tokens to propose.
-        vocab_size: propose only tokens below; the models' tables may differ in padding.
-        prefill_step_size: tokens of the prompt that are processed at a time.
+        embeddings: [1, T, hidden_size] of the prompt, from the smaller model; computed with the
+            first draft.
+        num_draft_tokens: the most tokens to propose.
+        vocab_size: only ids below are proposed; the models' tables may differ in padding.
+        prefill_step_size: prompt tokens processed at a time.
     """
 
     def __init__(
@@ -129,7 +131,7 @@ class DraftModel(Drafter):
 
     def propose(self, answer: list[int], count: int) -> mx.array:
         held = self._cache[0].offset - self._prompt_tokens
-        kept = min(held, len(answer) - 1)  # of the draft before, what the model agreed with
+        kept = min(held, len(answer) - 1)  # of the previous draft, what the model agreed with
         trim(self._cache, held - kept)
         tokens = mx.array(answer[kept:], mx.uint32)
         draft = [mx.array([], mx.uint32)]
@@ -144,6 +146,6 @@ class DraftModel(Drafter):
 
 
 def trim(cache: Sequence[Any], count: int) -> None:
-    """Forget the last tokens in every layer."""
+    """Drop the last tokens from every layer."""
     for layer_cache in cache:
         layer_cache.trim(count)

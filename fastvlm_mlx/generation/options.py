@@ -14,7 +14,7 @@ from ..processor import Processor
 
 LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
 KV_BITS = (2, 3, 4, 6, 8)
-# Each a whole number, from the one given on.
+# The smallest value of each whole number
 WHOLE_NUMBERS = {
     "max_tokens": 1,
     "top_k": 0,
@@ -25,9 +25,9 @@ WHOLE_NUMBERS = {
     "num_draft_tokens": 1,
     "num_beams": 1,
 }
-NEEDED = ("max_tokens", "top_k", "prefill_step_size", "num_draft_tokens", "num_beams")  # not None
-# Speculation takes back what was guessed wrong, which a KV cache of limited size can't.
-EITHER = (
+NEVER_NONE = ("max_tokens", "top_k", "prefill_step_size", "num_draft_tokens", "num_beams")
+# Options that exclude each other. A KV cache of limited size can't take rejected drafts back.
+EXCLUSIVE = (
     ("kv_bits", "max_kv_size"),
     ("prompt_lookup", "draft_model"),
     ("prompt_lookup", "max_kv_size"),
@@ -43,31 +43,32 @@ class Options:
     """How to read and answer a prompt: the keyword arguments of `generate`; the names are mlx_lm's.
 
     Attributes:
-        system: the system prompt, if not the model's own.
-        conv_mode: a conversation template by name, if not the tokenizer's own.
-        image_size: side in pixels, a multiple of 64, if not the model's own; smaller is faster.
+        system: the system prompt; the model's own by default.
+        conv_mode: name of a conversation template; the tokenizer's own by default.
+        image_size: side in pixels, a multiple of 64; the model's own by default, smaller is faster.
         fast: decode large JPEGs at less than their full resolution, in half the time; the pixels
             differ slightly (`image.preprocess` says by how much).
-        max_tokens: most tokens to generate.
-        temperature: 0 is greedy; above, logits are divided by it and sampled.
-        top_p: sample from the most likely tokens whose probabilities add up to this.
-        top_k: sample from this many most likely tokens; 0 is all.
-        min_p: drop tokens less likely than this times the likeliest.
+        max_tokens: the most tokens to generate.
+        temperature: 0 is greedy; otherwise logits are divided by it and sampled.
+        top_p: sample only from the likeliest tokens whose probabilities add up to this.
+        top_k: sample only from this many of the likeliest tokens; 0 means all.
+        min_p: drop tokens less likely than this times the likeliest one.
         repetition_penalty: divide (or multiply, if negative) the logits of the last 20 tokens.
-        seed: of the sampling, for answers that can be repeated.
-        stop: texts that end the answer, which then stops before them.
-        max_kv_size: positions that the KV cache keeps; older ones are forgotten.
-        kv_bits: bits of a quantized KV cache.
-        prefill_step_size: tokens of the prompt that are processed at a time.
-        logits_processor: called with the tokens so far [T] and the logits [1, vocab_size], and
-            gives the logits to sample from.
-        prompt_lookup: speculative decoding: look in prompt and answer for what followed the last
-            tokens before, and have up to this many tokens checked in one step. The answer stays
-            the same; see `speculate`.
-        draft_model: the same with a smaller model of the same family, from `load`, as drafter.
+        seed: of the sampling, to make an answer repeatable.
+        stop: texts that end the answer; they are not part of it.
+        max_kv_size: positions that the KV cache keeps; older ones are dropped.
+        kv_bits: bits per value of a quantized KV cache.
+        prefill_step_size: prompt tokens processed at a time.
+        logits_processor: a function of the tokens so far [T] and the logits [1, vocab_size] that
+            returns the logits to sample from.
+        prompt_lookup: speculative decoding by look-up: up to this many tokens that followed the
+            last ones earlier in prompt or answer are checked per step. The answer stays the same;
+            see `speculate`.
+        draft_model: speculative decoding with drafts of a smaller model of the same family, as
+            `load` returns it.
         num_draft_tokens: tokens that `draft_model` proposes at a time.
         num_beams: above 1, beam search: this many answers are followed at once and the likeliest
-            one wins. It samples nothing, and its text comes all at once.
+            one wins. It does not sample, and its text arrives all at once.
 
     Raises:
         ValueError: a value is out of its range.
@@ -98,7 +99,7 @@ class Options:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
         for name, least in WHOLE_NUMBERS.items():
-            if getattr(self, name) is not None or name in NEEDED:
+            if getattr(self, name) is not None or name in NEVER_NONE:
                 check_whole_number(name, getattr(self, name), least)
         self._check("temperature", "a number from 0", is_number, lambda t: t >= 0)
         self._check("top_p", "a number above 0 and at most 1", is_number, lambda p: 0 < p <= 1)
@@ -114,7 +115,7 @@ class Options:
             self._check("logits_processor", "a function", callable)
         if self.draft_model is not None:
             self._check("draft_model", "a model and its processor, as `load` gives them", _is_pair)
-        for one, other in EITHER:
+        for one, other in EXCLUSIVE:
             if getattr(self, one) is not None and getattr(self, other) is not None:
                 raise ValueError(f"Give {one} or {other}, not both.")
         if self.num_beams > 1:
@@ -133,12 +134,15 @@ class Options:
 
 
 def refuse(options: Options, way: str, *names: str) -> None:
-    """ValueError, naming it, if an option is set that a way of answering can't take.
+    """Reject options that one way of answering does not support.
 
     Args:
         options: what was asked for.
         way: of answering, for the message ("a batch").
-        names: the options that it can't take.
+        names: the options that it does not support.
+
+    Raises:
+        ValueError: one of them is set; the message names it.
     """
     defaults = {field.name: field.default for field in fields(Options)}
     for name in names:

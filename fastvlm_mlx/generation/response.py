@@ -1,4 +1,4 @@
-"""Tokens to text, with the timings."""
+"""Tokens → text, with timings."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ class Response:
     """A piece of an answer as it appears; times are in seconds, memory in GB (10⁹ bytes).
 
     Attributes:
-        text: what is new; may be empty.
-        token: the token that brought it.
+        text: the new text; may be empty.
+        token: the token that it came with.
         prompt_tokens, generation_tokens: so far.
         preprocess_time: reading and resizing the images.
         encode_time: encoder and projector.
         prefill_time: tokenizing the prompt and running the decoder over it to the first token.
         ttft: time to first token, from the call.
         generation_tps: tokens per second after the first.
-        peak_memory: most that MLX's arrays took.
+        peak_memory: the most that MLX's arrays have taken.
         finish_reason: "stop" (the model or a stop text ended it) or "length"; None before the end.
     """
 
@@ -50,15 +50,15 @@ def stream_responses(
     limit: int,
     times: tuple[float, float, float],
 ) -> Iterator[Response]:
-    """Tokens to text, with the timings.
+    """Tokens → text, with timings.
 
     Args:
         tokens: from `generate_tokens`.
         processor: has the tokenizer.
         prompt_tokens: of the whole prompt.
         stop: texts that end the answer.
-        limit: tokens to take at most.
-        times: of the call, after reading images, and after encoding them.
+        limit: the most tokens to take.
+        times: of the call, after the images were read, and after they were encoded.
     """
     start, preprocessed, encoded = times
     detokenizer = Detokenizer(processor.tokenizer)
@@ -90,7 +90,7 @@ def stream_responses(
 
 
 class StopTexts:
-    """Ends a stream of text before any of some texts, holding back what may begin one."""
+    """Ends a stream of text before the first stop text, holding back what may begin one."""
 
     def __init__(self, stop: Sequence[str]):
         self.stop = stop
@@ -107,7 +107,7 @@ class StopTexts:
         return self._release(len(self.held) - self._undecided())
 
     def finish(self) -> str:
-        """The rest, when nothing more comes."""
+        """The rest, once nothing more comes."""
         return "" if self.stopped else self._release(len(self.held))
 
     def _release(self, end: int) -> str:

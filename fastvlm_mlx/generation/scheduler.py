@@ -1,11 +1,11 @@
 """Many requests at once: images are encoded and answers decoded together.
 
 Each request goes through reading (threads) → encoder (a few images at a time) → prefill → decoder,
-where all running sequences take each step together: one that ends leaves, and the next one enters.
+where all running sequences take each step together: when one ends, the next one enters.
 
-Sequences lie side by side in rows of the KV cache, each from position 0 on and padded at its end:
-there, causal attention never looks in prefill, and a mask by length keeps it off in decoding. So
-padding moves no position and adds to no sum, and each answer is the one that `generate` gives.
+Sequences lie side by side in rows of the KV cache, each from position 0 on and padded at its end.
+In prefill, causal attention never sees the padding; in decoding, a mask by length hides it. So
+padding shifts no position and enters no sum, and each answer is the one that `generate` gives.
 
 Shapes: B sequences, T tokens, D = head_dim.
 """
@@ -124,7 +124,7 @@ class Batch:
 
     @property
     def wants_more(self) -> bool:
-        """Whether a request more would be worked on at once, rather than wait."""
+        """Whether another request would be worked on at once, rather than wait."""
         return len(self._waiting) + len(self._reading) < READ_AHEAD * self.encode_batch
 
     def insert(
@@ -133,7 +133,7 @@ class Batch:
         image: ImageSources = None,
         **options: Any,
     ) -> int:
-        """Add a request; the arguments are those of `generate`, the result is its id for `step`.
+        """Add a request; takes the arguments of `generate`, returns the request's id for `step`.
 
         Raises:
             ValueError: an option is out of range, or marks and images differ in number. What is
@@ -163,8 +163,8 @@ class Batch:
         """Let requests in where there is room; then (id, response) of each that runs.
 
         Raises:
-            RequestError: a request that was to be let in can't be answered and is out. No other is
-                harmed: they go on with the next call.
+            RequestError: a request that was to be let in can't be answered and is dropped. The
+                others are not affected and go on with the next call.
         """
         self._keep([not row.done for row in self._rows])
         if len(self._rows) < self.max_batch:
@@ -189,7 +189,7 @@ class Batch:
             self._reading.append((request, future))
 
     def _let_in(self) -> None:
-        """Prefill what is encoded, as far as there is room; if nothing is, first encode."""
+        """Prefill what is encoded, as far as there is room; encode first if nothing is."""
         if not self._encoded:
             self._encode()
         room = self.max_batch - len(self._rows)
@@ -240,9 +240,9 @@ class Batch:
         self._cache.add(caches, lengths)
 
     def _start_caches(self, sequences: list[list[int]], step: int) -> list[KVCache]:
-        """KV caches that hold what the sequences begin with alike, often the system prompt.
+        """KV caches that hold the common beginning of all sequences, often the system prompt.
 
-        That is computed for one of them, and kept for those that come later.
+        It is computed once, and kept for later sequences.
         """
         text = list(takewhile(lambda i: i >= 0, sequences[0][:-1]))
         alike = min(common_prefix(text, ids[:-1]) for ids in sequences)

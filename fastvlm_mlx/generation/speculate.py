@@ -1,10 +1,10 @@
-"""Speculative decoding: guess several tokens cheaply, and let the model check them in one step.
+"""Speculative decoding: draft several tokens cheaply and let the model check them in one step.
 
-A step of the decoder over a few tokens takes hardly longer than over one where reading its weights
-is what takes the time. So a drafter proposes what may come next, the model computes its own choice
-at every proposed place at once, and as many proposals are kept as it agrees with (Leviathan et al.
-2023, "Fast inference from transformers via speculative decoding"). Every token of the answer is
-the model's own choice; drafts only decide how many of them one step brings.
+Where reading the weights takes most of the time, a step of the decoder over a few tokens takes
+hardly longer than over one. So a drafter proposes what may come next, the model computes its own
+choice at every proposed position at once, and drafts are kept up to the first that differs
+(Leviathan et al. 2023, "Fast inference from transformers via speculative decoding"). Every token of
+the answer is the model's own choice; drafts only decide how many of them one step yields.
 """
 
 from __future__ import annotations
@@ -36,28 +36,28 @@ def speculate_tokens(
     limit: int,
     drafter: Drafter,
 ) -> Iterator[int]:
-    """As `generate_tokens`, several tokens a step where the drafter guesses right.
+    """As `generate_tokens`, but several tokens per step where drafts are right.
 
-    Greedy answers are those of `generate_tokens`, but for rounding: a step over several tokens
-    may sum in another order, and so choose otherwise between two tokens that are all but equally
-    likely. Sampled answers have the same distribution, though not the same tokens for a seed.
+    Greedy answers are those of `generate_tokens` up to rounding: a step over several tokens may
+    sum in another order, and so pick the other of two tokens that are almost equally likely.
+    Sampled answers have the same distribution, but not the same tokens for a seed.
 
     Args:
         input_ids: the whole prompt.
-        embeddings: [1, T, hidden_size] of what the cache does not hold of it.
-        cache: updated in place; when a token is given out, the cache holds what comes before the
-            last token that is known, and nothing that was rejected.
+        embeddings: [1, T, hidden_size] of the part that the cache does not hold.
+        cache: updated in place; whenever a token is yielded, the cache holds everything before the
+            last known token, and nothing that was rejected.
         options: see `Options`, without `max_kv_size`. The `logits_processor` is called once for
             every token of the answer, in order, but perhaps also for some after one that ends it.
-        limit: tokens to generate at most.
-        drafter: knows the same prompt and has not been used; counts what it drafts.
+        limit: the most tokens to generate.
+        drafter: for the same prompt, unused so far; it counts its drafts.
     """
     decoder = model.language_model
     choose = _make_chooser(input_ids, options)
     answer = list(generate_tokens(model, input_ids, embeddings, cache, options, limit=1))
     yield answer[0]
     while len(answer) < limit:
-        # The model adds a token to those it agrees with, and that one must not pass the limit.
+        # The model adds one token to those it agrees with, which must not exceed the limit.
         count = min(drafter.num_draft_tokens, limit - len(answer) - 1)
         draft = drafter.propose(answer, count)
         tokens = mx.concatenate([mx.array(answer[-1:], mx.uint32), draft])
@@ -73,7 +73,7 @@ def speculate_tokens(
 def _make_chooser(
     input_ids: Sequence[int], options: Options
 ) -> Callable[[list[int], mx.array], Iterable[int]]:
-    """Answer so far and logits [k, vocab_size] after it → the k tokens that `options` choose."""
+    """A function of the answer so far and the logits [k, vocab_size] after it → k chosen tokens."""
     sample = make_sampler(options)
     process = make_logits_processor(options)
     if process is None:
@@ -92,17 +92,17 @@ def _make_chooser(
 
 
 def agree(chosen: Iterable[int], draft: Sequence[int]) -> list[int]:
-    """The chosen tokens up to the first that was not guessed; one more is chosen than drafted."""
+    """The chosen tokens, one more than drafted, up to the first that differs from its draft."""
     agreed = []
-    for token, guess in zip(chosen, [*draft, None], strict=False):
+    for token, drafted in zip(chosen, [*draft, None], strict=False):
         agreed.append(token)
-        if token != guess:
+        if token != drafted:
             break
     return agreed
 
 
 def read(tokens: mx.array) -> list[int]:
-    """Wait for tokens [k], and give their ids."""
+    """The ids of tokens [k], once they are computed."""
     return cast(list[int], tokens.tolist())
 
 
@@ -134,10 +134,10 @@ def make_drafter(
 
 
 def check_vocabularies(tokenizer: Tokenizer, draft_tokenizer: Tokenizer) -> None:
-    """ValueError if tokens of the same id differ.
+    """ValueError if tokens with the same id differ.
 
-    One vocabulary may have more tokens than the other: conversions add some at its end. A thousand
-    tokens are compared, since a mistake could cost speed but never change an answer.
+    One vocabulary may have more tokens than the other, since conversions add some at its end. About
+    a thousand tokens are compared: a mistake would cost speed, but never change an answer.
     """
     common = min(tokenizer.vocab_size, draft_tokenizer.vocab_size)
     spread = range(0, common, max(1, common // TOKENS_COMPARED))
