@@ -41,7 +41,7 @@ def search(model: fv.FastVLM, processor: fv.Processor, args: argparse.Namespace)
         image_token_index=model.config.image_token_index,
         conv_mode=args.conv_mode,
     )
-    embeddings = model.embed_inputs(mx.array([input_ids]), image_features=features)
+    embeddings = model.embed_inputs(mx.array([input_ids]), visual_tokens=features)
     ends = processor.tokenizer.eos_token_ids
     tokens = beam_search(model, embeddings, ends, num_beams=args.num_beams)
     return processor.tokenizer.decode(tokens)

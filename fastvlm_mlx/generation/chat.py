@@ -102,7 +102,7 @@ class Chat:
         marks = "" if IMAGE_MARK in prompt else f"{IMAGE_MARK}\n" * len(images)
         messages = [*self.messages, {"role": "user", "content": marks + prompt}]
         input_ids = tokenize(self.model, self.processor, messages, features, options)
-        embeddings = self.model.embed_inputs(mx.array([input_ids]), image_features=features)
+        embeddings = self.model.embed_inputs(mx.array([input_ids]), visual_tokens=features)
         known = self._rewind(input_ids, options)
         limit = min(options.max_tokens, self.processor.max_length - len(input_ids))
         tokens = self._remember(

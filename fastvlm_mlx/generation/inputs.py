@@ -85,7 +85,7 @@ def read_inputs(
         features, keys = encode(model, pixel_values, sizes)
     times = Times(start, preprocessed, time.perf_counter())
     input_ids = tokenize(model, processor, prompt, features, options)
-    embeddings = model.embed_inputs(mx.array([input_ids]), image_features=features)
+    embeddings = model.embed_inputs(mx.array([input_ids]), visual_tokens=features)
     return Inputs(input_ids, embeddings, features, pixel_values, sizes, times, keys)
 
 

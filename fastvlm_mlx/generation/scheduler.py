@@ -279,7 +279,7 @@ class Batch:
         caches = self._start_caches(sequences, step)
         known = caches[0].offset
         embeddings = self.model.embed_inputs(
-            mx.array(padded), image_features=[f for r in requests for f in r.features]
+            mx.array(padded), visual_tokens=[f for r in requests for f in r.features]
         )
         last = [length - known - 1 for length in lengths]
         hidden_states = self._hidden_states_at(last, embeddings[:, known:], caches, step)

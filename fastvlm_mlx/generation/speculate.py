@@ -128,7 +128,7 @@ def make_drafter(
     pixel_values = inputs.pixel_values
     features = model.encode_images(pixel_values, inputs.image_sizes) if pixel_values else []
     draft_ids = tokenize(model, draft_processor, prompt, features, options)
-    embeddings = model.embed_inputs(mx.array([draft_ids]), image_features=features)
+    embeddings = model.embed_inputs(mx.array([draft_ids]), visual_tokens=features)
     vocab_size = processor.tokenizer.vocab_size
     return DraftModel(model, embeddings, options.num_draft_tokens, vocab_size)
 
