@@ -59,7 +59,7 @@ class Branches:
         return y + self.batch_norm(f"{name}.rbr_skip", x) if has_skip else y
 
     def merge(self) -> dict[str, mx.array]:
-        return fold.merge_branches({name: mx.array(value) for name, value in self.tensors.items()})
+        return fold.reparameterize({name: mx.array(value) for name, value in self.tensors.items()})
 
 
 def convolve(x: np.ndarray, weight: np.ndarray, stride: int = 1, groups: int = 1) -> np.ndarray:
@@ -136,7 +136,7 @@ def test_position_encoding(x):
 def test_what_has_no_branches_passes():
     tensors = {"network.0.0.layer_scale": mx.ones((1, 1, 8)), "head.proj": mx.ones((8, 4))}
     assert not fold.is_training_form(tensors)
-    assert fold.merge_branches(tensors) == tensors
+    assert fold.reparameterize(tensors) == tensors
 
 
 def test_half_precision_is_merged_in_single():
@@ -144,8 +144,8 @@ def test_half_precision_is_merged_in_single():
     branches.mobile_one(NAME, np.ones((1, 4, 4, 8)), 8, 3, groups=8)
     half = {name: mx.array(value).astype(mx.float16) for name, value in branches.tensors.items()}
     single = {name: value.astype(mx.float32) for name, value in half.items()}
-    expected = fold.merge_branches(single)
-    for name, value in fold.merge_branches(half).items():
+    expected = fold.reparameterize(single)
+    for name, value in fold.reparameterize(half).items():
         assert value.dtype == mx.float32 and mx.array_equal(value, expected[name])
 
 
@@ -153,7 +153,7 @@ def test_the_training_form_is_told_from_the_inference_form(small_folder, trainin
     inference = llava.to_mlx(mx.load(str(small_folder / "model.safetensors")))
     training = llava.to_mlx(mx.load(str(training_folder / "model.safetensors")))
     assert fold.is_training_form(training) and not fold.is_training_form(inference)
-    merged = fold.merge_branches(training)
+    merged = fold.reparameterize(training)
     assert {k: v.shape for k, v in merged.items()} == {k: v.shape for k, v in inference.items()}
     assert all(mx.allclose(merged[k], inference[k], rtol=1e-4, atol=1e-5) for k in merged)
 
