@@ -188,7 +188,7 @@ def _write(
     if checkpoint.encoder:
         vision = checkpoint.config.vision
         write_vision_package(checkpoint.encoder, vision, target / PACKAGE, precision=precision)
-    # Nothing else holds the tensors then, so that each is freed once it is written.
+    # From here on nothing else holds the tensors, so that each is freed once it is written.
     checkpoint.weights = WRITTEN[layout].from_mlx(checkpoint.weights)
     total = sum(tensor.nbytes for tensor in checkpoint.weights.values())
     with progress_bar(total, "Converting", unit="B", shown=shown) as bar:

@@ -204,7 +204,7 @@ def network_layers(config: VisionConfig) -> list[Layer]:
 def fold_encoder(get: Get, config: VisionConfig) -> Weights:
     """Inference form → the parameters of `vision.FastViTHD`.
 
-    Products have the dtype of their weights: at half precision, one of two numbers is rounded once.
+    Scaled weights keep their dtype: the product of two half-precision numbers is rounded once.
 
     Args:
         get: name of a tensor in the mlx-vlm layout, without `vision_tower.vision_model.` → it.

@@ -10,11 +10,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from .. import ops
 from ..config import load_config, read_json
 from ..hub.resolve import resolve
 from ..model.fastvlm import FastVLM
-from ..ops import UnfusedLinear, fast_dtype, wire_memory
-from ..ops import quantize as quantize_layers
 from ..processor import Processor
 from ..text.tokenizer import Tokenizer
 from .files import Weights
@@ -24,7 +23,7 @@ from .quantize import Quantize, quantize_checkpoint
 from .read import read_checkpoint
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
-READ_AT_ONCE = 10**8  # bytes; enough for parallel reads
+READ_AT_ONCE = 10**8  # bytes; enough to read in parallel
 
 
 def load(
@@ -93,7 +92,7 @@ def load_model(
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no model folder {folder}.")
     config, weights = read_checkpoint(folder)
-    target = fast_dtype(dtype_of(weights)) if dtype is None else resolve_dtype(dtype)
+    target = ops.fast_dtype(dtype_of(weights)) if dtype is None else resolve_dtype(dtype)
     if quantize is not None or target == mx.float32:
         weights = {name: cast(tensor, target) for name, tensor in weights.items()}
     if quantize is not None:
@@ -119,9 +118,9 @@ def quantize_like(model: FastVLM, weights: Weights) -> None:
         fused = module[whole]
         width = fused.weight.shape[1]
         rows = fused_rows(config)[f"{block}.{whole}"]
-        module[whole] = UnfusedLinear([nn.Linear(width, n, bias="bias" in fused) for n in rows])
+        module[whole] = ops.UnfusedLinear([nn.Linear(width, n, bias="bias" in fused) for n in rows])
     if settings:
-        quantize_layers(model, lambda path: settings.get(stored_name(path, config)))
+        ops.quantize(model, lambda path: settings.get(stored_name(path, config)))
 
 
 def _evaluate(model: FastVLM) -> None:
@@ -137,7 +136,7 @@ def _evaluate(model: FastVLM) -> None:
             mx.eval(waiting)
             waiting.clear()
     mx.eval(model.parameters())
-    wire_memory()
+    ops.wire_memory()
 
 
 def resolve_dtype(dtype: mx.Dtype | str) -> mx.Dtype:

@@ -56,7 +56,7 @@ class RepMixerBlock(nn.Module):
         if not ops.adds_early(ffn.fc2):
             return ffn(self.token_mixer(x))
         # The same with both biases in one kernel, and the residual in that of the last product.
-        x, residual = self.token_mixer.and_sum(x, ffn.fc2.bias)
+        x, residual = self.token_mixer.with_sum(x, ffn.fc2.bias)
         return mx.addmm(residual, ffn.expand(ffn.conv(x)), ffn.fc2.weight.T)
 
 

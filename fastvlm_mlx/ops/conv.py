@@ -37,7 +37,7 @@ class DepthwiseConv(nn.Module):
         y = self._convolve(x) + self.bias
         return y if then is None else then(y, x)
 
-    def and_sum(self, x: mx.array, term: mx.array) -> tuple[mx.array, mx.array]:
+    def with_sum(self, x: mx.array, term: mx.array) -> tuple[mx.array, mx.array]:
         """(y, y + term) where y is what a call gives; both come from one kernel.
 
         Args:

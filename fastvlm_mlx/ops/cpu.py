@@ -5,8 +5,8 @@ so that every step passes over memory; loops are vectorised only where the compi
 arrays don't overlap; exp and erf are scalar loops; and its BLAS repacks large matrices before it
 multiplies.
 
-All forms are differentiable. Where the gradient of a form would overflow, its own stands beside it
-(`gelu`, `swiglu`), and a form made for training belongs there too.
+Gradients pass through all of them. Where that of a form would overflow, its own stands beside it
+(`gelu`, `swiglu`), which is also the place of a form made for training.
 """
 
 from __future__ import annotations
