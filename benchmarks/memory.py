@@ -63,7 +63,7 @@ def peaks(model: FastVLM, image_size: int) -> dict[str, int]:
     mx.clear_cache()
     mx.reset_peak_memory()
     input_ids = [0] * (TEXT_TOKENS // 2) + [-200] * len(features[0]) + [0] * (TEXT_TOKENS // 2)
-    embeddings = model.embed_inputs(mx.array([input_ids]), image_features=features)
+    embeddings = model.embed_inputs(mx.array([input_ids]), visual_tokens=features)
     cache = model.make_kv_cache()
     for _ in generate_tokens(model, input_ids, embeddings, cache, Options(), NEW_TOKENS):
         pass

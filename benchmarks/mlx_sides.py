@@ -146,7 +146,7 @@ class Ours(MlxSide):
         mx.eval(features)
         at = list(prompt).index(IMAGE)
         input_ids = [*prompt[:at], *[IMAGE] * len(features[0]), *prompt[at + 1 :]]
-        return input_ids, self.model.embed_inputs(mx.array([input_ids]), image_features=features)
+        return input_ids, self.model.embed_inputs(mx.array([input_ids]), visual_tokens=features)
 
 
 class MlxVlm(MlxSide):

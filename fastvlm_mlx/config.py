@@ -1,4 +1,4 @@
-"""The shape of a FastVLM, read from any known config.json."""
+"""The geometry of a model, read from any known config.json."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from .checks import is_number, is_whole_number
 IMAGE_TOKEN_INDEX = -200
 MODEL_TYPES = ("llava_qwen2", "fastvlm")
 TRANSFORMERS_TYPE = "fast_vlm"
-STEM_STRIDE = 4
+STEM_STRIDE = 4  # of `vision.Stem`
 MAX_SIZE = 2**31 - 1  # of any dimension
 MAX_LAYERS = 1000
-MAX_SHOWN = 80
+MAX_SHOWN = 80  # characters of a value in an error
 
 T = TypeVar("T")
 
@@ -48,7 +48,7 @@ class VisionConfig:
 
     @property
     def hidden_size(self) -> int:
-        """Channels of a visual token."""
+        """Channels of the visual features."""
         return int(self.embed_dims[-1] * self.cls_ratio)
 
     @property
@@ -91,7 +91,7 @@ class VisionConfig:
         for name in ("layers", "embed_dims", "mlp_ratios", "token_mixers", "pos_embs_shapes"):
             value = getattr(self, name)
             if not isinstance(value, tuple) or len(value) != stages or not stages:
-                _reject(f"vision_config.{name}", "a list with one entry a stage", value)
+                _reject(f"vision_config.{name}", "a list with one entry per stage", value)
         steps = self.downsamples if isinstance(self.downsamples, tuple) else ()
         if len(steps) < stages - 1 or not all(isinstance(step, bool) for step in steps):
             _reject("vision_config.downsamples", "a list of true or false", self.downsamples)
@@ -109,14 +109,14 @@ class VisionConfig:
             _reject("vision_config.mlp_ratios and cls_ratio", "positive numbers", self.mlp_ratios)
         for dim, ratio in zip(self.embed_dims, self.mlp_ratios, strict=True):
             if not _is_positive_int(int(dim * ratio)):
-                _reject("vision_config.mlp_ratios", "such that there are channels", ratio)
+                _reject("vision_config.mlp_ratios", "large enough to leave channels", ratio)
         for i, (mixer, dim) in enumerate(zip(self.token_mixers, self.embed_dims, strict=True)):
             if mixer not in ("repmixer", "attention"):
                 _reject(f"vision_config.token_mixers[{i}]", "repmixer or attention", mixer)
             if mixer == "attention" and dim % self.head_dim:
                 _reject(f"vision_config.embed_dims[{i}]", f"a multiple of {self.head_dim}", dim)
             if i and dim % self.embed_dims[i - 1]:
-                # A grouped convolution with one group an input channel needs it.
+                # A grouped convolution with one group per input channel needs it.
                 _reject(f"vision_config.embed_dims[{i}]", "a multiple of the stage before", dim)
         for shape in self.pos_embs_shapes:
             if shape is not None and not _is_odd_square(shape):
@@ -155,7 +155,8 @@ class TextConfig:
         """Read the decoder's fields of config.json.
 
         Raises:
-            CheckpointError: a field is malformed or asks for something Qwen2 in FastVLM has not.
+            CheckpointError: a field is malformed or asks for a feature that this decoder
+                does not have.
         """
         given = config.get("text_config") or config
         if not isinstance(given, dict):
@@ -196,7 +197,7 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class FastVLMConfig:
-    """A whole FastVLM: encoder, projector, decoder and how images and prompts meet."""
+    """A whole FastVLM: encoder, projector, decoder, and how images join a prompt."""
 
     vision: VisionConfig
     text: TextConfig
@@ -211,7 +212,7 @@ class FastVLMConfig:
     dtype: str | None = None
     quantization: dict[str, Any] = field(default_factory=dict)
     source: dict[str, Any] = field(default_factory=dict)
-    """config.json as it was read."""
+    """config.json as read."""
 
     @property
     def projector_depth(self) -> int:
@@ -270,17 +271,17 @@ class FastVLMConfig:
 
 
 def _llava_fields(config: dict[str, Any]) -> dict[str, Any]:
-    """A transformers config.json (`FastVlmConfig`) in the fields of the original."""
+    """A config.json of transformers (`FastVlmConfig`) with the fields of the original."""
     vision, text = config.get("vision_config") or {}, config.get("text_config") or {}
     arguments = vision.get("model_args") if isinstance(vision, dict) else vision
     if not isinstance(text, dict) or not isinstance(arguments, (dict, type(None))):
         _reject("text_config and vision_config.model_args", "objects", [text, arguments])
     if vision.get("architecture", "fastvit_mci3") != "fastvit_mci3":
         _reject("vision_config.architecture", "fastvit_mci3", vision["architecture"])
-    image_tokens = config.get("image_seq_length", 256)
-    side = math.isqrt(image_tokens) if _is_positive_int(image_tokens) else 0
-    if side * side != image_tokens or not side:
-        _reject("image_seq_length", "a square number", image_tokens)
+    visual_tokens = config.get("image_seq_length", 256)
+    side = math.isqrt(visual_tokens) if _is_positive_int(visual_tokens) else 0
+    if side * side != visual_tokens or not side:
+        _reject("image_seq_length", "a square number", visual_tokens)
     geometry = {"image_size": 64 * side, **(arguments or {})}
     own = ("torch_dtype", "dtype", "image_token_index", "eos_token_id", "quantization")
     return {
@@ -299,13 +300,17 @@ def load_config(folder: Path) -> FastVLMConfig:
     """Read `folder/config.json`.
 
     Raises:
-        CheckpointError: there is none, or it is broken or not a FastVLM's.
+        CheckpointError: it is missing, broken or not a FastVLM's.
     """
     return FastVLMConfig.from_dict(read_json(folder / "config.json"))
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; CheckpointError if there is none."""
+    """The object in a JSON file.
+
+    Raises:
+        CheckpointError: there is no such file, or no object in it.
+    """
     if not path.is_file():
         raise CheckpointError(f"{path.parent} is not a model folder: it has no {path.name}.")
     try:
@@ -318,7 +323,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def projector_depth(projector_type: str) -> int:
-    """Number of linear layers that a `mm_projector_type` names (`build_vision_projector`)."""
+    """The number of linear layers that a `mm_projector_type` names (`build_vision_projector`).
+
+    Raises:
+        CheckpointError: it names no known projector.
+    """
     if projector_type == "identity":
         return 0
     if projector_type == "linear":
@@ -369,7 +378,7 @@ def _is_odd_square(shape: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    """Whether a value is a finite number, and no larger than a dimension may be."""
+    """Whether a value is a finite number no larger than a dimension may be."""
     return is_number(value) and -MAX_SIZE <= value <= MAX_SIZE
 
 

@@ -42,6 +42,18 @@ def training_folder(data: Path, small_folder: Path, tmp_path_factory: pytest.Tem
     return folder
 
 
+@pytest.fixture
+def small_copy(small_folder: Path, tmp_path: Path) -> Path:
+    """A copy of `small_folder`, to be spoiled."""
+    return Path(shutil.copytree(small_folder, tmp_path / "model"))
+
+
+@pytest.fixture
+def small_tensors(small_folder: Path) -> dict[str, mx.array]:
+    """The tensors of `small_folder` as its file has them."""
+    return mx.load(str(small_folder / "model.safetensors"))
+
+
 @pytest.fixture(scope="session")
 def small(small_folder: Path) -> fv.FastVLM:
     """The model of `small_folder`."""

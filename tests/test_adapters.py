@@ -82,7 +82,7 @@ def test_base_that_is_missing_or_quantized(lora):
         ("model.model.mm_projector.2.bias", "model.mm_projector.2.bias"),
     ],
 )
-def test_plain_names(name, plain):
+def testplain_names(name, plain):
     assert adapters.plain_name(name) == plain
 
 

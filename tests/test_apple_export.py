@@ -12,22 +12,21 @@ import pytest
 from sources import with_tokenizer
 
 import fastvlm_mlx as fv
-from fastvlm_mlx import config as config_module
-from fastvlm_mlx import convert
 from fastvlm_mlx.checkpoint import fold
-from fastvlm_mlx.checkpoint.files import read_tensors, save_checkpoint
+from fastvlm_mlx.checkpoint.files import Weights, read_tensors, save_checkpoint
 from fastvlm_mlx.checkpoint.layouts import apple_export
 from fastvlm_mlx.checkpoint.layouts.coreml import program, writer
-from fastvlm_mlx.checkpoint.layouts.coreml import reader as coreml
 from fastvlm_mlx.checkpoint.layouts.coreml.encoder import encode
-from fastvlm_mlx.checkpoint.layouts.coreml.program import VISION, constant
+from fastvlm_mlx.checkpoint.layouts.coreml.program import constant
 from fastvlm_mlx.checkpoint.layouts.coreml.reader import Reader
 from fastvlm_mlx.checkpoint.layouts.coreml.writer import Writer
+from fastvlm_mlx.checkpoint.layouts.mlx_vlm import ENCODER, HEAD
 from fastvlm_mlx.checkpoint.load import cast
-from fastvlm_mlx.checkpoint.names import HEAD, unfuse
+from fastvlm_mlx.checkpoint.names import unfuse
 from fastvlm_mlx.checkpoint.quantize import quantize_checkpoint
 from fastvlm_mlx.checkpoint.read import read_layout
 from fastvlm_mlx.config import CheckpointError, FastVLMConfig, VisionConfig, load_config
+from fastvlm_mlx.convert import APPLE, convert
 
 ct = pytest.importorskip("coremltools")
 
@@ -163,14 +162,14 @@ def expected(data: Path) -> dict[str, mx.array]:
 
 
 @pytest.fixture(scope="module")
-def encoder(small_folder: Path) -> fold.Weights:
+def encoder(small_folder: Path) -> Weights:
     """The small model's tensors in the mlx-vlm layout, float32."""
     return read_layout(small_folder)[0]
 
 
 @pytest.fixture(scope="module")
 def written(
-    encoder: fold.Weights, vision: VisionConfig, tmp_path_factory: pytest.TempPathFactory
+    encoder: Weights, vision: VisionConfig, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Path]:
     """A folder for each precision, with the package that we write."""
     folders = {}
@@ -191,11 +190,11 @@ def converted(folder: Path, vision: VisionConfig, tmp_path_factory: pytest.TempP
     return target
 
 
-def folded(tensors: fold.Weights, config: VisionConfig) -> fold.Weights:
-    return fold.fold_encoder(lambda name: tensors[VISION + name], config)
+def folded(tensors: Weights, config: VisionConfig) -> Weights:
+    return fold.fold_encoder(lambda name: tensors[ENCODER + name], config)
 
 
-def largest_difference(a: fold.Weights, b: fold.Weights) -> float:
+def largest_difference(a: Weights, b: Weights) -> float:
     """Of parameters, in units of the largest value in each tensor."""
     assert a.keys() == b.keys()
     return max((abs(a[k] - b[k]).max() / abs(b[k]).max()).item() for k in b)
@@ -222,10 +221,10 @@ def test_other_layouts_do_not_match(data: Path, small_folder: Path) -> None:
 
 
 def test_encoder_has_the_tensors_of_the_original(
-    folder: Path, vision: VisionConfig, encoder: fold.Weights
+    folder: Path, vision: VisionConfig, encoder: Weights
 ) -> None:
     found = apple_export.read_encoder(folder, vision)
-    wanted = {name: tensor for name, tensor in encoder.items() if name.startswith(VISION)}
+    wanted = {name: tensor for name, tensor in encoder.items() if name.startswith(ENCODER)}
     wanted.pop(HEAD)
     assert {k: v.shape for k, v in found.items()} == {k: v.shape for k, v in wanted.items()}
     # Core ML divides by the square root of 1 + 1e-5 in what it makes of the channel norms.
@@ -233,19 +232,19 @@ def test_encoder_has_the_tensors_of_the_original(
 
 
 def test_layer_scales_that_are_there_are_kept(
-    folder: Path, vision: VisionConfig, encoder: fold.Weights
+    folder: Path, vision: VisionConfig, encoder: Weights
 ) -> None:
     found = apple_export.read_encoder(folder, vision)
-    name = f"{VISION}network.7.0.layer_scale_"
+    name = f"{ENCODER}network.7.0.layer_scale_"
     assert mx.allclose(found[f"{name}1"], encoder[f"{name}1"])
     assert (found[f"{name}2"] == 1).all()
 
 
-def test_decoder_is_that_of_the_original_at_8_bits(folder: Path, encoder: fold.Weights) -> None:
+def test_decoder_is_that_of_the_original_at_8_bits(folder: Path, encoder: Weights) -> None:
     found = apple_export.to_mlx(read_tensors(folder))
-    half = {n: cast(t, mx.float16) for n, t in encoder.items() if VISION not in n}
+    half = {n: cast(t, mx.float16) for n, t in encoder.items() if ENCODER not in n}
     settings = {"bits": 8, "group_size": 32}
-    wanted, _, _ = quantize_checkpoint(half, config_module.load_config(folder), settings)
+    wanted, _, _ = quantize_checkpoint(half, load_config(folder), settings)
     assert found.keys() == wanted.keys()
     assert all(mx.array_equal(found[name], wanted[name]) for name in wanted)
 
@@ -289,7 +288,7 @@ def test_written_program_computes_the_features(
 def test_written_package_reads_back(
     written: dict[str, Path],
     vision: VisionConfig,
-    encoder: fold.Weights,
+    encoder: Weights,
     precision: str,
     limit: float,
 ) -> None:
@@ -315,7 +314,7 @@ def test_written_interface_is_that_of_the_reference(
     assert [name for name, _ in specs[0][1]] == ["images", "image_features"]
 
 
-def test_unknown_precision(encoder: fold.Weights, vision: VisionConfig, tmp_path: Path) -> None:
+def test_unknown_precision(encoder: Weights, vision: VisionConfig, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="precision must be float32 or float16, found 'int8'"):
         writer.write_vision_package(encoder, vision, tmp_path / "x", precision="int8")
 
@@ -323,7 +322,7 @@ def test_unknown_precision(encoder: fold.Weights, vision: VisionConfig, tmp_path
 # --- forms that a program may take, and those it may not ---
 
 
-def random_encoder(config: VisionConfig) -> fold.Weights:
+def random_encoder(config: VisionConfig) -> Weights:
     """Random tensors for a geometry, names without a prefix."""
     model = fv.FastVLM(
         FastVLMConfig.from_dict(
@@ -347,11 +346,11 @@ def random_encoder(config: VisionConfig) -> fold.Weights:
     )
     random = np.random.default_rng(0)
     return {
-        name.removeprefix(VISION): mx.array(
+        name.removeprefix(ENCODER): mx.array(
             random.uniform(0.5, 1.5, tensor.shape).astype(np.float32)
         )
         for name, tensor in unfuse(model).items()
-        if name.startswith(VISION) and name != HEAD
+        if name.startswith(ENCODER) and name != HEAD
     }
 
 
@@ -380,7 +379,7 @@ def tiny_program(emitter: type[Writer], merged: bool = True, config: VisionConfi
     return program.functions["main"], tensors
 
 
-def read(function: Any, config: VisionConfig = TINY) -> fold.Weights:
+def read(function: Any, config: VisionConfig = TINY) -> Weights:
     reader = Reader(Path("x.mlpackage"), function)
     reader.end(encode(reader, reader.image, config))
     return reader.weights
@@ -594,7 +593,7 @@ def test_programs_without_one_image() -> None:
     for specs, message in (
         ([sides], r"its image has the shape \[1, 3, \w+, 64\]"),
         ([flat], r"its image has the shape \[1, 64\]"),
-        ([flat, flat], "it has 2 inputs, not an image alone"),
+        ([flat, flat], "it has 2 inputs, not only an image"),
     ):
         program = mb.program(input_specs=specs)(
             (lambda x: mb.relu(x=x)) if len(specs) == 1 else (lambda x, y: mb.add(x=x, y=y))
@@ -648,6 +647,10 @@ def test_broken_packages(
         apple_export.read_encoder(copied, vision)
 
 
+def export(source: Path, target: Path, quantize: Any = 8, **options: Any) -> Path:
+    return convert(source, target, layout=APPLE, quantize=quantize, progress=False, **options)
+
+
 def test_without_coremltools(
     folder: Path, vision: VisionConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -655,7 +658,7 @@ def test_without_coremltools(
     with pytest.raises(CheckpointError, match=r"pip install 'fastvlm-mlx\[coreml\]'\.$"):
         apple_export.read_encoder(folder, vision)
     with pytest.raises(CheckpointError, match=r"pip install 'fastvlm-mlx\[coreml\]'\.$"):
-        convert.export(folder, tmp_path / "target")
+        export(folder, tmp_path / "target")
 
 
 # --- a folder for the app ---
@@ -670,12 +673,12 @@ def source(small_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 @pytest.fixture(scope="module")
 def exported(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("exported") / "app"
-    assert convert.export(source, target, quantize={"bits": 8, "group_size": 32}) == target
+    assert export(source, target, quantize={"bits": 8, "group_size": 32}) == target
     return target
 
 
 def test_exported_folder_is_that_of_the_reference(
-    folder: Path, exported: Path, vision: VisionConfig, encoder: fold.Weights
+    folder: Path, exported: Path, vision: VisionConfig, encoder: Weights
 ) -> None:
     assert {f.name for f in folder.iterdir()} <= {f.name for f in exported.iterdir()}
     found, wanted = read_tensors(exported), read_tensors(folder)
@@ -712,9 +715,11 @@ def test_export_at_half_precision(
 ) -> None:
     precisions = []
     monkeypatch.setattr(
-        coreml, "write_vision_package", lambda *_, precision: precisions.append(precision)
+        sys.modules["fastvlm_mlx.convert"],
+        "write_vision_package",
+        lambda *_, precision: precisions.append(precision),
     )
-    target = convert.export(source, tmp_path / "app", quantize=None, precision="float16")
+    target = export(source, tmp_path / "app", quantize=None, precision="float16")
     assert precisions == ["float16"]
     tensors = read_tensors(target)
     assert {tensor.dtype for tensor in tensors.values()} == {mx.float16}
@@ -725,15 +730,17 @@ def test_export_refuses(
     source: Path, folder: Path, exported: Path, small_folder: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match="quantized already; export a full-precision source"):
-        convert.export(folder, tmp_path / "app")
+        export(folder, tmp_path / "app")
     with pytest.raises(FileExistsError, match="--overwrite"):
-        convert.export(source, exported, quantize=None)
+        export(source, exported, quantize=None)
     with pytest.raises(ValueError, match="both the source and the target"):
-        convert.export(source, source)
+        export(source, source)
     with pytest.raises(CheckpointError, match="has no tokenizer"):
-        convert.export(small_folder, tmp_path / "app")
+        export(small_folder, tmp_path / "app")
     with pytest.raises(ValueError, match="bits must be one of"):
-        convert.export(source, tmp_path / "app", quantize=7)
+        export(source, tmp_path / "app", quantize=7)
+    with pytest.raises(ValueError, match="holds no quantized encoder; leave out vision"):
+        export(source, tmp_path / "app", quantize={"bits": 8, "vision": 8})
     assert not (tmp_path / "app").exists()
 
 
@@ -749,7 +756,7 @@ def test_export_needs_a_projector_that_the_app_knows(source: Path, tmp_path: Pat
     config = json.loads((source / "config.json").read_text()) | {"mm_projector_type": "linear"}
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="linear can't be exported: the app"):
-        convert.export(folder, tmp_path / "app")
+        export(folder, tmp_path / "app")
 
 
 def test_export_needs_room_for_the_image_token(source: Path, tmp_path: Path) -> None:
@@ -760,4 +767,4 @@ def test_export_needs_room_for_the_image_token(source: Path, tmp_path: Path) -> 
     bpe.add_special_tokens([f"<|{i}|>" for i in range(320 - bpe.get_vocab_size())])
     bpe.save(str(folder / "tokenizer.json"))
     with pytest.raises(ValueError, match="its vocabulary has no room for <image>"):
-        convert.export(folder, tmp_path / "app")
+        export(folder, tmp_path / "app")

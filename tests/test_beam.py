@@ -210,7 +210,7 @@ def test_the_bundled_model(num_beams: int, nano: tuple[fv.FastVLM, fv.Processor]
     image = NANO / "images" / "penguins.png"
     features = model.encode_images([processor.preprocess(image)])
     ids = build_prompt(processor.tokenizer, "Describe the image.", num_visual_tokens=[16])
-    embeddings = model.embed_inputs(mx.array([ids]), image_features=features)
+    embeddings = model.embed_inputs(mx.array([ids]), visual_tokens=features)
     ends = processor.tokenizer.eos_token_ids
     answer = beam_search(model, embeddings, ends, num_beams=num_beams, max_tokens=16)
     greedy = stream_generate(model, processor, "Describe the image.", image=image)

@@ -140,8 +140,8 @@ def test_questions_are_those_of_the_folder(images, tmp_path):
     ("quantize", "layout", "message"),
     [
         (None, "mlx", "give quantize too"),
-        (THREE, "llava", "mlx layout alone, found llava"),
-        (THREE, "apple-export", "mlx layout alone, found apple-export"),
+        (THREE, "llava", "only with the mlx layout, found llava"),
+        (THREE, "apple-export", "only with the mlx layout, found apple-export"),
         ({"bits": 8, "group_size": 32}, "mlx", "6 bits or fewer"),
         ("mxfp4", "mlx", "tunes affine layers"),
         ({"vision": {"bits": 4, "group_size": 32}}, "mlx", "decoder would have none"),

@@ -5,6 +5,7 @@ import shutil
 import mlx.core as mx
 import numpy as np
 import pytest
+from reference import RandomTensors, convolution
 
 from fastvlm_mlx.checkpoint import fold
 from fastvlm_mlx.checkpoint.layouts import llava
@@ -14,29 +15,14 @@ from fastvlm_mlx.config import CheckpointError, VisionConfig
 NAME = "network.0.0"
 
 
-class Branches:
-    """The tensors of parallel branches, random, and what the branches give, in float64."""
-
-    def __init__(self, seed: int = 0):
-        self.random = np.random.default_rng(seed)
-        self.tensors: dict[str, np.ndarray] = {}
-
-    def tensor(self, name: str, *shape: int, mean: float = 0, std: float = 0.3) -> np.ndarray:
-        self.tensors[name] = self.random.normal(mean, std, shape).astype(np.float32)
-        return self.tensors[name].astype(np.float64)
-
-    def batch_norm(self, name: str, x: np.ndarray) -> np.ndarray:
-        dim = x.shape[-1]
-        mean = self.tensor(f"{name}.running_mean", dim)
-        var = self.tensor(f"{name}.running_var", dim, mean=1, std=0.1)
-        scale = self.tensor(f"{name}.weight", dim, mean=1)
-        return (x - mean) / np.sqrt(var + 1e-5) * scale + self.tensor(f"{name}.bias", dim)
+class Branches(RandomTensors):
+    """The tensors of parallel branches, and what the branches give."""
 
     def conv_norm(
         self, name: str, x: np.ndarray, out: int, kernel: int, stride: int, groups: int
     ) -> np.ndarray:
         weight = self.tensor(f"{name}.conv.weight", out, kernel, kernel, x.shape[-1] // groups)
-        return self.batch_norm(f"{name}.bn", convolve(x, weight, stride, groups))
+        return self.batch_norm(f"{name}.bn", convolution(x, weight, stride, groups))
 
     def mobile_one(
         self,
@@ -58,21 +44,15 @@ class Branches:
             y = y + self.conv_norm(f"{name}.rbr_scale", x, out, 1, stride, groups)
         return y + self.batch_norm(f"{name}.rbr_skip", x) if has_skip else y
 
-    def merge(self) -> dict[str, mx.array]:
-        return fold.merge_branches({name: mx.array(value) for name, value in self.tensors.items()})
+    def reparameterize(self) -> dict[str, mx.array]:
+        return fold.reparameterize({name: mx.array(value) for name, value in self.tensors.items()})
 
 
-def convolve(x: np.ndarray, weight: np.ndarray, stride: int = 1, groups: int = 1) -> np.ndarray:
-    arrays = (mx.array(a, mx.float32) for a in (x, weight))
-    pad = weight.shape[1] // 2
-    return np.array(mx.conv2d(*arrays, stride, pad, groups=groups), np.float64)
-
-
-def apply_merged(merged: dict, name: str, x: np.ndarray, stride: int = 1, groups: int = 1):
+def apply_folded(folded: dict, name: str, x: np.ndarray, stride: int = 1, groups: int = 1):
     """The one convolution that is left, of which there must be weight and bias and nothing else."""
-    assert merged.keys() == {f"{name}.weight", f"{name}.bias"}
-    return convolve(x, np.array(merged[f"{name}.weight"]), stride, groups) + np.array(
-        merged[f"{name}.bias"]
+    assert folded.keys() == {f"{name}.weight", f"{name}.bias"}
+    return convolution(x, np.array(folded[f"{name}.weight"]), stride, groups) + np.array(
+        folded[f"{name}.bias"]
     )
 
 
@@ -94,15 +74,17 @@ def test_mobile_one(x, kernel, groups, convs, has_scale, has_skip):
     y = branches.mobile_one(
         NAME, x, 8, kernel, groups=groups, convs=convs, has_scale=has_scale, has_skip=has_skip
     )
-    assert close(apply_merged(branches.merge(), f"{NAME}.reparam_conv", x, groups=groups), y)
+    assert close(
+        apply_folded(branches.reparameterize(), f"{NAME}.reparam_conv", x, groups=groups), y
+    )
 
 
 @pytest.mark.parametrize("out, groups", [(16, 1), (8, 8), (16, 8), (24, 8)])
 def test_mobile_one_that_changes_the_shape(x, out, groups):
     branches = Branches()
     y = branches.mobile_one(NAME, x, out, 3, stride=2, groups=groups, has_skip=False)
-    merged = branches.merge()
-    assert close(apply_merged(merged, f"{NAME}.reparam_conv", x, stride=2, groups=groups), y)
+    folded = branches.reparameterize()
+    assert close(apply_folded(folded, f"{NAME}.reparam_conv", x, stride=2, groups=groups), y)
 
 
 @pytest.mark.parametrize("kernel", [3, 5, 7])
@@ -113,7 +95,7 @@ def test_rep_mixer(x, kernel, has_layer_scale, has_scale):
     mixed = branches.mobile_one(f"{name}.mixer", x, 8, kernel, groups=8, has_scale=has_scale)
     scale = branches.tensor(f"{name}.layer_scale", 1, 1, 8) if has_layer_scale else 1
     y = x + scale * (mixed - branches.batch_norm(f"{name}.norm.rbr_skip", x))
-    assert close(apply_merged(branches.merge(), f"{name}.reparam_conv", x, groups=8), y)
+    assert close(apply_folded(branches.reparameterize(), f"{name}.reparam_conv", x, groups=8), y)
 
 
 @pytest.mark.parametrize("out", [8, 16])
@@ -123,29 +105,31 @@ def test_large_kernel(x, out, small):
     y = branches.conv_norm(f"{name}.lkb_origin", x, out, 7, 2, 8)
     if small is not None:
         y = y + branches.conv_norm(f"{name}.small_conv", x, out, small, 2, 8)
-    assert close(apply_merged(branches.merge(), f"{name}.lkb_reparam", x, stride=2, groups=8), y)
+    assert close(
+        apply_folded(branches.reparameterize(), f"{name}.lkb_reparam", x, stride=2, groups=8), y
+    )
 
 
 def test_position_encoding(x):
     branches, name = Branches(), "network.4"
     weight = branches.tensor(f"{name}.pe.weight", 8, 7, 7, 1)
-    y = x + convolve(x, weight, groups=8) + branches.tensor(f"{name}.pe.bias", 8)
-    assert close(apply_merged(branches.merge(), f"{name}.reparam_conv", x, groups=8), y)
+    y = x + convolution(x, weight, groups=8) + branches.tensor(f"{name}.pe.bias", 8)
+    assert close(apply_folded(branches.reparameterize(), f"{name}.reparam_conv", x, groups=8), y)
 
 
 def test_what_has_no_branches_passes():
     tensors = {"network.0.0.layer_scale": mx.ones((1, 1, 8)), "head.proj": mx.ones((8, 4))}
     assert not fold.is_training_form(tensors)
-    assert fold.merge_branches(tensors) == tensors
+    assert fold.reparameterize(tensors) == tensors
 
 
-def test_half_precision_is_merged_in_single():
+def test_half_precision_is_folded_in_single():
     branches = Branches()
     branches.mobile_one(NAME, np.ones((1, 4, 4, 8)), 8, 3, groups=8)
     half = {name: mx.array(value).astype(mx.float16) for name, value in branches.tensors.items()}
     single = {name: value.astype(mx.float32) for name, value in half.items()}
-    expected = fold.merge_branches(single)
-    for name, value in fold.merge_branches(half).items():
+    expected = fold.reparameterize(single)
+    for name, value in fold.reparameterize(half).items():
         assert value.dtype == mx.float32 and mx.array_equal(value, expected[name])
 
 
@@ -153,9 +137,9 @@ def test_the_training_form_is_told_from_the_inference_form(small_folder, trainin
     inference = llava.to_mlx(mx.load(str(small_folder / "model.safetensors")))
     training = llava.to_mlx(mx.load(str(training_folder / "model.safetensors")))
     assert fold.is_training_form(training) and not fold.is_training_form(inference)
-    merged = fold.merge_branches(training)
-    assert {k: v.shape for k, v in merged.items()} == {k: v.shape for k, v in inference.items()}
-    assert all(mx.allclose(merged[k], inference[k], rtol=1e-4, atol=1e-5) for k in merged)
+    folded = fold.reparameterize(training)
+    assert {k: v.shape for k, v in folded.items()} == {k: v.shape for k, v in inference.items()}
+    assert all(mx.allclose(folded[k], inference[k], rtol=1e-4, atol=1e-5) for k in folded)
 
 
 def checkpoint_with(tensors: dict[str, mx.array], source, target) -> None:

@@ -43,7 +43,7 @@ def prompt_of(nano: Nano, image_size: int = 64) -> tuple[list[int], mx.array]:
     model, processor = nano
     features = model.encode_images([processor.preprocess(PENGUINS, image_size)])
     ids = build_prompt(processor.tokenizer, ASK, num_visual_tokens=[len(features[0])])
-    return ids, model.embed_inputs(mx.array([ids]), image_features=features)
+    return ids, model.embed_inputs(mx.array([ids]), visual_tokens=features)
 
 
 @pytest.fixture(scope="module")

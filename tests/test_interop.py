@@ -11,7 +11,7 @@ MLX computes on the CPU, its float32 products are faster with OpenBLAS
 (LD_PRELOAD=libopenblas.so.0).
 
 LLaVA folders need no such test: `test_round_trips.py` finds in them, tensor for tensor, what the
-original code wrote, and `test_weights.py` the names and shapes of the released checkpoints.
+original code wrote, and `test_names.py` the names and shapes of the released checkpoints.
 """
 
 from __future__ import annotations

@@ -137,7 +137,7 @@ def test_images_anywhere(ids: list[int], sides: list[int], model: FastVLM) -> No
     expected = spliced(model, ids, features)[None]
     input_ids = mx.array([ids])
     assert_close(model.embed_inputs(input_ids, pixels), expected)
-    assert_close(model.embed_inputs(input_ids, image_features=features), expected)
+    assert_close(model.embed_inputs(input_ids, visual_tokens=features), expected)
     logits = model.language_model(None, input_embeddings=expected)
     assert_close(model(input_ids, pixel_values=pixels), logits, 1e-4)
     assert_close(model(input_ids, input_embeddings=expected), logits)

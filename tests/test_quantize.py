@@ -13,8 +13,8 @@ from fastvlm_mlx.checkpoint.quantize import (
     MODES,
     is_sensitive,
     layer_settings,
+    parse_quantize,
     quantize_checkpoint,
-    settings,
 )
 from fastvlm_mlx.checkpoint.read import read_checkpoint
 from fastvlm_mlx.convert import convert
@@ -163,8 +163,8 @@ def test_settings_that_do_not_exist(small_folder, given):
 
 
 def test_settings_by_name():
-    assert settings("4") == {"bits": 4} and settings("mxfp8") == {"mode": "mxfp8"}
-    assert settings("mixed-4-6") == {"preset": "mixed-4-6"}
+    assert parse_quantize("4") == {"bits": 4} and parse_quantize("mxfp8") == {"mode": "mxfp8"}
+    assert parse_quantize("mixed-4-6") == {"preset": "mixed-4-6"}
     assert layer_settings({"mode": "mxfp4"}) == {"group_size": 32, "bits": 4, "mode": "mxfp4"}
 
 

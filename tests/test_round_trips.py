@@ -14,9 +14,9 @@ from sources import full_nano, with_tokenizer
 
 import fastvlm_mlx as fv
 from fastvlm_mlx.checkpoint import fold
-from fastvlm_mlx.checkpoint import names as names_module
-from fastvlm_mlx.checkpoint.files import read_tensors
+from fastvlm_mlx.checkpoint.files import Weights, read_tensors
 from fastvlm_mlx.checkpoint.layouts import llava, transformers
+from fastvlm_mlx.checkpoint.layouts.mlx_vlm import ENCODER
 from fastvlm_mlx.checkpoint.load import load_processor
 from fastvlm_mlx.checkpoint.names import quantized_linears
 from fastvlm_mlx.checkpoint.read import read_checkpoint
@@ -42,7 +42,6 @@ def pair_of(first: str, second: str) -> Any:
 
 
 PAIRS = [pair_of(first, second) for first in WRITTEN for second in WRITTEN if first != second]
-VISION = names_module.VISION
 
 
 def written(source: Path, target: Path, layout: str) -> Path:
@@ -50,15 +49,15 @@ def written(source: Path, target: Path, layout: str) -> Path:
     return convert(source, target, layout=layout, dtype=dtype, progress=False)
 
 
-def tensors_of(folder: Path) -> fold.Weights:
+def tensors_of(folder: Path) -> Weights:
     return read_tensors(folder)
 
 
-def folded(folder: Path) -> fold.Weights:
+def folded(folder: Path) -> Weights:
     """What a folder holds, whatever its layout: the encoder folded, in the names of memory."""
     config, tensors = read_checkpoint(folder)
-    encoder = fold.fold_encoder(lambda name: tensors.pop(VISION + name), config.vision)
-    tensors = {name: t for name, t in tensors.items() if not name.startswith(VISION)}
+    encoder = fold.fold_encoder(lambda name: tensors.pop(ENCODER + name), config.vision)
+    tensors = {name: t for name, t in tensors.items() if not name.startswith(ENCODER)}
     return tensors | encoder
 
 
@@ -72,7 +71,7 @@ def outputs(folder: Path) -> list[mx.array]:
     return [features, visual, model(ids, pixel_values=pixels)]
 
 
-def are_equal(found: fold.Weights, wanted: fold.Weights) -> bool:
+def are_equal(found: Weights, wanted: Weights) -> bool:
     same = all(found[name].dtype == wanted[name].dtype for name in wanted)
     return (
         found.keys() == wanted.keys()
@@ -81,7 +80,7 @@ def are_equal(found: fold.Weights, wanted: fold.Weights) -> bool:
     )
 
 
-def are_near(found: fold.Weights, wanted: fold.Weights, tolerance: float) -> bool:
+def are_near(found: Weights, wanted: Weights, tolerance: float) -> bool:
     """Whether no value differs by more than a part of the largest in its tensor."""
     return found.keys() == wanted.keys() and all(
         mx.abs(found[name] - wanted[name]).max() <= tolerance * mx.abs(wanted[name]).max()
@@ -283,7 +282,7 @@ def rounded(matrix: mx.array) -> mx.array:
     return mx.dequantize(*packed, group_size=GROUP, bits=4).reshape(matrix.shape)
 
 
-def rounded_blocks(tensors: fold.Weights) -> fold.Weights:
+def rounded_blocks(tensors: Weights) -> Weights:
     return {
         name: rounded(t) if MATRIX.fullmatch(name) and t.shape[-1] % GROUP == 0 else t
         for name, t in tensors.items()
@@ -293,9 +292,9 @@ def rounded_blocks(tensors: fold.Weights) -> fold.Weights:
 def test_quantizing_commutes_with_folding(small_folder):
     """Of every layer of every block: scaling rows scales their groups, and no more."""
     config, tensors = read_checkpoint(small_folder)
-    encoder = {n.removeprefix(VISION): t for n, t in tensors.items() if n.startswith(VISION)}
+    encoder = {n.removeprefix(ENCODER): t for n, t in tensors.items() if n.startswith(ENCODER)}
 
-    def fold_all(source: fold.Weights) -> fold.Weights:
+    def fold_all(source: Weights) -> Weights:
         return fold.fold_encoder(source.__getitem__, config.vision)
 
     exact = fold_all(encoder)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference import RandomTensors, convolution
 
 from fastvlm_mlx import ops
 from fastvlm_mlx.checkpoint.fold import fold_encoder, unfold_encoder
@@ -33,43 +34,17 @@ def exact_gelu(x: np.ndarray) -> np.ndarray:
     return 0.5 * x * (1 + erf(x / math.sqrt(2)))
 
 
-def convolution(x: np.ndarray, weight: np.ndarray, stride: int = 1, groups: int = 1) -> np.ndarray:
-    """[B, H, W, C] * [out, k, k, C / groups], zero-padded by half the kernel."""
-    (batch, height, width, channels), (out, kernel) = x.shape, weight.shape[:2]
-    pad = (kernel // 2, kernel // 2)
-    x = np.pad(x, ((0, 0), pad, pad, (0, 0))).reshape(
-        batch, height + 2 * pad[0], -1, groups, channels // groups
-    )
-    weight = weight.reshape(groups, out // groups, kernel, kernel, -1)
-    rows, columns = (height - 1) // stride + 1, (width - 1) // stride + 1
-    y = np.zeros((batch, rows, columns, groups, out // groups))
-    for i in range(kernel):
-        for j in range(kernel):
-            tap = x[:, i:, j:][:, ::stride, ::stride][:, :rows, :columns]
-            y += np.einsum("bhwgc,gnc->bhwgn", tap, weight[:, :, i, j])
-    return y.reshape(batch, rows, columns, out)
-
-
-class Reference:
+class Reference(RandomTensors):
     """FastViTHD in inference form, step by step in float64, as its papers describe it.
 
-    Tensors are random and made when they are first used, so that their names and shapes are those
-    that this description asks for.
+    The names and shapes of tensors are those that this description asks for.
     """
 
     def __init__(self, config: VisionConfig, seed: int = 0):
+        super().__init__(seed)
         self.config = config
-        self.random = np.random.default_rng(seed)
-        self.tensors: dict[str, np.ndarray] = {}
         self.steps: list[tuple[np.ndarray, np.ndarray]] = []
         self.layer = 0
-
-    def tensor(self, name: str, *shape: int, mean: float = 0, std: float = 0.3) -> np.ndarray:
-        if name not in self.tensors:
-            values = self.random.normal(mean, std, shape)
-            self.tensors[name] = values.astype(np.float32)
-        assert self.tensors[name].shape == shape
-        return self.tensors[name].astype(np.float64)
 
     def conv(
         self, name: str, x: np.ndarray, out: int, kernel: int = 1, stride: int = 1, groups: int = 1
@@ -78,13 +53,6 @@ class Reference:
         std = (kernel * kernel * width) ** -0.5
         weight = self.tensor(f"{name}.weight", out, kernel, kernel, width, std=std)
         return convolution(x, weight, stride, groups) + self.tensor(f"{name}.bias", out)
-
-    def batch_norm(self, name: str, x: np.ndarray) -> np.ndarray:
-        dim = x.shape[-1]
-        mean = self.tensor(f"{name}.running_mean", dim)
-        var = self.tensor(f"{name}.running_var", dim, mean=1, std=0.1)
-        scale = self.tensor(f"{name}.weight", dim, mean=1)
-        return (x - mean) / np.sqrt(var + 1e-5) * scale + self.tensor(f"{name}.bias", dim)
 
     def layer_norm(self, name: str, x: np.ndarray) -> np.ndarray:
         dim = x.shape[-1]

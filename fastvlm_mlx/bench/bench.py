@@ -202,7 +202,7 @@ def run_once(
     preprocessed = time.perf_counter()
     features = compute_visual_tokens(model, pixel_values, sizes)
     encoded = time.perf_counter()
-    embeddings = model.embed_inputs(mx.array([input_ids]), image_features=features)
+    embeddings = model.embed_inputs(mx.array([input_ids]), visual_tokens=features)
     del features, pixel_values
     cache = make_kv_cache(model, options)
     generated = generate_tokens(model, input_ids, embeddings, cache, options, tokens)

@@ -1,4 +1,4 @@
-"""The README.md of a model: what it came from, how it is quantized, how to use it, its licence."""
+"""The README.md of a model: its source, its precision, how to use it, its licence."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PART_NAMES = {
 }
 APPLE = "Apple Machine Learning Research Model"
 DERIVATIVE = (
-    "This folder is a derivative of it: tensors were renamed, transposed, merged and rounded to "
+    "This folder is a derivative of it: tensors were renamed, transposed, folded and rounded to "
     "the precision above; {trained}."
 )
 TRAINED = {
@@ -53,13 +53,14 @@ def model_card(
     """The README.md of a converted folder.
 
     Args:
-        name: of the model, its title.
-        source: what it was converted from: a folder, a Hub id, or a published model's name.
+        name: the title.
+        source: what the folder was converted from: a folder, a Hub id, or the name of a published
+            model.
         dtype: of what is not quantized.
         layers: the settings (`bits`, `group_size`, `mode`) of each quantized layer, in the names of
-            the MLX layout, as `quantize.plan` and `weights.quantized_linears` give them.
+            the mlx-vlm layout, as `quantize.plan` and `names.quantized_linears` give them.
         license: as `license_of` gives it.
-        calibrated: whether scales were tuned (`calibrate`).
+        calibrated: whether scales were tuned (`train.calibrate`).
     """
     from huggingface_hub.utils import yaml_dump
 
@@ -87,7 +88,7 @@ def model_card(
 
 
 def _origin(source: str | os.PathLike[str]) -> tuple[str | None, str]:
-    """(`base_model` of the metadata if the source is on the Hub, the source in Markdown)."""
+    """(`base_model` of the metadata, if the source is on the Hub; the source in Markdown)."""
     path, name = Path(source).expanduser(), os.fspath(source)
     if path.exists():
         return None, f"`{path.resolve().name}`"
@@ -107,7 +108,7 @@ def _precision(layers: Mapping[str, Mapping[str, Any]], dtype: str) -> str:
 
 
 def _quantization(layers: Mapping[str, Mapping[str, Any]], dtype: str) -> Iterator[str]:
-    """The table of what is quantized how, if anything is."""
+    """The table of the precision of each part, if anything is quantized."""
     if not layers:
         return
     counts = Counter(
@@ -139,7 +140,7 @@ def license_of(folder: str | Path, source: str | os.PathLike[str] = "") -> dict[
 
     Args:
         folder: of the model.
-        source: what it was loaded by, which tells if it is a published model's name.
+        source: what it was loaded by, which may be the name of a published model.
     """
     if registry.knows(os.fspath(source)) and not Path(source).expanduser().exists():
         return dict(registry.LICENSE)
@@ -153,12 +154,12 @@ def license_of(folder: str | Path, source: str | os.PathLike[str] = "") -> dict[
 
 
 def read_metadata(folder: Path) -> dict[str, Any]:
-    """The metadata of a folder's README.md; empty if there is none, or none that can be read."""
+    """The metadata of a folder's README.md; empty if there is none that can be read."""
     from huggingface_hub import metadata_load
 
     try:
         return metadata_load(folder / "README.md") or {}
-    except Exception:  # YAML's errors are of types of its own
+    except Exception:  # YAML raises types of its own
         return {}
 
 

@@ -1,4 +1,4 @@
-"""Files of a folder ↔ tensors by name."""
+"""Files of a folder ↔ tensors by name, and folders that appear only when they are whole."""
 
 from __future__ import annotations
 
@@ -9,25 +9,28 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import mlx.core as mx
 
 from ..config import CheckpointError, read_json
-from .fold import Weights
 
-MAX_NAMED = 10
+Weights: TypeAlias = dict[str, mx.array]
+"""Tensors by name."""
+
+MAX_NAMED = 10  # in an error
 MAX_SHARD_BYTES = 5 * 10**9
 
 
 def read_tensors(folder: Path) -> Weights:
-    """The tensors in a folder's files, lazily, under the names they have there.
+    """The tensors in a folder's files under the names that they have there, read when needed.
 
-    Takes safetensors (one file or shards with an index); without any, PyTorch's `.bin` or `.pth`,
-    which needs the optional torch.
+    Reads safetensors (one file, or shards with an index) or, if there are none, PyTorch's `.bin` or
+    `.pth`, which takes the optional torch.
 
     Raises:
-        CheckpointError: no weights, a shard that the index names is missing, or a broken file.
+        CheckpointError: there are no weights, the index names a shard that is missing, or a file is
+            broken.
     """
     files = weight_files(folder)
     tensors: Weights = {}
@@ -44,7 +47,7 @@ def read_file(file: Path) -> Weights:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that hold the weights of a folder; see `read_tensors`."""
+    """The files that hold the weights of a folder; errors as `read_tensors`."""
     for index_name in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
         if (folder / index_name).is_file():
             shards = read_json(folder / index_name).get("weight_map")
@@ -107,7 +110,7 @@ def _read_torch(file: Path) -> Weights:
 
 
 def _from_torch(tensor: Any, torch: ModuleType) -> mx.array:
-    if tensor.dtype == torch.bfloat16:  # which numpy has not
+    if tensor.dtype == torch.bfloat16:  # numpy has no bfloat16
         return mx.array(tensor.contiguous().view(torch.int16).numpy()).view(mx.bfloat16)
     return mx.array(tensor.numpy())
 
@@ -119,13 +122,16 @@ def save_checkpoint(
     shard_bytes: int = MAX_SHARD_BYTES,
     progress: Callable[[int], object] = lambda n: None,
 ) -> None:
-    """Write tensors as safetensors, in shards with an index where one file would be too large.
+    """Write tensors as safetensors, in shards where one file would be too large, and an index.
 
     Args:
-        weights: emptied as they are written, so that memory holds one shard at most.
+        weights: emptied as they are written, so that memory holds at most one shard.
         folder: exists.
-        shard_bytes: of one file at most, unless one tensor is larger.
+        shard_bytes: the most that a file holds, unless one tensor is larger.
         progress: called with the bytes of each tensor once it is computed.
+
+    Raises:
+        OSError: a file can't be written.
     """
     total = sum(tensor.nbytes for tensor in weights.values())
     shards = _shards(weights, shard_bytes)
@@ -139,7 +145,7 @@ def save_checkpoint(
             progress(tensor.nbytes)
         try:
             mx.save_safetensors(str(folder / file), shard, metadata={"format": "mlx"})
-        except RuntimeError as error:  # so MLX says that the disk is full
+        except RuntimeError as error:  # as MLX reports a full disk
             raise OSError(f"{folder / file} can't be written: {error}") from None
         weight_map |= dict.fromkeys(names, file)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
@@ -159,11 +165,12 @@ def _shards(weights: Weights, shard_bytes: int) -> list[list[str]]:
 
 
 def write_json(file: Path, value: Any) -> None:
+    """Write a value as indented JSON."""
     file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def check_target(target: Path, source: Path) -> None:
-    """ValueError if writing the target would replace the source."""
+    """Raise a ValueError if writing the target would replace the source."""
     if target.exists() and source.resolve() == target.resolve():
         raise ValueError(f"{target} is both the source and the target; choose another target.")
     if target.exists() and source.resolve().is_relative_to(target.resolve()):
@@ -172,10 +179,10 @@ def check_target(target: Path, source: Path) -> None:
 
 @contextmanager
 def atomic_folder(target: Path, *, overwrite: bool) -> Iterator[Path]:
-    """A temporary folder that becomes `target` when the block ends well, and else disappears.
+    """A temporary folder that becomes `target` when the block ends well, and otherwise disappears.
 
     Raises:
-        FileExistsError: `target` is there and `overwrite` is not set, or it is a file.
+        FileExistsError: `target` exists and `overwrite` is not set, or it is a file.
     """
     target = target.resolve()
     if target.exists() and (not overwrite or not target.is_dir()):

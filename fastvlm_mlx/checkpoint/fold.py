@@ -1,9 +1,9 @@
 """The arithmetic that turns trained weights into those that run.
 
 Training form → inference form: parallel branches and their BatchNorms become one convolution
-(`reparameterize` in the original's `mci.py`). Inference form → memory: the last BatchNorms and the
-layer scales go into their neighbours. All in float32, on convolutions that are channels last:
-[out, height, width, in].
+(`reparameterize` in the original's `mci.py`; FastViT paper, section 3). Inference form → memory:
+the remaining BatchNorms and the layer scales are folded into their neighbours. Convolutions are
+channels last, [out, height, width, in].
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from ..config import VisionConfig
+from .files import Weights
 
 BATCH_NORM_EPS = 1e-5
-Weights = dict[str, mx.array]
 Get = Callable[[str], mx.array]
 
 
@@ -26,7 +26,7 @@ class BranchError(ValueError):
 
     Attributes:
         name: the tensor's, in the mlx-vlm layout.
-        problem: what is wrong with it.
+        problem: what is wrong with it, in a few words.
     """
 
     def __init__(self, name: str, problem: str):
@@ -36,18 +36,21 @@ class BranchError(ValueError):
 
 
 def is_training_form(weights: Weights) -> bool:
-    """Whether any parallel branch is still apart."""
+    """Whether there are parallel branches."""
     return any(re.search(r"\.(rbr_\w+|lkb_origin|pe)\.", name) for name in weights)
 
 
-def merge_branches(weights: Weights) -> Weights:
+def reparameterize(weights: Weights) -> Weights:
     """Training form → inference form.
 
-    Takes and returns the names of the mlx-vlm layout, of which those without branches pass
-    unchanged; the convolutions that were merged are float32.
+    Args:
+        weights: in the mlx-vlm layout. Tensors that belong to no branch pass unchanged.
+
+    Returns:
+        Tensors in the same layout; the convolutions that replace branches are float32.
 
     Raises:
-        BranchError: a tensor of a branch is missing, or does not fit its neighbours.
+        BranchError: a tensor of a branch is missing or does not fit its neighbours.
     """
     take = weights.copy()
 
@@ -56,32 +59,34 @@ def merge_branches(weights: Weights) -> Weights:
             raise BranchError(name, "is missing, a part of a parallel branch")
         return take.pop(name)
 
-    merged: Weights = {}
+    folded: Weights = {}
     for prefix in _prefixes(weights, r"(.+\.token_mixer)\.mixer\."):
-        _put(merged, f"{prefix}.reparam_conv", *_merge_rep_mixer(take, pop, prefix))
+        _put(folded, f"{prefix}.reparam_conv", *_reparam_rep_mixer(take, pop, prefix))
     for prefix in _prefixes(take, r"(.+)\.rbr_(?:conv|scale|skip)\."):
-        _put(merged, f"{prefix}.reparam_conv", *_merge_mobile_one(take, pop, prefix))
+        _put(folded, f"{prefix}.reparam_conv", *_reparam_mobile_one(take, pop, prefix))
     for prefix in _prefixes(take, r"(.+)\.lkb_origin\."):
-        _put(merged, f"{prefix}.lkb_reparam", *_merge_large_kernel(take, pop, prefix))
+        _put(folded, f"{prefix}.lkb_reparam", *_reparam_large_kernel(take, pop, prefix))
     for prefix in _prefixes(take, r"(.+)\.pe\."):
         weight = _pop_kernel(pop, f"{prefix}.pe.weight")
         bias = pop(f"{prefix}.pe.bias")
-        _put(merged, f"{prefix}.reparam_conv", weight + _identity_kernel(weight.shape), bias)
-    return take | merged
+        _put(folded, f"{prefix}.reparam_conv", weight + _identity_kernel(weight.shape), bias)
+    return take | folded
 
 
 def _put(weights: Weights, prefix: str, weight: mx.array, bias: mx.array) -> None:
+    """Store the weight and the bias of the layer at `prefix`."""
     weights[f"{prefix}.weight"] = weight
     weights[f"{prefix}.bias"] = bias
 
 
 def _prefixes(weights: Weights, pattern: str) -> list[str]:
+    """What the first group of a pattern matches at the start of names, each once."""
     matches = (re.match(pattern, name) for name in weights)
     return sorted({match.group(1) for match in matches if match})
 
 
 def _identity_kernel(shape: tuple[int, ...]) -> mx.array:
-    """The kernel [out, k, k, in / groups] that returns its input."""
+    """The kernel [out, k, k, in / groups] of the convolution that returns its input."""
     out, kernel, _, width = shape
     one_hot = mx.arange(out)[:, None] % width == mx.arange(width)
     center = mx.arange(kernel) == kernel // 2
@@ -118,37 +123,39 @@ def batch_norm_terms(pop: Get, prefix: str, channels: int) -> tuple[mx.array, mx
     return scale, bias - mean * scale
 
 
-def _fuse(weight: mx.array, pop: Get, norm: str) -> tuple[mx.array, mx.array]:
+def _fold_norm(weight: mx.array, pop: Get, norm: str) -> tuple[mx.array, mx.array]:
+    """(weight, bias) of a convolution without bias and the BatchNorm at `norm` after it."""
     scale, shift = batch_norm_terms(pop, norm, weight.shape[0])
     return weight.astype(mx.float32) * scale[:, None, None, None], shift
 
 
-def _fuse_conv_norm(pop: Get, prefix: str) -> tuple[mx.array, mx.array]:
-    return _fuse(_pop_kernel(pop, f"{prefix}.conv.weight"), pop, f"{prefix}.bn")
+def _fold_conv_norm(pop: Get, prefix: str) -> tuple[mx.array, mx.array]:
+    return _fold_norm(_pop_kernel(pop, f"{prefix}.conv.weight"), pop, f"{prefix}.bn")
 
 
-def _merge_mobile_one(take: Weights, pop: Get, prefix: str) -> tuple[mx.array, mx.array]:
+def _reparam_mobile_one(take: Weights, pop: Get, prefix: str) -> tuple[mx.array, mx.array]:
+    """Convolutions, one of 1x1 and the identity, each with a BatchNorm (`MobileOneBlock`)."""
     branches = _prefixes(take, rf"({re.escape(prefix)}\.rbr_conv\.\d+)\.")
     if not branches:
         raise BranchError(f"{prefix}.rbr_conv.0.conv.weight", "is missing, a parallel branch")
-    fused = [_fuse_conv_norm(pop, branch) for branch in branches]
-    shape = fused[0][0].shape
+    folded = [_fold_conv_norm(pop, branch) for branch in branches]
+    shape = folded[0][0].shape
     if _prefixes(take, rf"({re.escape(prefix)}\.rbr_scale)\."):
-        weight, bias = _fuse_conv_norm(pop, f"{prefix}.rbr_scale")
-        fused.append((_pad_kernel(weight, shape[1]), bias))
+        weight, bias = _fold_conv_norm(pop, f"{prefix}.rbr_scale")
+        folded.append((_pad_kernel(weight, shape[1]), bias))
     if _prefixes(take, rf"({re.escape(prefix)}\.rbr_skip)\."):
-        fused.append(_fuse(_identity_kernel(shape), pop, f"{prefix}.rbr_skip"))
-    if any(weight.shape != shape for weight, _ in fused):
+        folded.append(_fold_norm(_identity_kernel(shape), pop, f"{prefix}.rbr_skip"))
+    if any(weight.shape != shape for weight, _ in folded):
         raise BranchError(f"{prefix}.rbr_scale.conv.weight", "differs in shape from its neighbour")
-    weights, biases = zip(*fused, strict=True)
+    weights, biases = zip(*folded, strict=True)
     return sum(weights[1:], weights[0]), sum(biases[1:], biases[0])
 
 
-def _merge_rep_mixer(take: Weights, pop: Get, prefix: str) -> tuple[mx.array, mx.array]:
-    # y = x + layer_scale (mixer(x) - norm(x)), where norm is a BatchNorm alone.
-    weight, bias = _merge_mobile_one(take, pop, f"{prefix}.mixer")
+def _reparam_rep_mixer(take: Weights, pop: Get, prefix: str) -> tuple[mx.array, mx.array]:
+    """y = x + layer_scale (mixer(x) - norm(x)), where norm is only a BatchNorm (`RepMixer`)."""
+    weight, bias = _reparam_mobile_one(take, pop, f"{prefix}.mixer")
     identity = _identity_kernel(weight.shape)
-    norm_weight, norm_bias = _fuse(identity, pop, f"{prefix}.norm.rbr_skip")
+    norm_weight, norm_bias = _fold_norm(identity, pop, f"{prefix}.norm.rbr_skip")
     weight, bias = weight - norm_weight, bias - norm_bias
     if f"{prefix}.layer_scale" in take:
         scale = _pop_channels(pop, f"{prefix}.layer_scale", bias.size)
@@ -156,10 +163,11 @@ def _merge_rep_mixer(take: Weights, pop: Get, prefix: str) -> tuple[mx.array, mx
     return identity + weight, bias
 
 
-def _merge_large_kernel(take: Weights, pop: Get, prefix: str) -> tuple[mx.array, mx.array]:
-    weight, bias = _fuse_conv_norm(pop, f"{prefix}.lkb_origin")
+def _reparam_large_kernel(take: Weights, pop: Get, prefix: str) -> tuple[mx.array, mx.array]:
+    """A large kernel and maybe a small one, each with a BatchNorm (`ReparamLargeKernelConv`)."""
+    weight, bias = _fold_conv_norm(pop, f"{prefix}.lkb_origin")
     if _prefixes(take, rf"({re.escape(prefix)}\.small_conv)\."):
-        small, small_bias = _fuse_conv_norm(pop, f"{prefix}.small_conv")
+        small, small_bias = _fold_conv_norm(pop, f"{prefix}.small_conv")
         if small.shape[0] != weight.shape[0] or small.shape[1] > weight.shape[1]:
             raise BranchError(f"{prefix}.small_conv.conv.weight", "does not fit the large kernel")
         weight, bias = weight + _pad_kernel(small, weight.shape[1]), bias + small_bias
@@ -167,7 +175,8 @@ def _merge_large_kernel(take: Weights, pop: Get, prefix: str) -> tuple[mx.array,
 
 
 class Layer(NamedTuple):
-    """One layer of `vision.build_network`: what it is, its name in a checkpoint, its widening."""
+    """A layer of `vision.build_network`: what it is, its name in the mlx-vlm layout, and how many
+    outputs its convolution gives per input."""
 
     kind: str
     name: str
@@ -195,10 +204,10 @@ def network_layers(config: VisionConfig) -> list[Layer]:
 def fold_encoder(get: Get, config: VisionConfig) -> Weights:
     """Inference form → the parameters of `vision.FastViTHD`.
 
-    Products keep the dtype of their weights: that of two numbers of half precision is rounded once.
+    Scaled weights keep their dtype: the product of two half-precision numbers is rounded once.
 
     Args:
-        get: gives the tensor of a name of the mlx-vlm layout after `vision_tower.vision_model.`.
+        get: name of a tensor in the mlx-vlm layout, without `vision_tower.vision_model.` → it.
         config: the geometry.
     """
     folded = _fold_stem(get)
@@ -209,7 +218,12 @@ def fold_encoder(get: Get, config: VisionConfig) -> Weights:
 
 
 def unfold_encoder(get: Get, config: VisionConfig) -> Weights:
-    """The inverse of `fold_encoder`, with neutral BatchNorms and layer scales."""
+    """The inverse of `fold_encoder`, with neutral BatchNorms and layer scales.
+
+    Args:
+        get: name of a parameter of `vision.FastViTHD` → it.
+        config: the geometry.
+    """
     weights = _unfold_stem(get)
     for i, layer in enumerate(network_layers(config)):
 
@@ -259,7 +273,7 @@ def _unfold_position(get: Get, layer: Layer) -> Weights:
 
 def _fold_conv_ffn(get: Get, name: str, layer_scale: str) -> Weights:
     folded: Weights = {}
-    conv = _fuse(get(f"{name}.convffn.conv.conv.weight"), get, f"{name}.convffn.conv.bn")
+    conv = _fold_norm(get(f"{name}.convffn.conv.conv.weight"), get, f"{name}.convffn.conv.bn")
     _put(folded, "convffn.conv", *conv)
     _put(folded, "convffn.fc1", *_conv_to_linear(get, f"{name}.convffn.fc1"))
     weight, bias = _conv_to_linear(get, f"{name}.convffn.fc2")
@@ -317,7 +331,7 @@ def _unfold_attention(get: Get, layer: Layer) -> Weights:
 
 
 def _split_conv(get: Get, name: str, ways: int) -> Weights:
-    """A convolution with `ways` outputs of each input → that many with one each."""
+    """A convolution with `ways` outputs per input → as many with one each."""
     weight, bias = get(f"{name}.weight"), get(f"{name}.bias")
     split: Weights = {}
     for i in range(ways):
@@ -326,6 +340,7 @@ def _split_conv(get: Get, name: str, ways: int) -> Weights:
 
 
 def _join_conv(get: Get, ways: int) -> tuple[mx.array, mx.array]:
+    """The inverse of `_split_conv`: (weight, bias)."""
     weights, biases = (
         mx.stack([get(f"convs.{i}.{name}") for i in range(ways)], axis=1).flatten(0, 1)
         for name in ("weight", "bias")

@@ -1,4 +1,4 @@
-"""A folder → a model and what reads its images and prompts."""
+"""A folder → a model and the processor of its images and prompts."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from .. import ops
 from ..config import load_config, read_json
 from ..hub.resolve import resolve
 from ..model.fastvlm import FastVLM
-from ..ops import UnfusedLinear, on_cpu, on_metal
-from ..ops import quantize as quantize_layers
 from ..processor import Processor
 from ..text.tokenizer import Tokenizer
-from .fold import Weights
-from .names import DECODER, _apart, _fused_rows, fuse, quantized_linears, source_name
+from .files import Weights
+from .layouts.mlx_vlm import dtype_of
+from .names import fuse, fused_rows, quantized_linears, stored_name, unfused_layers
 from .quantize import Quantize, quantize_checkpoint
 from .read import read_checkpoint
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
-READ_AT_ONCE = 10**8  # bytes; enough for parallel reads
+READ_AT_ONCE = 10**8  # bytes; enough to read in parallel
 
 
 def load(
@@ -33,18 +33,19 @@ def load(
     dtype: mx.Dtype | str | None = None,
     quantize: Quantize | None = None,
 ) -> tuple[FastVLM, Processor]:
-    """Load a model and what reads its images and prompts.
+    """Load a model and the processor of its images and prompts.
 
     Args:
         source: a folder or a Hub id (`apple/FastVLM-0.5B`), in any known layout, converted on the
-            fly; the bundled nano model by default.
+            fly; by default the bundled nano model.
         revision: branch, tag or commit on the Hub.
-        dtype, quantize: as `load_model`.
+        dtype, quantize: as for `load_model`.
 
     Raises:
-        FileNotFoundError: no such folder or repository.
-        CheckpointError: not a whole FastVLM.
+        FileNotFoundError: there is no such folder or repository.
+        CheckpointError: it is not a whole FastVLM.
         OSError: the download failed.
+        ValueError: as for `load_model`.
     """
     folder = resolve(source, revision=revision)
     processor = load_processor(folder)
@@ -73,24 +74,25 @@ def load_model(
 ) -> FastVLM:
     """Read a model from a folder in any known layout; the folder needs no tokenizer.
 
-    Tensors are read when their place in the model is known, largest first.
+    Tensors are read once their place in the model is known, the largest first.
 
     Args:
         folder: holds config.json and the weights.
-        dtype: of the weights that are not quantized. By default the checkpoint's own, but float32
-            where arrays are computed on the CPU, which is slow at half precision.
-        quantize: bits a weight, a mode or preset by name, or a mapping; see `quantize.settings`.
+        dtype: of the weights that are not quantized; by default float32 on the CPU, which is slow
+            at half precision, and otherwise the checkpoint's own.
+        quantize: bits per weight, a mode or preset by name, or a mapping; see
+            `quantize.parse_quantize`.
 
     Raises:
         FileNotFoundError: there is no such folder.
         CheckpointError: a file, a field or a tensor is missing, surplus or wrong.
-        ValueError: `dtype` or `quantize` is not one that exists.
+        ValueError: `dtype` or `quantize` is unknown, or the checkpoint is already quantized.
     """
     folder = Path(folder).expanduser()
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no model folder {folder}.")
     config, weights = read_checkpoint(folder)
-    target = resolve_dtype(dtype, weights)
+    target = ops.fast_dtype(dtype_of(weights)) if dtype is None else resolve_dtype(dtype)
     if quantize is not None or target == mx.float32:
         weights = {name: cast(tensor, target) for name, tensor in weights.items()}
     if quantize is not None:
@@ -106,9 +108,24 @@ def load_model(
     return model
 
 
+def quantize_like(model: FastVLM, weights: Weights) -> None:
+    """Give a model the quantized and the unfused layers of a checkpoint, in place of its own."""
+    config = model.config
+    settings = dict(quantized_linears(weights, config))
+    for path in unfused_layers(weights, config):
+        _, i, block, whole = path.split(".")
+        module = model.language_model.layers[int(i)][block]
+        fused = module[whole]
+        width = fused.weight.shape[1]
+        rows = fused_rows(config)[f"{block}.{whole}"]
+        module[whole] = ops.UnfusedLinear([nn.Linear(width, n, bias="bias" in fused) for n in rows])
+    if settings:
+        ops.quantize(model, lambda path: settings.get(stored_name(path, config)))
+
+
 def _evaluate(model: FastVLM) -> None:
-    """Read and compute the parameters, the largest layers first: what a layer is made from then
-    takes the room of those that are still to come."""
+    """Read and compute the parameters, the largest layers first, so that what a layer is made from
+    uses memory that later layers will fill."""
     modules = dict(tree_flatten(model.leaf_modules(), is_leaf=nn.Module.is_module))
     layers = [list(dict(tree_flatten(m.parameters())).values()) for m in modules.values()]
     layers.sort(key=lambda tensors: sum(t.nbytes for t in tensors), reverse=True)
@@ -119,31 +136,15 @@ def _evaluate(model: FastVLM) -> None:
             mx.eval(waiting)
             waiting.clear()
     mx.eval(model.parameters())
-    limit = mx.device_info().get("max_recommended_working_set_size") if on_metal() else None
-    if limit is not None:  # else the system may page weights out between two answers
-        mx.set_wired_limit(int(limit))
+    ops.wire_memory()
 
 
-def quantize_like(model: FastVLM, weights: Weights) -> None:
-    """Make those layers of the model quantized that are so in the checkpoint."""
-    config = model.config
-    settings = dict(quantized_linears(weights, config))
-    for path in _apart(weights, config):
-        _, i, block, whole = path.split(".")
-        module = model.language_model.layers[int(i)][block]
-        fused = module[whole]
-        width = fused.weight.shape[1]
-        rows = _fused_rows(config)[f"{block}.{whole}"]
-        module[whole] = UnfusedLinear([nn.Linear(width, n, bias="bias" in fused) for n in rows])
+def resolve_dtype(dtype: mx.Dtype | str) -> mx.Dtype:
+    """A floating dtype by its name or itself.
 
-    if settings:
-        quantize_layers(model, lambda path: settings.get(source_name(path, config)))
-
-
-def resolve_dtype(dtype: mx.Dtype | str | None, weights: Weights) -> mx.Dtype:
-    """The dtype asked for; by default float32 on the CPU, elsewhere the checkpoint's own."""
-    if dtype is None:
-        return mx.float32 if on_cpu() else weights[f"{DECODER}norm.weight"].dtype
+    Raises:
+        ValueError: it is neither float32, float16 nor bfloat16.
+    """
     found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if found is None or found not in DTYPES.values():
         raise ValueError(f"dtype must be {', '.join(DTYPES)}, found {dtype!r}.")
@@ -151,5 +152,5 @@ def resolve_dtype(dtype: mx.Dtype | str | None, weights: Weights) -> mx.Dtype:
 
 
 def cast(value: mx.array, dtype: mx.Dtype) -> mx.array:
-    """As `dtype`, but integers (packed weights) as they are."""
+    """A tensor in a dtype; integers (packed weights) stay as they are."""
     return value.astype(dtype) if mx.issubdtype(value.dtype, mx.floating) else value

@@ -1,4 +1,4 @@
-"""What stands beside the weights in a folder: configuration, tokenizer and image settings."""
+"""The files beside the weights in a folder: configuration, tokenizer and image settings."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from ..text.tokenizer import Tokenizer
 from .files import write_json
 
 IMAGE_TOKEN = "<image>"
-# What the original's code would else take otherwise: it would add tokens to the vocabulary, and
-# leave an encoder that is not to be trained without its weights.
+# Without these, the original's code would add tokens to the vocabulary, and would not load the
+# weights of an encoder that is not to be trained.
 ORIGINAL = {
     "mm_use_im_patch_token": False,
     "mm_use_im_start_end": False,
@@ -39,18 +39,19 @@ def config_json(
 ) -> dict[str, Any]:
     """config.json for this project, mlx-vlm, mlx-swift and the original; the source's fields stay.
 
-    Those readers know one `eos_token_id`, of several the first; `write_processor` keeps the others.
+    Those readers know only one `eos_token_id`, so it is the first; `write_processor` keeps the
+    others.
 
     Args:
         config: the model's.
         dtype: name of the dtype of what is not quantized.
-        quantization: settings, or an empty mapping.
+        quantization: the `quantization` entry, or an empty mapping.
     """
     vision = config.vision
     tower = {"mm_vision_tower": f"mobileclip_l_{vision.image_size}"}
     written = tower | ORIGINAL | dict(config.source)
     written.pop("dtype", None)  # transformers' name of torch_dtype
-    written.pop("auto_map", None)  # names code that does not come along
+    written.pop("auto_map", None)  # names code that is not copied
     written |= {
         **asdict(config.text),
         "model_type": "llava_qwen2",
@@ -85,7 +86,7 @@ def config_json(
             "head_dim": vision.head_dim,
         },
     }
-    for name in ("quantization", "quantization_config"):  # transformers' name is the second
+    for name in ("quantization", "quantization_config"):  # the second is transformers' name
         written.pop(name, None)
         if quantization:
             written[name] = dict(quantization)
@@ -121,7 +122,7 @@ def write_processor(source: Path, target: Path, image_size: int) -> None:
 
 
 def _write_ends(source: Path, file: Path) -> None:
-    """Where several ids end an answer, name them all in generation_config.json."""
+    """If several ids end an answer, list them all in generation_config.json."""
     ends = load_config(source).eos_token_ids if (source / "config.json").is_file() else ()
     if len(ends) < 2:
         return
@@ -132,7 +133,7 @@ def _write_ends(source: Path, file: Path) -> None:
 
 
 def write_image_token(source: Path, target: Path) -> int:
-    """Write tokenizer.json with a token `<image>`, and give the id of that."""
+    """Write tokenizer.json with a token `<image>`, and return its id."""
     from tokenizers import AddedToken
 
     file = target / "tokenizer_config.json"
@@ -141,7 +142,7 @@ def write_image_token(source: Path, target: Path) -> int:
     bpe.add_special_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)])
     bpe.save(str(target / "tokenizer.json"))
     index = bpe.get_vocab()[IMAGE_TOKEN]
-    # Readers take this list for the whole one, whatever tokenizer.json has.
+    # Readers take this list as complete, whatever tokenizer.json has.
     added = {
         str(i): {name: getattr(token, name) for name in ADDED_TOKEN}
         for i, token in bpe.get_added_tokens_decoder().items()

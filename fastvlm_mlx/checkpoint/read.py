@@ -12,11 +12,11 @@ from ..config import CheckpointError, FastVLMConfig, load_config, read_json
 from ..hub.resolve import resolve
 from ..model.fastvlm import FastVLM
 from . import fold
-from .files import MAX_NAMED, read_file, read_tensors
-from .fold import Weights
+from .files import MAX_NAMED, Weights, read_file, read_tensors
 from .layouts import adapters, apple_export, llava, mlx_vlm, transformers
-from .names import HEAD, LM_HEAD, is_folded, quantized_linears, unfuse
-from .quantize import Settings
+from .layouts.mlx_vlm import HEAD, LM_HEAD, is_folded
+from .names import quantized_linears, unfuse
+from .quantize import LayerSettings
 
 LAYOUTS: tuple[ModuleType, ...] = (mlx_vlm, llava, transformers, apple_export)
 
@@ -40,10 +40,11 @@ def read_checkpoint(folder: Path) -> tuple[FastVLMConfig, Weights]:
 def read_layout(folder: Path) -> tuple[Weights, ModuleType]:
     """The tensors of a folder in the names of the mlx-vlm layout, and the layout they came in.
 
-    Training form is merged to inference form. Nothing is read from disk yet.
+    Parallel branches become one convolution each. Tensors are read only when they are computed
+    with.
 
     Raises:
-        CheckpointError: no weights, a broken file, or tensors of an unknown layout.
+        CheckpointError: there are no weights, a file is broken, or the layout is unknown.
     """
     tensors = read_tensors(folder)
     layout = next((layout for layout in LAYOUTS if layout.matches(set(tensors))), None)
@@ -60,7 +61,7 @@ def read_layout(folder: Path) -> tuple[Weights, ModuleType]:
         weights |= apple_export.read_encoder(folder, load_config(folder).vision)
     if fold.is_training_form(weights):
         try:
-            weights = fold.merge_branches(weights)
+            weights = fold.reparameterize(weights)
         except fold.BranchError as error:
             name = _name_in_files(error.name, weights, layout)
             raise CheckpointError(f"{folder}: {name} {error.problem}.") from None
@@ -68,6 +69,7 @@ def read_layout(folder: Path) -> tuple[Weights, ModuleType]:
 
 
 def _with_trained_parts(base: Weights, folder: Path) -> Weights:
+    """The tensors of a base model with what a training folder holds."""
     if any(name.endswith(".scales") for name in base):
         raise CheckpointError(f"{folder} needs its base in full precision, not a quantized one.")
     parts = [folder / name for name in (*adapters.ADAPTER, *adapters.TRAINED)]
@@ -77,13 +79,15 @@ def _with_trained_parts(base: Weights, folder: Path) -> Weights:
 
 
 def _name_in_files(name: str, weights: Weights, layout: ModuleType) -> str:
+    """What a layout's files call a tensor of the mlx-vlm layout."""
     others = {key: tensor for key, tensor in weights.items() if key != name}
     names = layout.from_mlx(others | {name: mx.zeros(1)}).keys() - layout.from_mlx(others).keys()
     return next((found for found in names if not llava.UNUSED.match(found)), name)
 
 
 def trust_tensors(config: FastVLMConfig, weights: Weights) -> FastVLMConfig:
-    """Correct what config.json says wrongly: an untied head is there exactly if its tensor is."""
+    """A configuration whose output layer is tied exactly if the checkpoint has no tensor for it:
+    some config.json are wrong about that."""
     tied = f"{LM_HEAD}weight" not in weights
     return replace(config, text=replace(config.text, tie_word_embeddings=tied))
 
@@ -91,23 +95,19 @@ def trust_tensors(config: FastVLMConfig, weights: Weights) -> FastVLMConfig:
 def check_tensors(
     weights: Weights, config: FastVLMConfig, layout: ModuleType, folder: Path
 ) -> None:
-    """Compare a checkpoint with what the model needs, in the names that the files use.
+    """Compare a checkpoint with what the model needs; a missing head is filled in.
+
+    Args:
+        weights: in the mlx-vlm layout.
+        config: of the model.
+        layout: of the files, whose names an error uses.
+        folder: named in an error.
 
     Raises:
         CheckpointError: naming up to ten missing, surplus and misshapen tensors.
     """
-    expected = unfuse(FastVLM(config), folded=is_folded(weights))
-    if HEAD in expected:  # carried for other readers, never computed with
-        weights.setdefault(HEAD, expected[HEAD])
-    shapes = {name: tensor.shape for name, tensor in expected.items()}
-    for linear, settings in quantized_linears(weights, config):
-        shapes |= _packed_shapes(linear, shapes, settings)
-    packed = {name for name in shapes if f"{name.rpartition('.')[0]}.scales" in shapes}
-    integers = [
-        name
-        for name, tensor in weights.items()
-        if name in shapes and name not in packed and not mx.issubdtype(tensor.dtype, mx.floating)
-    ]
+    shapes = _expected_shapes(weights, config)
+    integers = _misplaced_integers(weights, shapes)
     if not integers and shapes == {name: tensor.shape for name, tensor in weights.items()}:
         return
     wanted = layout.from_mlx({name: mx.zeros(shape) for name, shape in shapes.items()})
@@ -128,9 +128,31 @@ def check_tensors(
     )
 
 
+def _expected_shapes(weights: Weights, config: FastVLMConfig) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors that the model needs, packed where the checkpoint's are."""
+    expected = unfuse(FastVLM(config), folded=is_folded(weights))
+    if HEAD in expected:
+        weights.setdefault(HEAD, expected[HEAD])
+    shapes = {name: tensor.shape for name, tensor in expected.items()}
+    for linear, settings in quantized_linears(weights, config):
+        shapes |= _packed_shapes(linear, shapes, settings)
+    return shapes
+
+
+def _misplaced_integers(weights: Weights, shapes: dict[str, tuple[int, ...]]) -> list[str]:
+    """The tensors of integers that are not packed weights."""
+    packed = {name for name in shapes if f"{name.rpartition('.')[0]}.scales" in shapes}
+    return [
+        name
+        for name, tensor in weights.items()
+        if name in shapes and name not in packed and not mx.issubdtype(tensor.dtype, mx.floating)
+    ]
+
+
 def _packed_shapes(
-    linear: str, shapes: dict[str, tuple[int, ...]], settings: Settings
+    linear: str, shapes: dict[str, tuple[int, ...]], settings: LayerSettings
 ) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors that a linear layer is packed in; none if it isn't one."""
     shape = shapes.get(f"{linear}.weight", ())
     if len(shape) != 2:
         return {}

@@ -12,7 +12,7 @@ from .card import license_of, license_text
 from .load import load_processor, quantize_like
 from .read import read_checkpoint
 
-# Hidden files (`.cache`, `.DS_Store`) and what a download has not finished.
+# Hidden files (`.cache`, `.DS_Store`) and unfinished downloads.
 LEFT_OUT = [".*", "*/.*", "*.part", "*.part.version", "*.lock"]
 
 
@@ -25,13 +25,13 @@ def upload(
 ) -> str:
     """Upload a model folder, its README.md as the model card, to a repository on the Hub.
 
-    The repository is made if there is none. An upload that was interrupted goes on when it is
-    called again. A folder whose licence is not stated gets a `UserWarning`.
+    The repository is created if there is none. An upload that was interrupted goes on when this is
+    called again. A folder that does not state its licence causes a `UserWarning`.
 
     Args:
         folder: a model folder that loads.
         repo: the Hub id, `user/name`.
-        private: whether a repository that is made is private.
+        private: whether a repository that is created is private.
         message: of the commit.
 
     Returns:
@@ -61,14 +61,14 @@ def upload(
         )
         return str(url)
     except Exception as error:
-        raise _said(repo, error) from None
+        raise _explained(repo, error) from None
 
 
-def _said(repo: str, error: Exception) -> Exception:
-    """What went wrong with an upload, in a sentence."""
+def _explained(repo: str, error: Exception) -> Exception:
+    """The error to raise for one of the Hub's client: one sentence, of a fitting type."""
     answer = answer_of(error)
     if answer is None:
-        if isinstance(error, OSError) and error.errno is not None:  # the system's own
+        if isinstance(error, OSError) and error.errno is not None:  # the system's, as it is
             return error
         why = " ".join(str(error).split())
         if isinstance(error, ValueError):
@@ -91,7 +91,7 @@ def _said(repo: str, error: Exception) -> Exception:
 
 
 def check_repo_name(repo: str) -> None:
-    """ValueError if a name can't be that of a repository."""
+    """Raise a ValueError if a name can't be that of a repository."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
@@ -106,7 +106,7 @@ def check_repo_name(repo: str) -> None:
 
 
 def check_folder(folder: str | Path) -> None:
-    """Raise what loading a folder would; tensors are compared by shape and not read.
+    """Raise what loading a folder would raise; tensors are compared by shape and not read.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -121,7 +121,7 @@ def check_folder(folder: str | Path) -> None:
 
 
 def license_problem(folder: str | Path) -> str | None:
-    """A sentence about what a folder leaves unsaid of its licence, or None."""
+    """A sentence about what a folder does not say about its licence, or None."""
     folder = Path(folder).expanduser()
     license = license_of(folder)
     if not license and not license_text(folder):

@@ -576,17 +576,17 @@ def print_report(
 def quantize_settings(
     quantize: str | None, group_size: int | None, mode: str | None, parts: dict[str, str | None]
 ) -> dict[str, Any] | None:
-    """The flags as `quantize.settings` takes them; None if nothing is to be quantized."""
-    from ..checkpoint.quantize import settings
+    """The flags as `quantize.parse_quantize` takes them; None if nothing is to be quantized."""
+    from ..checkpoint.quantize import parse_quantize
 
-    given = settings(quantize) if quantize is not None else {}
+    given = parse_quantize(quantize) if quantize is not None else {}
     if mode is not None:
         given["mode"] = mode
     for part, own in parts.items():
         if own == "none":
             given[part] = False
         elif own is not None:
-            given[part] = settings(own) | ({"group_size": group_size} if group_size else {})
+            given[part] = parse_quantize(own) | ({"group_size": group_size} if group_size else {})
     if given and group_size is not None:
         given["group_size"] = group_size
     return given or None

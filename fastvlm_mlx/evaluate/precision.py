@@ -10,7 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..checkpoint.fold import Weights
+from ..checkpoint.files import Weights
 from ..checkpoint.load import load_model, load_processor
 from ..checkpoint.quantize import Quantize, quantize_checkpoint
 from ..checkpoint.read import read_checkpoint
@@ -145,7 +145,7 @@ def sample_outputs(model: FastVLM, processor: Processor, images: Sequence[Any]) 
     for image, pixels, size in zip(images, pixel_values, sizes, strict=True):
         (features,) = model.encode_images([pixels], [size])
         input_ids = tokenize(model, processor, QUESTION, [features], Options())
-        embeddings = model.embed_inputs(mx.array([input_ids]), image_features=[features])
+        embeddings = model.embed_inputs(mx.array([input_ids]), visual_tokens=[features])
         outputs.features.append(features.astype(mx.float32))
         outputs.logits.append(
             model.language_model(None, None, embeddings)[:, -1].astype(mx.float32)

@@ -91,7 +91,7 @@ def read_inputs(
     times = Times(start, preprocessed, time.perf_counter())
     visual_tokens = [*earlier, *encoded]
     input_ids = tokenize(model, processor, prompt, visual_tokens, options)
-    embeddings = model.embed_inputs(mx.array([input_ids]), image_features=visual_tokens)
+    embeddings = model.embed_inputs(mx.array([input_ids]), visual_tokens=visual_tokens)
     return Inputs(input_ids, embeddings, visual_tokens, pixel_values, sizes, times, keys)
 
 

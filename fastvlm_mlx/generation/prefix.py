@@ -43,7 +43,7 @@ class Prefix:
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many of the first items are the same."""
+    """The number of first items that two sequences share."""
     for n, (x, y) in enumerate(zip(a, b, strict=False)):
         if x != y:
             return n

@@ -229,7 +229,7 @@ class Batch:
         caches = self._start_caches(sequences, step)
         known = caches[0].offset
         embeddings = self.model.embed_inputs(
-            mx.array(padded), image_features=[t for r in requests for t in r.visual_tokens]
+            mx.array(padded), visual_tokens=[t for r in requests for t in r.visual_tokens]
         )
         last = [length - known - 1 for length in lengths]
         hidden_states = self._hidden_states_at(last, embeddings[:, known:], caches, step)

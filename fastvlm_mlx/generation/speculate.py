@@ -128,7 +128,7 @@ def make_drafter(
     pixel_values = inputs.pixel_values
     visual_tokens = model.encode_images(pixel_values, inputs.image_sizes) if pixel_values else []
     draft_ids = tokenize(model, draft_processor, prompt, visual_tokens, options)
-    embeddings = model.embed_inputs(mx.array([draft_ids]), image_features=visual_tokens)
+    embeddings = model.embed_inputs(mx.array([draft_ids]), visual_tokens=visual_tokens)
     vocab_size = processor.tokenizer.vocab_size
     return DraftModel(model, embeddings, options.num_draft_tokens, vocab_size)
 

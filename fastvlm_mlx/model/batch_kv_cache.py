@@ -1,4 +1,4 @@
-"""The KV cache of many sequences."""
+"""The KV cache of a batch of sequences of any lengths."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import mlx.core as mx
 
 
 class BatchKVCache:
-    """Keys and values of sequences of any lengths, each in a row of its own, in all layers.
+    """Keys and values of all layers, with a row per sequence.
 
     Attributes:
         layers: what the decoder takes as caches, to process one more token of each row.
@@ -25,18 +25,21 @@ class BatchKVCache:
         """Add rows.
 
         Args:
-            caches: a layer's keys and values each, [B, kv_heads, at least the longest, D].
-            lengths: of the sequences; what is beyond is padding.
+            caches: one per layer, with `keys` and `values` [B, kv_heads, max(lengths) or more, D].
+            lengths: of the sequences; what lies beyond is padding.
         """
         for layer, cache in zip(self.layers, caches, strict=True):
             layer.add(cache.keys[:, :, : max(lengths)], cache.values[:, :, : max(lengths)])
         self._resize([*self.lengths, *lengths])
 
     def keep(self, kept: Sequence[bool]) -> list[int]:
-        """Drop the other rows; the last ones move where there are gaps.
+        """Drop the other rows, and fill the gaps with the last ones.
+
+        Args:
+            kept: one entry per row.
 
         Returns:
-            which of the old rows each row is.
+            the old index of each row.
         """
         count = sum(kept)
         beyond = [i for i in range(count, len(kept)) if kept[i]]
@@ -49,7 +52,7 @@ class BatchKVCache:
         return order
 
     def advance(self) -> None:
-        """Count in the token that each row was given."""
+        """Count the token that each row was given."""
         self._resize([length + 1 for length in self.lengths])
 
     def _resize(self, lengths: list[int]) -> None:
@@ -61,7 +64,7 @@ class BatchKVCache:
             return
         index = mx.array(sources)
         moved = [(layer.keys[index], layer.values[index]) for layer in self.layers]
-        mx.eval(moved)  # as long as they are read, the arrays can't be written in place
+        mx.eval(moved)  # while they are still to be read, the arrays can't be written in place
         for layer, (keys, values) in zip(self.layers, moved, strict=True):
             layer.keys[mx.array(targets)] = keys
             layer.values[mx.array(targets)] = values
@@ -83,14 +86,14 @@ class _Layer:
     def make_mask(
         self, N: int, return_array: bool = False, window_size: int | None = None
     ) -> mx.array | None:
-        """[B, 1, 1, S], true where a row has a token; None if all are of one length."""
+        """[B, 1, 1, S], true where a row has a token; None if all have the same length."""
         lengths = self.cache.lengths
         if min(lengths) == max(lengths):
             return None
         return mx.arange(max(lengths) + 1) <= self.offset[:, None, None, None]
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Write [B, kv_heads, 1, D] keys and values behind each row's own; all of them."""
+        """Append [B, kv_heads, 1, D] keys and values to the rows and return all of them."""
         B, end = len(keys), max(self.cache.lengths) + 1
         self._make_room(B, end, keys)
         rows = mx.arange(B)
@@ -99,14 +102,14 @@ class _Layer:
         return self.keys[:B, :, :end], self.values[:B, :, :end]
 
     def add(self, keys: mx.array, values: mx.array) -> None:
-        """Put [B, kv_heads, T, D] keys and values in rows after those in use."""
+        """Put [B, kv_heads, T, D] keys and values in new rows."""
         B, T, start = keys.shape[0], keys.shape[2], len(self.cache.lengths)
         self._make_room(start + B, T, keys)
         self.keys[start : start + B, :, :T] = keys
         self.values[start : start + B, :, :T] = values
 
     def _make_room(self, rows: int, length: int, like: mx.array) -> None:
-        """Room for rows of a length, growing in steps so that it rarely has to."""
+        """Make room for rows of a length; it grows in steps, so that it rarely has to."""
         had_rows, _, had_length, _ = self.keys.shape
         if rows <= had_rows and length <= had_length:
             return

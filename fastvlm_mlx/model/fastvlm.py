@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -12,15 +11,16 @@ import mlx.nn as nn
 from ..config import FastVLMConfig
 from ..image.grid import anyres_grid
 from ..ops import gelu
-from .kv_cache import KVCache
+from .kv_cache import KVCache, LayerCache
 from .qwen2 import Block, Qwen2
 from .vision import FastViTHD
 
-Images = mx.array | Sequence[mx.array]
+PixelValues = mx.array | Sequence[mx.array]  # one array, or one per image
 
 
 class Projector(nn.Module):
-    """Visual features to the decoder's width: linear layers with GELU between them."""
+    """Visual features → visual tokens: linear layers with GELU between them
+    (`build_vision_projector`)."""
 
     def __init__(self, config: FastVLMConfig):
         super().__init__()
@@ -28,13 +28,14 @@ class Projector(nn.Module):
         self.layers = [nn.Linear(a, b) for a, b in pairwise(widths)]
 
     def __call__(self, x: mx.array) -> mx.array:
+        """[..., mm_hidden_size] → [..., hidden_size]."""
         for i, layer in enumerate(self.layers):
             x = layer(gelu(x) if i else x)
         return x
 
 
 class FastVLM(nn.Module):
-    """A vision language model (FastVLM paper); `weights.load_model` fills it."""
+    """A vision language model (FastVLM paper); `checkpoint.load.load_model` fills it."""
 
     def __init__(self, config: FastVLMConfig):
         super().__init__()
@@ -57,16 +58,16 @@ class FastVLM(nn.Module):
     def __call__(
         self,
         input_ids: mx.array,
-        cache: Sequence[Any] | None = None,
+        cache: Sequence[LayerCache] | None = None,
         input_embeddings: mx.array | None = None,
-        pixel_values: Images | None = None,
+        pixel_values: PixelValues | None = None,
         image_sizes: Sequence[tuple[int, int]] | None = None,
     ) -> mx.array:
         """Logits of every position.
 
         Args:
             input_ids: [B, T] token ids, with `config.image_token_index` at each visual token.
-            cache: one KV cache a layer, updated in place.
+            cache: one KV cache per layer, updated in place.
             input_embeddings: [B, T, hidden_size], used instead of `input_ids`.
             pixel_values: images as in `embed_inputs`.
             image_sizes: as in `embed_inputs`.
@@ -79,67 +80,71 @@ class FastVLM(nn.Module):
         return self.language_model(input_ids, cache, input_embeddings)
 
     def encode_image(self, pixel_values: mx.array) -> mx.array:
-        """[B, S, S, 3] pixels in [0, 1] → [B, (S/64)², hidden_size], ready for the decoder."""
+        """[B, S, S, 3] pixel values in [0, 1] → [B, (S/64)², hidden_size] visual tokens."""
         return self.mm_projector(self.vision_tower(pixel_values))
 
     def encode_images(
-        self, pixel_values: Images, image_sizes: Sequence[tuple[int, int]] | None = None
+        self, pixel_values: PixelValues, image_sizes: Sequence[tuple[int, int]] | None = None
     ) -> list[mx.array]:
         """The visual tokens of each image.
 
         Args:
-            pixel_values: [B, S, S, 3], one row an image; or one array an image, of any size. With
+            pixel_values: [B, S, S, 3], one row per image; or one array per image, of any size. With
                 `anyres`, an array is one image: its overview, then its tiles.
             image_sizes: (width, height) in pixels of each original image; needed for tiles that
                 are merged spatially.
 
         Returns:
-            [n, hidden_size] for each image.
+            [n, hidden_size] per image, not computed yet.
         """
         if isinstance(pixel_values, mx.array) and self.config.image_aspect_ratio != "anyres":
             return list(self.encode_image(pixel_values))
         if isinstance(pixel_values, mx.array):
             pixel_values = [pixel_values]
-        sizes: Sequence[Any] = image_sizes or [None] * len(pixel_values)
+        sizes: Sequence[tuple[int, int] | None] = image_sizes or [None] * len(pixel_values)
         return [
             self.merge_tiles(self.encode_image(tiles), size)
             for tiles, size in zip(pixel_values, sizes, strict=True)
         ]
 
-    def merge_tiles(self, features: mx.array, image_size: tuple[int, int] | None) -> mx.array:
-        """Join the tokens of an image's overview and tiles (`llava_arch.py`).
+    def merge_tiles(self, tiles: mx.array, image_size: tuple[int, int] | None) -> mx.array:
+        """Join the visual tokens of an image's overview and tiles (`llava_arch.py`).
 
         Args:
-            features: [1 + tiles, n, hidden_size]; [1, n, hidden_size] where nothing was tiled.
+            tiles: [1 + tiles, n, hidden_size], the overview first; it stands alone where nothing
+                was tiled.
             image_size: (width, height) in pixels of the original image.
 
         Returns:
-            [tokens, hidden_size].
+            [visual tokens, hidden_size].
+
+        Raises:
+            ValueError: tiles are merged spatially and there is no `image_size`.
         """
         if self.config.image_aspect_ratio != "anyres":
-            return features.flatten(0, 1)
+            return tiles.flatten(0, 1)
         merge_type = self.config.mm_patch_merge_type
         newline = self.image_newline[None] if merge_type == "spatial_unpad" else None
-        if len(features) == 1:
-            rows = [features[0]] if newline is None else [features[0], newline]
+        if len(tiles) == 1:
+            rows = [tiles[0]] if newline is None else [tiles[0], newline]
             return mx.concatenate(rows)
         if merge_type == "flat":
-            return features.flatten(0, 1)
+            return tiles.flatten(0, 1)
         if image_size is None:
             raise ValueError("Tiles that are merged spatially need the image's original size.")
-        grid = merge_grid(features[1:], image_size, self.config)
+        grid = _merge_grid(tiles[1:], image_size, self.config)
         if newline is not None:
-            grid = unpad(grid, image_size)
+            grid = _unpad(grid, image_size)
             ends = mx.broadcast_to(newline, (grid.shape[0], 1, newline.shape[-1]))
             grid = mx.concatenate([grid, ends], axis=1)
-        return mx.concatenate([features[0], grid.flatten(0, 1)])
+        return mx.concatenate([tiles[0], grid.flatten(0, 1)])
 
     def embed_inputs(
         self,
         input_ids: mx.array,
-        pixel_values: Images | None = None,
+        pixel_values: PixelValues | None = None,
         image_sizes: Sequence[tuple[int, int]] | None = None,
-        image_features: Sequence[mx.array] | None = None,
+        visual_tokens: Sequence[mx.array] | None = None,
     ) -> mx.array:
         """Embed tokens and put visual tokens in their places.
 
@@ -147,7 +152,8 @@ class FastVLM(nn.Module):
             input_ids: [B, T] token ids, with `config.image_token_index` at each visual token.
             pixel_values: the images of the whole batch in reading order, as `encode_images` takes.
             image_sizes: as `encode_images` takes.
-            image_features: what `encode_images` gave, instead of `pixel_values`.
+            visual_tokens: those of each image, as `encode_images` gives them, instead of
+                `pixel_values`.
 
         Returns:
             [B, T, hidden_size].
@@ -157,24 +163,24 @@ class FastVLM(nn.Module):
         """
         places = input_ids == self.config.image_token_index
         embeddings = self.language_model.embed(mx.where(places, 0, input_ids))
-        if image_features is None:
-            image_features = (
+        if visual_tokens is None:
+            visual_tokens = (
                 [] if pixel_values is None else self.encode_images(pixel_values, image_sizes)
             )
-        expected, found = sum(len(f) for f in image_features), places.sum().item()
+        expected, found = sum(len(tokens) for tokens in visual_tokens), places.sum().item()
         if expected != found:
             raise ValueError(
                 f"The images give {expected} visual tokens, but input_ids has {found} places "
                 f"for them ({self.config.image_token_index})."
             )
-        if not image_features:
+        if not visual_tokens:
             return embeddings
-        features = mx.concatenate(list(image_features)).astype(embeddings.dtype)
+        rows = mx.concatenate(list(visual_tokens)).astype(embeddings.dtype)
         index = mx.cumsum(places.flatten().astype(mx.int32)).reshape(places.shape) - 1
-        return mx.where(places[..., None], features[mx.maximum(index, 0)], embeddings)
+        return mx.where(places[..., None], rows[mx.maximum(index, 0)], embeddings)
 
 
-def merge_grid(tiles: mx.array, image_size: tuple[int, int], config: FastVLMConfig) -> mx.array:
+def _merge_grid(tiles: mx.array, image_size: tuple[int, int], config: FastVLMConfig) -> mx.array:
     """Tiles [tiles, n, C] → one grid of tokens [rows, columns, C]."""
     side = int(tiles.shape[1] ** 0.5)
     across, down = anyres_grid(
@@ -184,8 +190,8 @@ def merge_grid(tiles: mx.array, image_size: tuple[int, int], config: FastVLMConf
     return grid.reshape(down * side, across * side, -1)
 
 
-def unpad(grid: mx.array, image_size: tuple[int, int]) -> mx.array:
-    """Drop the rows or columns of tokens that only saw padding (`unpad_image`)."""
+def _unpad(grid: mx.array, image_size: tuple[int, int]) -> mx.array:
+    """Drop the rows or columns of tokens that saw only padding (`unpad_image`)."""
     top, left = unpad_margins(grid.shape[:2], image_size)
     rows, columns = grid.shape[:2]
     return grid[top : rows - top, left : columns - left]

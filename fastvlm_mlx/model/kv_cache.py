@@ -1,13 +1,29 @@
-"""The KV cache of one layer.
+"""The KV cache of one layer, and what the decoder asks of any cache.
 
 Shapes: B sequences, T tokens, S tokens seen so far, D = head_dim.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import mlx.core as mx
+
+Mask = mx.array | str | None  # as `mx.fast.scaled_dot_product_attention` takes it
+
+
+class LayerCache(Protocol):
+    """What the decoder asks of the cache of a layer; mlx_lm's caches have it, too."""
+
+    @property
+    def offset(self) -> int | mx.array:
+        """The tokens seen so far; an array [B] has a number per sequence."""
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
+        """Append [B, kv_heads, T, D] keys and values and return all of them."""
+
+    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Mask:
+        """The attention mask of N more tokens."""
 
 
 class KVCache:
@@ -24,10 +40,12 @@ class KVCache:
 
     @property
     def keys(self) -> mx.array | None:
+        """[B, kv_heads, S and room for more, D]."""
         return None if self.stored is None else self.stored[:1].squeeze(0)
 
     @property
     def values(self) -> mx.array | None:
+        """As `keys`."""
         return None if self.stored is None else self.stored[1:].squeeze(0)
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
@@ -38,13 +56,13 @@ class KVCache:
         return self._fetch()
 
     def append(self, keys_and_values: mx.array) -> tuple[mx.array, mx.array]:
-        """As `update_and_fetch`, given both in one [2, B, kv_heads, T, D]."""
+        """As `update_and_fetch`, with both in one [2, B, kv_heads, T, D]."""
         stored, start = self._make_room(keys_and_values[:1].squeeze(0))
         stored[..., start : self.offset, :] = keys_and_values
         return self._fetch()
 
     def _make_room(self, keys: mx.array) -> tuple[mx.array, int]:
-        """Count in the positions of `keys`; the array with room for them, and where they start."""
+        """Advance by the positions of `keys`; (the array with room for them, where they start)."""
         B, heads, T, D = keys.shape
         start, end = self.offset, self.offset + T
         if self.stored is None or end > self.stored.shape[3]:
@@ -60,10 +78,8 @@ class KVCache:
         keys, values = mx.split(self.stored[..., : self.offset, :], 2)
         return keys.squeeze(0), values.squeeze(0)
 
-    def make_mask(
-        self, N: int, return_array: bool = False, window_size: int | None = None
-    ) -> mx.array | str | None:
-        """The attention mask for N more tokens, as `mx.fast.scaled_dot_product_attention` takes."""
+    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Mask:
+        """The attention mask of N more tokens."""
         if N == 1 and window_size is None:
             return None
         if return_array or window_size is not None:
@@ -74,6 +90,7 @@ class KVCache:
         return "causal"
 
     def is_trimmable(self) -> bool:
+        """Whether the last tokens can be forgotten."""
         return True
 
     def trim(self, n: int) -> int:
@@ -83,13 +100,16 @@ class KVCache:
         return n
 
     def size(self) -> int:
+        """The tokens seen so far."""
         return self.offset
 
     def empty(self) -> bool:
+        """Whether nothing has been stored."""
         return self.stored is None
 
     @property
     def state(self) -> tuple[mx.array | None, mx.array | None, int]:
+        """(keys, values, offset), to save a cache and to restore it."""
         return self.keys, self.values, self.offset
 
     @state.setter
@@ -102,10 +122,11 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of keys and values, room for further tokens included."""
         return 0 if self.stored is None else self.stored.nbytes
 
     def to_quantized(self, group_size: int = 64, bits: int = 4) -> Any:
-        """The same content as mlx_lm's `QuantizedKVCache`, as its generation loop asks for."""
+        """The same content in mlx_lm's `QuantizedKVCache`, which its generation loop asks for."""
         from mlx_lm.models import cache
 
         growing = cache.KVCache()

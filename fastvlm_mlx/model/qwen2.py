@@ -1,13 +1,14 @@
-"""The Qwen2 decoder.
+"""The Qwen2 decoder (Qwen2 technical report, section 2.2).
 
-Shapes: B sequences, T tokens, S tokens seen so far, D = head_dim. The caches of
-`mlx_lm.models.cache` fit wherever a `KVCache` does, and the model fits `mlx_lm`'s generation.
+Docstrings name the modules of transformers' `modeling_qwen2.py`. Shapes: B sequences, T tokens,
+S tokens seen so far, D = head_dim. The caches of `mlx_lm.models.cache` fit wherever a `KVCache`
+does, and the model fits `mlx_lm`'s generation.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TypeGuard
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -15,11 +16,12 @@ import mlx.nn as nn
 from .. import ops
 from ..config import TextConfig
 from ..ops import RMSNorm, RoPE, linear, swiglu
-from .kv_cache import KVCache
+from .kv_cache import KVCache, LayerCache, Mask
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with rotary positions; q, k and v come from one product."""
+    """Grouped-query attention with rotary positions (`Qwen2Attention`); queries, keys and values
+    come from one product."""
 
     def __init__(self, config: TextConfig):
         super().__init__()
@@ -32,12 +34,12 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(self.num_heads * D, config.hidden_size, bias=False)
 
     def __call__(
-        self, x: mx.array, mask: Any, cache: Any, rope: RoPE, residual: mx.array
+        self, x: mx.array, mask: Mask, cache: LayerCache | None, rope: RoPE, residual: mx.array
     ) -> mx.array:
         B, T, _ = x.shape
         heads = self.num_heads + 2 * self.num_kv_heads
         qkv = linear(self.qkv_proj, x).reshape(B, T, heads, -1)
-        if is_step(T, cache):
+        if _is_step(cache, T):
             qkv = rope(qkv.reshape(B * heads, 1, -1)).reshape(B, heads, 1, -1)
             queries, keys_and_values = mx.split(qkv, [self.num_heads], axis=1)
             keys_and_values = keys_and_values.reshape(B, 2, self.num_kv_heads, 1, -1)
@@ -53,7 +55,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """SwiGLU; gate and up come from one product."""
+    """SwiGLU (`Qwen2MLP`); gate and up come from one product."""
 
     def __init__(self, config: TextConfig):
         super().__init__()
@@ -66,7 +68,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each on normalised input and added to it."""
+    """Attention and MLP, each of its normalised input and added to it (`Qwen2DecoderLayer`)."""
 
     def __init__(self, config: TextConfig):
         super().__init__()
@@ -75,13 +77,13 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def __call__(self, x: mx.array, mask: Any, cache: Any, rope: RoPE) -> mx.array:
+    def __call__(self, x: mx.array, mask: Mask, cache: LayerCache | None, rope: RoPE) -> mx.array:
         x = self.self_attn(self.input_layernorm(x), mask, cache, rope, residual=x)
         return self.mlp(self.post_attention_layernorm(x), residual=x)
 
 
 class Qwen2(nn.Module):
-    """Token ids or embeddings in, logits out."""
+    """Token ids or embeddings in, logits out (`Qwen2ForCausalLM`)."""
 
     def __init__(self, config: TextConfig):
         super().__init__()
@@ -95,14 +97,14 @@ class Qwen2(nn.Module):
     def __call__(
         self,
         input_ids: mx.array | None,
-        cache: Sequence[Any] | None = None,
+        cache: Sequence[LayerCache] | None = None,
         input_embeddings: mx.array | None = None,
     ) -> mx.array:
         """Logits of every position.
 
         Args:
             input_ids: [B, T] token ids; not read where `input_embeddings` are given.
-            cache: one `KVCache` (or an mlx_lm cache) a layer, updated in place.
+            cache: one `KVCache` (or an mlx_lm cache) per layer, updated in place.
             input_embeddings: [B, T, hidden_size].
 
         Returns:
@@ -111,20 +113,20 @@ class Qwen2(nn.Module):
         return self.logits(self.hidden_states(input_ids, cache, input_embeddings))
 
     def embed(self, input_ids: mx.array | None) -> mx.array:
-        """[B, T] → [B, T, hidden_size], in the model's dtype, which some quantized tables lack."""
+        """[B, T] → [B, T, hidden_size], cast to the model's dtype, as quantized tables need it."""
         return self.embed_tokens(input_ids).astype(self.norm.weight.dtype)
 
     def hidden_states(
         self,
         input_ids: mx.array | None,
-        cache: Sequence[Any] | None = None,
+        cache: Sequence[LayerCache] | None = None,
         input_embeddings: mx.array | None = None,
     ) -> mx.array:
-        """As a call, but what comes before the output layer: [B, T, hidden_size]."""
+        """What the output layer reads, [B, T, hidden_size]; arguments as for a call."""
         x = self.embed(input_ids) if input_embeddings is None else input_embeddings
         caches = [None] * len(self.layers) if cache is None else cache
         mask = _make_mask(x.shape[1], caches[0])
-        rope = make_rope(self.config, x, caches[0])
+        rope = _make_rope(self.config, x, caches[0])
         for layer, layer_cache in zip(self.layers, caches, strict=True):
             x = layer(x, mask, layer_cache, rope)
         return self.norm(x)
@@ -136,27 +138,27 @@ class Qwen2(nn.Module):
         return linear(self.lm_head, hidden_states)
 
 
-def is_step(length: int, cache: Any) -> bool:
-    """Whether one token follows those in a `KVCache`, the case with the shortest way."""
+def _is_step(cache: LayerCache | None, length: int) -> TypeGuard[KVCache]:
+    """Whether one token follows those in a `KVCache`, the case with a shorter way."""
     return length == 1 and isinstance(cache, KVCache) and isinstance(cache.offset, int)
 
 
-def make_rope(config: TextConfig, x: mx.array, cache: Any) -> RoPE:
+def _make_rope(config: TextConfig, x: mx.array, cache: LayerCache | None) -> RoPE:
     """Rotary positions, the same in all layers, for queries and keys [B, heads, T, D].
 
-    In a step (see `is_step`) for queries, keys and values [B heads, 1, D]: the values' position
-    is 0, where the rotation is none, so that they stay beside the keys.
+    In a step (see `_is_step`) they are for queries, keys and values in one, [B heads, 1, D]. The
+    position of the values is 0, which rotates nothing, so that they can stay beside the keys.
     """
     B, T, _ = x.shape
-    offset: Any = 0 if cache is None else cache.offset
-    if is_step(T, cache):
+    offset: int | mx.array = 0 if cache is None else cache.offset
+    if _is_step(cache, T):
         kv_heads = config.num_key_value_heads
         turned = config.num_attention_heads + kv_heads
-        offset = mx.array(([offset] * turned + [0] * kv_heads) * B)
+        offset = mx.array(([cache.offset] * turned + [0] * kv_heads) * B)
     return RoPE(x, T, config.head_dim, config.rope_theta, offset)
 
 
-def _make_mask(length: int, cache: Any) -> Any:
+def _make_mask(length: int, cache: LayerCache | None) -> Mask:
     if cache is not None:
         return cache.make_mask(length, return_array=False, window_size=None)
     return None if length == 1 else "causal"

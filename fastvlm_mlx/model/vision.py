@@ -1,9 +1,9 @@
-"""FastViTHD, the vision encoder, in the folded form in which it runs.
+"""FastViTHD, the vision encoder, folded as it runs.
 
-BatchNorm, layer scales and parallel branches are gone (`convert.fold` does the arithmetic), every
-1x1 convolution is a matrix product on channels-last data, and what remains are depthwise
-convolutions, matrix products, GELU and attention. Comments name the modules of the original
-`mci.py`. Shapes: B images, H x W positions, C channels.
+BatchNorm, layer scales and parallel branches are folded into their neighbours (`checkpoint.fold`
+does the arithmetic), and 1x1 convolutions are matrix products on channels-last data. What remains
+are depthwise convolutions, matrix products, GELU and attention. Docstrings name the modules of the
+original `mci.py`. Shapes: B images, H x W positions, C channels.
 """
 
 from __future__ import annotations
@@ -14,18 +14,19 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .. import ops
-from ..config import VisionConfig
+from ..config import STEM_STRIDE, VisionConfig
 from ..ops import DepthwiseConv, gelu
 
 CONV_FFN_KERNEL = 7
 STEM_KERNEL = 3
-STEM_STRIDE = 4
 SE_REDUCTION = 16
 
 
 class ConvFFN(nn.Module):
-    """Depthwise 7x7 (BatchNorm folded in), expand, GELU, project (layer scale folded in); all of it
-    added to the input."""
+    """Depthwise 7x7, expand, GELU and project, added to the input (`ConvFFN`).
+
+    BatchNorm is folded into the convolution, the layer scale into the projection.
+    """
 
     def __init__(self, dim: int, mlp_ratio: float):
         super().__init__()
@@ -41,14 +42,9 @@ class ConvFFN(nn.Module):
         return gelu(self.fc1(x))
 
 
-@mx.compile
-def _add_both(x: mx.array, bias: mx.array, second: mx.array) -> tuple[mx.array, mx.array]:
-    y = x + bias
-    return y, y + second
-
-
 class RepMixerBlock(nn.Module):
-    """Token mixing by one depthwise convolution, then a ConvFFN (FastViT paper, section 3.1)."""
+    """Token mixing by one depthwise convolution, then a ConvFFN (`RepMixerBlock`; FastViT paper,
+    section 3.1)."""
 
     def __init__(self, dim: int, mlp_ratio: float, kernel_size: int):
         super().__init__()
@@ -57,15 +53,15 @@ class RepMixerBlock(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         ffn = self.convffn
-        if ops.on_cpu() or not isinstance(ffn.fc2, nn.Linear):
+        if not ops.adds_early(ffn.fc2):
             return ffn(self.token_mixer(x))
-        # Both biases in one kernel, and the residual in that of the last product.
-        x, residual = _add_both(self.token_mixer.convolve(x), self.token_mixer.bias, ffn.fc2.bias)
+        # The same with both biases in one kernel, and the residual in that of the last product.
+        x, residual = self.token_mixer.with_sum(x, ffn.fc2.bias)
         return mx.addmm(residual, ffn.expand(ffn.conv(x)), ffn.fc2.weight.T)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over all positions (`MHSA`); layer scale folded into `proj`."""
+    """Multi-head self-attention over all positions (`MHSA`), its layer scale folded into `proj`."""
 
     def __init__(self, dim: int, head_dim: int):
         super().__init__()
@@ -81,7 +77,7 @@ class Attention(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Attention on normalised channels, then a ConvFFN."""
+    """Attention on normalised channels, then a ConvFFN (`AttentionBlock`)."""
 
     def __init__(self, dim: int, mlp_ratio: float, head_dim: int):
         super().__init__()
@@ -94,7 +90,7 @@ class AttentionBlock(nn.Module):
 
 
 class Stem(nn.Module):
-    """Pixels to stage 0 at a quarter of the resolution (`convolutional_stem`)."""
+    """Pixels to stage 0, a quarter as high and wide (`convolutional_stem`)."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -103,7 +99,7 @@ class Stem(nn.Module):
         self.pointwise = nn.Linear(dim, dim)
 
     def __call__(self, x: mx.array) -> mx.array:
-        # In bands, since whole these would be the largest arrays of all.
+        # In bands, since these would otherwise be the largest arrays of all.
         return ops.in_row_bands(self._run, x, STEM_STRIDE, self.pointwise.bias.size)
 
     def _run(self, x: mx.array) -> mx.array:
@@ -111,10 +107,10 @@ class Stem(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Half the resolution, wider channels (`PatchEmbed`).
+    """Half as high and wide, with more channels (`PatchEmbed`).
 
-    The original's grouped convolution makes several outputs of each input channel. Here it is
-    one depthwise convolution for each; `pointwise` has its inputs permuted to match.
+    The original's grouped convolution gives several outputs per input channel. Here it is as many
+    depthwise convolutions of one output each; the inputs of `pointwise` are permuted to match.
     """
 
     def __init__(self, in_dim: int, out_dim: int, kernel_size: int, stride: int):
@@ -128,7 +124,7 @@ class Downsample(nn.Module):
 
 
 class Expand(nn.Module):
-    """The last widening (`conv_exp`), with squeeze-and-excitation.
+    """The last widening, with squeeze-and-excitation (`conv_exp`).
 
     Split as in `Downsample`, and interleaved again, since its channels leave the encoder.
     """
@@ -148,7 +144,7 @@ class Expand(nn.Module):
 
 
 class FastViTHD(nn.Module):
-    """The encoder: pixels in, visual tokens out (FastVLM paper, section 3.2)."""
+    """The encoder: pixel values in, visual features out (FastVLM paper, section 3.2)."""
 
     def __init__(self, config: VisionConfig):
         super().__init__()
@@ -165,13 +161,13 @@ class FastViTHD(nn.Module):
                 the patch size (64).
 
         Returns:
-            [B, (S/64)², C] features, row by row; C = `config.hidden_size`.
+            [B, (S/64)², C] visual features, row by row; C = `config.hidden_size`.
 
         Raises:
             ValueError: the shape is not that of channels-last images of such a size.
         """
         self._check(pixel_values)
-        x = self.stem(_as_input(pixel_values, self.stem.conv.weight))
+        x = self.stem(_as_float(pixel_values, self.stem.conv.weight))
         for layer in self.network:
             x = layer(x)
         return self.conv_exp(x).flatten(1, 2)
@@ -184,7 +180,7 @@ class FastViTHD(nn.Module):
             raise ValueError(f"image size must be a multiple of {patch}, found {shape[1:3]}.")
 
 
-def _as_input(pixel_values: mx.array, weight: mx.array) -> mx.array:
+def _as_float(pixel_values: mx.array, weight: mx.array) -> mx.array:
     if pixel_values.dtype == mx.uint8:
         return _rescale(pixel_values, weight)
     return pixel_values.astype(weight.dtype)

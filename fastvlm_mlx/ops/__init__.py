@@ -1,18 +1,20 @@
-"""The operations that the models are written in.
+"""The operations that the models are written in, each under its plain name.
 
-Each has a portable form, which is MLX's own and the one for a GPU; where MLX's CPU backend has a
-faster form for float32, `cpu` holds it, and the choice is made here.
+An operation has one signature on all devices and chooses its form itself: MLX's own, which is the
+one for a GPU, or for float32 on the CPU the one in `cpu`.
 """
 
 from .activations import gelu, swiglu
 from .attention import attention, causal_attention
 from .conv import DepthwiseConv, in_row_bands
-from .device import assume, on_cpu, on_metal
+from .device import assume, fast_dtype, on_cpu, on_metal, wire_memory
 from .linear import (
     QuantizedEmbedding,
     QuantizedLinear,
     UnfusedLinear,
+    adds_early,
     as_linear,
+    gains_from_fusing,
     linear,
     quantize,
     split_linear,
@@ -27,10 +29,13 @@ __all__ = [
     "RMSNorm",
     "RoPE",
     "UnfusedLinear",
+    "adds_early",
     "as_linear",
     "assume",
     "attention",
     "causal_attention",
+    "fast_dtype",
+    "gains_from_fusing",
     "gelu",
     "in_row_bands",
     "linear",
@@ -39,4 +44,5 @@ __all__ = [
     "quantize",
     "split_linear",
     "swiglu",
+    "wire_memory",
 ]

@@ -12,7 +12,7 @@ from .device import on_cpu
 
 
 def gelu(x: mx.array) -> mx.array:
-    """The exact GELU: x times the normal distribution function."""
+    """The exact GELU: x times the normal distribution function of x."""
     if on_cpu() and x.dtype == mx.float32:
         return cast(mx.array, cpu.gelu(x))
     return nn.gelu(x)

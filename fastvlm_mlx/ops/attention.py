@@ -1,4 +1,4 @@
-"""Scaled dot-product attention."""
+"""Scaled dot-product attention, of all positions to all and of a decoder to its KV cache."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ FUSED_HEAD_DIM = 64  # the narrowest heads that Metal's attention kernel takes
 def attention(qkv: mx.array, scale: float) -> mx.array:
     """Attention of all positions to all.
 
-    On Metal, heads are padded with zeros, which changes nothing, to the width that its kernel
-    takes: the scores, 100 MB a block for an image of 1024 pixels, are then never written to memory.
+    On Metal, narrower heads are padded with zeros, which change nothing, to the width that its
+    kernel takes: the scores, 100 MB per block for an image of 1024 pixels, then never reach memory.
 
     Args:
         qkv: queries, keys and values of all heads, [B, N, 3 heads, D].
@@ -36,9 +36,27 @@ def attention(qkv: mx.array, scale: float) -> mx.array:
 
 
 def causal_attention(
-    queries: mx.array, keys: Any, values: Any, cache: Any, scale: float, mask: Any
+    queries: mx.array,
+    keys: Any,
+    values: Any,
+    cache: Any,
+    scale: float,
+    mask: mx.array | str | None,
 ) -> mx.array:
-    """Attention of [B, heads, T, D] queries to what a KV cache gave, ours or one of mlx_lm's."""
+    """Attention of new positions to those of a KV cache, themselves included.
+
+    Args:
+        queries: [B, heads, T, D].
+        keys, values: [B, kv_heads, S, D], as the cache gave them; a quantized cache of mlx_lm gives
+            its packed parts.
+        cache: the KV cache, ours or one of mlx_lm's, or None.
+        scale: of the scores.
+        mask: which scores count: "causal", an array that broadcasts to [B, heads, T, S], or None
+            for all.
+
+    Returns:
+        [B, heads, T, D].
+    """
     if hasattr(cache, "bits"):
         from mlx_lm.models.base import quantized_scaled_dot_product_attention
 

@@ -10,14 +10,12 @@ import mlx.nn as nn
 from . import cpu
 from .device import on_cpu
 
-Pointwise = Callable[[mx.array, mx.array], mx.array]
-
 
 class DepthwiseConv(nn.Module):
-    """A convolution of each channel with itself, zero-padded by half the kernel.
+    """A convolution of each channel with a kernel of its own, zero-padded by half the kernel.
 
-    One output channel an input channel, at most 7x7 and stride at most 2: the form for which
-    MLX's Metal backend has a fast kernel (with channels in multiples of 16).
+    With one output channel per input channel, kernels up to 7x7, strides up to 2 and channels in
+    multiples of 16, MLX's Metal backend has a fast kernel for it.
     """
 
     def __init__(self, channels: int, kernel_size: int, stride: int = 1):
@@ -26,32 +24,49 @@ class DepthwiseConv(nn.Module):
         self.bias = mx.zeros((channels,))
         self.stride = stride
 
-    def __call__(self, x: mx.array, then: Pointwise | None = None) -> mx.array:
+    def __call__(self, x: mx.array, then: cpu.Pointwise | None = None) -> mx.array:
         """[B, H, W, C] → [B, ceil(H/stride), ceil(W/stride), C].
 
         Args:
             x: the input.
             then: what follows position by position, a function of the convolution's output and
-                input (of stride 1); on the CPU it is computed band by band with the convolution.
+                its input (of the same size, so for stride 1 only).
         """
         if on_cpu():
             return cpu.depthwise_conv(x, self.weight, self.bias, self.stride, then)
-        y = self.convolve(x) + self.bias
+        y = self._convolve(x) + self.bias
         return y if then is None else then(y, x)
 
-    def convolve(self, x: mx.array) -> mx.array:
-        """As a call, without the bias."""
+    def with_sum(self, x: mx.array, term: mx.array) -> tuple[mx.array, mx.array]:
+        """(y, y + term) where y is what a call gives; both come from one kernel.
+
+        Args:
+            x: [B, H, W, C].
+            term: [C].
+        """
+        return _add_both(self._convolve(x), self.bias, term)
+
+    def _convolve(self, x: mx.array) -> mx.array:
         channels, kernel = self.weight.shape[:2]
         return mx.conv2d(x, self.weight, self.stride, kernel // 2, groups=channels)
+
+
+@mx.compile
+def _add_both(x: mx.array, bias: mx.array, term: mx.array) -> tuple[mx.array, mx.array]:
+    y = x + bias
+    return y, y + term
 
 
 def in_row_bands(
     function: Callable[[mx.array], mx.array], x: mx.array, stride: int, channels: int
 ) -> mx.array:
-    """function(x); on the CPU for a band of rows after the other, so that less memory is needed.
+    """function(x), computed on the CPU one band of rows after another, which takes less memory.
 
     Args:
-        function: [B, H, W, C] → [B, H/stride, W/stride, channels], of which each row depends on
-            the `stride` rows of its own and on those of the row above.
+        function: [B, H, W, C] → [B, H/stride, W/stride, channels]. Each row that it gives may
+            depend on the `stride` rows that it comes from and on the one above them.
+        x: [B, H, W, C].
+        stride: of rows and columns.
+        channels: of the output.
     """
     return cpu.in_row_bands(function, x, stride, channels) if on_cpu() else function(x)

@@ -1,4 +1,4 @@
-"""Where arrays are computed; everything that depends on it asks here."""
+"""Where arrays are computed; whatever depends on it asks here."""
 
 from __future__ import annotations
 
@@ -22,10 +22,23 @@ def on_metal() -> bool:
 
 @contextmanager
 def assume(device: str) -> Iterator[None]:
-    """Build graphs in the form for another device ("cpu", "metal" or "cuda"), to count or test."""
+    """Build graphs as for another device ("cpu", "metal" or "cuda"), to count or test them."""
     global _assumed
     before, _assumed = _assumed, device
     try:
         yield
     finally:
         _assumed = before
+
+
+def fast_dtype(stored: mx.Dtype) -> mx.Dtype:
+    """The dtype to compute in, for weights stored in another: float32 on the CPU, which is slow at
+    half precision, and otherwise as stored."""
+    return mx.float32 if on_cpu() else stored
+
+
+def wire_memory() -> None:
+    """On Metal, keep weights in memory: otherwise the system may page them out between answers."""
+    limit = mx.device_info().get("max_recommended_working_set_size") if on_metal() else None
+    if limit is not None:
+        mx.set_wired_limit(int(limit))

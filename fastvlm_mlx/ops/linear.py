@@ -1,4 +1,4 @@
-"""Linear layers, plain, quantized, and several of one input side by side."""
+"""Linear layers: plain, quantized, and several of one input side by side."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .device import on_cpu
 
 
 def linear(layer: nn.Module, x: mx.array, residual: mx.array | None = None) -> mx.array:
-    """layer(x), and `residual` added, in as few steps as a layer in float allows."""
+    """layer(x) + residual, in as few kernels as the layer allows."""
     if not isinstance(layer, nn.Linear):
         return layer(x) if residual is None else residual + layer(x)
     if on_cpu() and cpu.is_row(x, layer.weight):
@@ -34,10 +34,38 @@ def as_linear(table: nn.Module, x: mx.array) -> mx.array:
 
 
 def split_linear(layer: nn.Module, x: mx.array, parts: int) -> list[mx.array]:
-    """The outputs of a fused layer, split into as many equal parts."""
+    """The outputs of a fused layer, split into that many equal parts."""
     if isinstance(layer, UnfusedLinear):
         return [linear(each, x) for each in layer.layers]
     return list(mx.split(linear(layer, x), parts, axis=-1))
+
+
+def adds_early(layer: nn.Module) -> bool:
+    """Whether a layer's bias is better added to its residual, before the product.
+
+    A product of floats takes one addend along at no cost. On the CPU it saves nothing.
+    """
+    return isinstance(layer, nn.Linear) and not on_cpu()
+
+
+def gains_from_fusing(is_large: bool, is_quantized: bool) -> bool:
+    """Whether several linear layers of one input are faster as one product.
+
+    On the CPU, large ones in float are not, and fusing them takes time when a model is loaded.
+    """
+    return is_quantized or not is_large or not on_cpu()
+
+
+class UnfusedLinear(nn.Module):
+    """Linear layers of one input that stay apart; their outputs are concatenated."""
+
+    def __init__(self, layers: Sequence[nn.Module]):
+        super().__init__()
+        self.layers = list(layers)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """[..., inputs] → [..., outputs of all layers]."""
+        return mx.concatenate([layer(x) for layer in self.layers], axis=-1)
 
 
 class QuantizedLinear(nn.QuantizedLinear):
@@ -60,19 +88,8 @@ class QuantizedEmbedding(nn.QuantizedEmbedding):
         return cpu.dequantized_matmul(x, self) if is_slow else super().as_linear(x)
 
 
-class UnfusedLinear(nn.Module):
-    """Linear layers of one input that stay apart, their outputs joined."""
-
-    def __init__(self, layers: Sequence[nn.Module]):
-        super().__init__()
-        self.layers = list(layers)
-
-    def __call__(self, x: mx.array) -> mx.array:
-        return mx.concatenate([layer(x) for layer in self.layers], axis=-1)
-
-
 def quantize(model: nn.Module, settings_of: Callable[[str], dict[str, Any] | None]) -> None:
-    """Make layers of a model quantized.
+    """Quantize layers of a model in place.
 
     Args:
         model: changed in place.

@@ -10,9 +10,10 @@ from .device import on_cpu
 
 
 class RMSNorm(nn.RMSNorm):
-    """MLX's, with a shorter form on the CPU."""
+    """MLX's, with a form of fewer steps on the CPU."""
 
     def __call__(self, x: mx.array) -> mx.array:
+        """[..., dims] → [..., dims]."""
         if on_cpu() and x.dtype == mx.float32:
             return cpu.rms_norm(x, self.weight, self.eps)
         return mx.fast.rms_norm(x, self.weight, self.eps)

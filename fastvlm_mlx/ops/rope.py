@@ -1,8 +1,6 @@
-"""Rotary positions."""
+"""Rotary position embeddings (RoFormer paper)."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import mlx.core as mx
 
@@ -13,20 +11,24 @@ from .device import on_cpu
 class RoPE:
     """The rotation of queries and keys [..., T, D] at positions from an offset on.
 
-    It is made once for all layers of a pass.
+    It is made once per pass and serves all layers.
 
     Args:
-        x: of the model's dtype.
+        x: an array of the model's dtype, whose first axis is the batch.
         length: T.
-        dims, base: D and theta.
-        offset: of the first position; an array gives one to each row.
+        dims: D.
+        base: of the frequencies (`rope_theta`).
+        offset: the first position; an array holds one per row.
     """
 
-    def __init__(self, x: mx.array, length: int, dims: int, base: float, offset: Any):
+    def __init__(
+        self, x: mx.array, length: int, dims: int, base: float, offset: int | mx.array
+    ) -> None:
         self.dims, self.base, self.offset = dims, base, offset
         self.tables = cpu.rope_tables(x, length, dims, base, offset) if on_cpu() else None
 
     def __call__(self, x: mx.array) -> mx.array:
+        """[..., T, D] → [..., T, D], rotated."""
         if self.tables is not None:
             return cpu.rotate(x, *self.tables)
         return mx.fast.rope(

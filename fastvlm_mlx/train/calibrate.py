@@ -17,7 +17,7 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..checkpoint.fold import Weights
+from ..checkpoint.files import Weights
 from ..checkpoint.load import load_model, load_processor
 from ..checkpoint.names import quantized_linears, unfuse
 from ..checkpoint.quantize import Quantize, part_of
@@ -93,7 +93,7 @@ def calibrate(
 
     Args:
         folder: a full-precision model.
-        quantize: as `quantize.settings` takes.
+        quantize: as `quantize.parse_quantize` takes.
         images: a folder of images.
         epochs: how often each question is learned from.
         learning_rate: of Adam, for scales and biases.
@@ -185,7 +185,7 @@ def greedy_answer(model: FastVLM, processor: Processor, prompt: Prompt) -> list[
 def embed(model: FastVLM, prompt: Prompt, input_ids: mx.array) -> mx.array:
     """[1, T] ids that begin with the prompt → [1, T, hidden_size] with its visual tokens."""
     visual = model.merge_tiles(model.mm_projector(prompt.features), prompt.image_size)
-    return model.embed_inputs(input_ids, image_features=[visual])
+    return model.embed_inputs(input_ids, visual_tokens=[visual])
 
 
 def tune(

@@ -1,7 +1,7 @@
-"""Folders of LLaVA training that hold only what was trained, for a base model.
+"""Folders of LLaVA training that hold only what was trained on top of a base model.
 
-LoRA training leaves `adapter_model.*` and `non_lora_trainables.bin`, training of the projector
-alone `mm_projector.bin`. All are applied to the base's tensors, in the mlx-vlm layout.
+LoRA training leaves `adapter_model.*` and `non_lora_trainables.bin`; training only the projector
+leaves `mm_projector.bin`. All are applied to the base's tensors, in the mlx-vlm layout.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 
 from ...config import CheckpointError, read_json
-from ..fold import Weights
+from ..files import Weights
 from . import llava
 
 ADAPTER = ("adapter_model.safetensors", "adapter_model.bin")
@@ -50,10 +50,10 @@ def apply(base: Weights, files: dict[str, Weights], settings: dict[str, Any]) ->
     Args:
         base: in the mlx-vlm layout, not quantized.
         files: the tensors of each file of the folder, by its name.
-        settings: adapter_config.json; read for LoRA alone.
+        settings: adapter_config.json; only LoRA reads it.
 
     Raises:
-        CheckpointError: a part fits nothing in the base, or is of a kind that is not known.
+        CheckpointError: a part fits no layer of the base, or is of an unknown kind.
     """
     weights = dict(base)
     for name in TRAINED:
@@ -78,7 +78,7 @@ def _add_lora(weights: Weights, tensors: Weights, settings: dict[str, Any]) -> N
             continue
         up = tensors.get(name.replace("lora_A", "lora_B"))
         module = re.sub(r"\.lora_A(\.\w+)?\.weight$", "", plain_name(name))
-        target = llava.target_name(f"{module}.weight")
+        target = llava.to_mlx_name(f"{module}.weight")
         if up is None or target not in weights:
             raise CheckpointError(f"The adapter's {name} fits no layer of the base model.")
         weights[target] = weights[target] + _delta(up, down, settings).astype(weights[target].dtype)

@@ -9,28 +9,28 @@ from __future__ import annotations
 from pathlib import Path
 
 from ...config import VisionConfig
-from ..fold import Weights
+from ..files import Weights
+from . import mlx_vlm
 from .coreml import reader
 
-VISION = "vision_tower.vision_model."
-PROJECTOR = ("mm_projector.", "multi_modal_projector.linear_")
+PROJECTOR = "multi_modal_projector.linear_"
 
 
 def matches(names: set[str]) -> bool:
     """Whether tensors of these names are such a checkpoint's."""
-    return any(name.startswith(PROJECTOR[1]) for name in names)
+    return any(name.startswith(PROJECTOR) for name in names)
 
 
 def to_mlx(weights: Weights) -> Weights:
-    """Names of the mlx-vlm layout; the encoder is in the Core ML package, see `read_encoder`."""
-    return {name.replace(PROJECTOR[1], PROJECTOR[0]): tensor for name, tensor in weights.items()}
+    """Names of the mlx-vlm layout. The encoder is in the Core ML package; see `read_encoder`."""
+    return {name.replace(PROJECTOR, mlx_vlm.PROJECTOR): tensor for name, tensor in weights.items()}
 
 
 def from_mlx(weights: Weights) -> Weights:
     """The inverse of `to_mlx`; tensors of the encoder keep their names."""
-    return {name.replace(*PROJECTOR): tensor for name, tensor in weights.items()}
+    return {name.replace(mlx_vlm.PROJECTOR, PROJECTOR): tensor for name, tensor in weights.items()}
 
 
 def read_encoder(folder: Path, config: VisionConfig) -> Weights:
-    """The encoder in the folder's Core ML package; see `coreml.read_encoder`."""
+    """The encoder in the folder's Core ML package; see `coreml.reader.read_encoder`."""
     return reader.read_encoder(folder, config)

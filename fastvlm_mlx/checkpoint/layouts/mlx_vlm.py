@@ -1,10 +1,23 @@
-"""The layout of the MLX community's FastVLM folders, which is also the one this project writes."""
+"""The layout of the MLX community's FastVLM folders, which is also the one this project writes.
+
+All reading and writing goes through its names and axes.
+"""
 
 from __future__ import annotations
 
-from ..fold import Weights
+import mlx.core as mx
 
-ENCODER = ("vision_tower.vision_model.", "vision_tower.stem.")  # the second where it is quantized
+from ..files import Weights
+
+VISION_TOWER = "vision_tower."
+ENCODER = f"{VISION_TOWER}vision_model."
+# A quantized encoder is stored folded, in the names of `vision.FastViTHD`.
+FOLDED_STEM = f"{VISION_TOWER}stem."
+HEAD = f"{ENCODER}head.proj"  # carried for other readers; nothing computes with it
+PROJECTOR = "mm_projector."
+DECODER = "language_model.model."
+LM_HEAD = "language_model.lm_head."
+# Older folders name the projector's layers so.
 OLD_PROJECTOR = (
     ("multi_modal_projector.linear_0.", "mm_projector.0."),
     ("multi_modal_projector.linear_1.", "mm_projector.0."),
@@ -14,11 +27,11 @@ OLD_PROJECTOR = (
 
 def matches(names: set[str]) -> bool:
     """Whether tensors of these names are such a checkpoint's."""
-    return any(name.startswith(ENCODER) for name in names)
+    return any(name.startswith((ENCODER, FOLDED_STEM)) for name in names)
 
 
 def to_mlx(weights: Weights) -> Weights:
-    """The same tensors; older folders call the projector's layers linear_1 and linear_2."""
+    """The same tensors, with the projector's layers under their present names."""
     renamed = dict(weights)
     for name in weights:
         for old, new in OLD_PROJECTOR:
@@ -28,4 +41,15 @@ def to_mlx(weights: Weights) -> Weights:
 
 
 def from_mlx(weights: Weights) -> Weights:
+    """The same tensors."""
     return dict(weights)
+
+
+def is_folded(weights: Weights) -> bool:
+    """Whether the encoder is stored folded."""
+    return any(name.startswith(FOLDED_STEM) for name in weights)
+
+
+def dtype_of(weights: Weights) -> mx.Dtype:
+    """The dtype of what is not quantized, in which norms always are."""
+    return weights[f"{DECODER}norm.weight"].dtype

@@ -9,12 +9,12 @@ from typing import Any
 import mlx.core as mx
 
 from ...config import FastVLMConfig, VisionConfig
-from ..fold import Weights
+from ..files import Weights
+from . import mlx_vlm
 from .llava import UNUSED, channels_first, channels_last
 
-VISION = "model.vision_tower.timm_model."
-TARGET = "vision_tower.vision_model."
-# timm's name of a module, and the original's.
+ENCODER = "model.vision_tower.timm_model."
+# (timm's name of a module, the original's).
 MODULES = (
     ("stem.", "patch_embed.blocks."),
     ("final_conv.", "conv_exp."),
@@ -39,7 +39,7 @@ PREFIXES = (
 
 def matches(names: set[str]) -> bool:
     """Whether tensors of these names are such a checkpoint's."""
-    return any(name.startswith(VISION) for name in names)
+    return any(name.startswith(ENCODER) for name in names)
 
 
 def to_mlx(weights: Weights) -> Weights:
@@ -49,20 +49,20 @@ def to_mlx(weights: Weights) -> Weights:
     ordered = sorted(stages, key=lambda part: (_number(part), order.index(part.split(".")[2])))
     places = {part: f"network.{i}" for i, part in enumerate(ordered)}
     return {
-        _target_name(name, places): channels_last(name, tensor)
+        _to_mlx_name(name, places): channels_last(name, tensor)
         for name, tensor in weights.items()
         if not UNUSED.match(name)
     }
 
 
 def from_mlx(weights: Weights) -> Weights:
-    """The inverse of `to_mlx` for the inference form; the head, which timm lacks, is left out."""
+    """The inverse of `to_mlx` without parallel branches and the head, which timm does not have."""
     places = _stages(weights)
     source: Weights = {}
     for name, tensor in weights.items():
-        if name == f"{TARGET}head.proj":
+        if name == mlx_vlm.HEAD:
             continue
-        target = _source_name(name, places)
+        target = _from_mlx_name(name, places)
         source[target] = channels_first(name, tensor)
         if name.endswith("running_mean"):
             counter = target.replace("running_mean", "num_batches_tracked")
@@ -136,28 +136,28 @@ def _number(part: str) -> int:
     return int(part.split(".")[1])
 
 
-def _target_name(name: str, places: dict[str, str]) -> str:
-    if name.startswith(VISION):
-        name = name.removeprefix(VISION)
+def _to_mlx_name(name: str, places: dict[str, str]) -> str:
+    if name.startswith(ENCODER):
+        name = name.removeprefix(ENCODER)
         if part := re.match(r"stages\.\d+\.\w+", name):
             name = places[part.group()] + name[part.end() :]
         for timm, original in MODULES:
             name = name.replace(timm, original)
-        return TARGET + name.replace(".gamma", "")
+        return mlx_vlm.ENCODER + name.replace(".gamma", "")
     for transformers, original in PREFIXES:
         if name.startswith(transformers):
             return original + name.removeprefix(transformers)
     return name
 
 
-def _source_name(name: str, places: dict[str, str]) -> str:
-    if name.startswith(TARGET):
-        name = name.removeprefix(TARGET)
+def _from_mlx_name(name: str, places: dict[str, str]) -> str:
+    if name.startswith(mlx_vlm.ENCODER):
+        name = name.removeprefix(mlx_vlm.ENCODER)
         if part := re.match(r"network\.\d+", name):
             name = places[part.group()] + name[part.end() :]
         for timm, original in MODULES:
             name = name.replace(original, timm)
-        return VISION + re.sub(r"(layer_scale\w*)$", r"\1.gamma", name)
+        return ENCODER + re.sub(r"(layer_scale\w*)$", r"\1.gamma", name)
     for transformers, original in PREFIXES:
         if name.startswith(original):
             return transformers + name.removeprefix(original)
@@ -165,10 +165,11 @@ def _source_name(name: str, places: dict[str, str]) -> str:
 
 
 def _stages(weights: Weights) -> dict[str, str]:
-    """timm's place of each part of the original's flat network; a stage starts downsampling."""
+    """timm's place of each part of the original's flat network; stages begin with downsampling."""
     parts = {}
+    part_of = re.compile(rf"{re.escape(mlx_vlm.ENCODER)}(network\.\d+)\.(proj|reparam_conv)?")
     for name in weights:
-        if m := re.match(rf"{re.escape(TARGET)}(network\.\d+)\.(proj|reparam_conv)?", name):
+        if m := part_of.match(name):
             kind = {"proj": "downsample", "reparam_conv": "pos_emb"}.get(m.group(2), "blocks")
             parts[m.group(1)] = kind
     order = ("downsample", "pos_emb", "blocks")

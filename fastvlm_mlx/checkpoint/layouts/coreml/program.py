@@ -1,23 +1,21 @@
-"""Core ML programs: opening them, and finding one's way in them."""
+"""Core ML programs: opening them and following their values."""
 
 from __future__ import annotations
 
 import logging
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 from ....config import CheckpointError
 
-VISION = "vision_tower.vision_model."
 PACKAGE = "fastvithd.mlpackage"
 NORM_EPS = 1e-5
 CASTS = ("cast", "identity")
 
 
 def load_program(package: Path) -> Any:
-    """The main function of a Core ML package, with its constants.
+    """The main function of a Core ML package, constants included.
 
     Returns:
         A `coremltools` MIL `Function`.
@@ -42,14 +40,18 @@ def load_program(package: Path) -> Any:
 
 
 def import_coremltools(purpose: str) -> None:
-    """Import coremltools, without its warnings off a Mac; CheckpointError if it is missing."""
+    """Import coremltools without the warnings that it gives off a Mac.
+
+    Raises:
+        CheckpointError: it is missing; the message says what for.
+    """
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it imports transformers
     logging.getLogger("coremltools").setLevel(logging.ERROR)
     try:
         import coremltools  # noqa: F401
     except ImportError:
         raise CheckpointError(
-            f"To {purpose}, coremltools is needed: pip install 'fastvlm-mlx[coreml]'."
+            f"coremltools is needed to {purpose}: pip install 'fastvlm-mlx[coreml]'."
         ) from None
 
 
@@ -70,7 +72,7 @@ def uncast(value: Any) -> Any:
 
 
 def constant(value: Any) -> Any:
-    """A value as a number or numpy array, expanded if it is compressed; None if it is computed."""
+    """A value as a number or a numpy array, expanded if compressed; None if it is computed."""
     if value is None:
         return None
     op = uncast(value).op
@@ -84,14 +86,3 @@ def constant_operand(op: Any) -> Any:
     if op.op_type not in ("add", "mul"):
         return None
     return constant(op.y) if constant(op.x) is None else constant(op.x)
-
-
-def _identifier(name: str) -> str:
-    return name.replace(".", "_")
-
-
-def _reason(error: Exception) -> str:
-    """Why a package could not be written, in a few words."""
-    if isinstance(error, shutil.Error):  # a list of (source, target, reason)
-        return str(error.args[0][0][2]).partition(": '")[0]
-    return str(error).splitlines()[0].rstrip(".")

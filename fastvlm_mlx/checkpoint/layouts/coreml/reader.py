@@ -10,12 +10,12 @@ import numpy as np
 
 from ....config import CheckpointError, VisionConfig
 from ... import fold
-from ...fold import Weights
+from ...files import Weights
+from ..mlx_vlm import ENCODER
 from .encoder import encode
 from .program import (
     NORM_EPS,
     PACKAGE,
-    VISION,
     constant,
     constant_operand,
     consumers,
@@ -27,8 +27,8 @@ from .program import (
 def read_encoder(folder: Path, config: VisionConfig) -> Weights:
     """The encoder in a folder's Core ML package, in the mlx-vlm layout and inference form.
 
-    Constants have the dtype that they have there; compressed ones are expanded. BatchNorms and
-    layer scales that Core ML has merged are neutral.
+    Constants keep their dtype; compressed ones are expanded. BatchNorms and layer scales that
+    Core ML has folded are neutral.
 
     Args:
         folder: holds one `.mlpackage`.
@@ -47,11 +47,11 @@ def read_encoder(folder: Path, config: VisionConfig) -> Weights:
         )
     reader = Reader(packages[0], load_program(packages[0]))
     reader.end(encode(reader, reader.image, config))
-    return {VISION + name: value for name, value in reader.weights.items()}
+    return {ENCODER + name: value for name, value in reader.weights.items()}
 
 
 class Reader:
-    """Follows a program from operation to operation; `weights` collects what it passes."""
+    """Follows a program from operation to operation; `weights` collects the constants it passes."""
 
     def __init__(self, package: Path, function: Any):
         self.package = package
@@ -59,7 +59,7 @@ class Reader:
         self.place = "the image"
         self.weights: Weights = {}
         inputs = list(function.inputs.values())
-        self._check(len(inputs) == 1, f"it has {len(inputs)} inputs, not an image alone")
+        self._check(len(inputs) == 1, f"it has {len(inputs)} inputs, not only an image")
         self.image = inputs[0]
         fixed = [size for size in self.image.shape if isinstance(size, (int, np.integer))]
         self._check(len(fixed) == 4, f"its image has the shape {list(self.image.shape)}")
@@ -137,7 +137,7 @@ class Reader:
         return self._transpose(self._reshape(x, B, C, H * W), 0, 2, 1)
 
     def end(self, x: Any) -> None:
-        """Check that the features reached are what the program gives."""
+        """Check that the program ends with the visual features reached."""
         given = [uncast(output) for output in self.outputs]
         self._check(given == [uncast(x)], f"after {self.place} the features should be the output")
 
@@ -184,7 +184,7 @@ class Reader:
         return y
 
     def _scale_and_shift(self, x: Any) -> tuple[Any, mx.array, mx.array]:
-        """Pass what multiplies or adds constants to channels: (what comes after, scale, shift)."""
+        """Pass all that scales and shifts channels by constants: (what follows, scale, shift)."""
         channels = x.shape[1]
         scale, shift = mx.ones(channels), mx.zeros(channels)
         while len(takers := consumers(x)) == 1:
@@ -211,7 +211,7 @@ class Reader:
         return fold.batch_norm_terms(terms.__getitem__, "bn", terms["bn.weight"].size)
 
     def _pass_number(self, x: Any) -> tuple[Any, float]:
-        """Pass a multiplication by a constant number: (what comes after, the number or 1)."""
+        """Pass a multiplication by a constant number: (what follows, the number or 1)."""
         takers = consumers(x)
         value = constant_operand(takers[0]) if len(takers) == 1 else None
         if value is None or takers[0].op_type != "mul" or np.size(value) != 1:
@@ -244,7 +244,7 @@ class Reader:
         return y
 
     def _next(self, x: Any, *kinds: str, name: str | None = None) -> tuple[Any, Any]:
-        """(operation, first result) of the one operation of these kinds that takes x."""
+        """(operation, its first output) of the one operation of these kinds that takes x."""
         takers = consumers(x)
         found = [op for op in takers if op.op_type in kinds]
         wanted = " or ".join(kinds) + (f" ({name})" if name else "")

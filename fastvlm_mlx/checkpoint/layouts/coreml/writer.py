@@ -11,15 +11,69 @@ import numpy as np
 
 from ....config import VisionConfig
 from ... import fold
-from ...fold import Weights
+from ...files import Weights
+from ..mlx_vlm import ENCODER
 from .encoder import encode
-from .program import NORM_EPS, VISION, _identifier, _reason, import_coremltools
+from .program import NORM_EPS, import_coremltools
 
 INPUT, OUTPUT = "images", "image_features"
 
 
+def write_vision_package(
+    weights: Weights, config: VisionConfig, path: Path, *, precision: str = "float32"
+) -> None:
+    """Write the encoder as a Core ML package, for iOS 16 or macOS 13 and later.
+
+    Its input `images` is float32 [1, 3, S, S] in [0, 1], its output `image_features` float32
+    [1, (S/64)², C], as in the original's `export_vision_encoder.py`. BatchNorms and layer scales
+    are folded.
+
+    Args:
+        weights: holds the encoder in the mlx-vlm layout, in inference form.
+        config: the geometry.
+        path: a name that ends in `.mlpackage`; replaced if it exists.
+        precision: of constants and arithmetic: float32 as in the original, or float16 (then the
+            channel norms, whose squares can overflow, stay float32).
+
+    Raises:
+        CheckpointError: coremltools is missing.
+        ValueError: `precision` is neither.
+        OSError: the package can't be written.
+    """
+    if precision not in ("float32", "float16"):
+        raise ValueError(f"precision must be float32 or float16, found {precision!r}.")
+    import_coremltools(f"write {path}")
+    import coremltools as ct
+    from coremltools.converters.mil import Builder as mb
+
+    folded = fold.fold_encoder(lambda name: weights[ENCODER + name].astype(mx.float32), config)
+    neutral = fold.unfold_encoder(folded.__getitem__, config)
+    shape = (1, 3, config.image_size, config.image_size)
+
+    @mb.program(input_specs=[mb.TensorSpec(shape=shape)], opset_version=ct.target.iOS16)
+    def program(images: Any) -> Any:
+        return encode(Writer(mb, neutral.__getitem__), images, config)
+
+    # The names of `Writer.channel_norm`'s operations.
+    half = ct.transform.FP16ComputePrecision(op_selector=lambda op: "_norm" not in op.name)
+    try:
+        model = ct.convert(
+            program,
+            convert_to="mlprogram",
+            minimum_deployment_target=ct.target.iOS16,
+            compute_precision=half if precision == "float16" else ct.precision.FLOAT32,
+            skip_model_load=True,
+        )
+        model.short_description = "FastViTHD, the vision encoder of FastVLM"
+        model.input_description[INPUT] = "RGB image in [0, 1], channels first"
+        model.output_description[OUTPUT] = "Visual tokens, row by row"
+        model.save(str(path))
+    except (RuntimeError, shutil.Error) as error:  # as coremltools reports a full disk
+        raise OSError(f"{path} can't be written ({_reason(error)}).") from None
+
+
 class Writer:
-    """Emits operations; the weights are neutral where Core ML needs none."""
+    """Emits operations. `get` gives neutral BatchNorms and layer scales, which are not written."""
 
     def __init__(self, builder: Any, get: fold.Get):
         self.builder = builder
@@ -107,54 +161,12 @@ class Writer:
         return np.array(self.get(name).astype(mx.float32))
 
 
-def write_vision_package(
-    weights: Weights, config: VisionConfig, path: Path, *, precision: str = "float32"
-) -> None:
-    """Write the encoder as a Core ML package, for iOS 16 or macOS 13 and later.
+def _identifier(name: str) -> str:
+    return name.replace(".", "_")
 
-    Its input `images` is float32 [1, 3, S, S] in [0, 1], its output `image_features` float32
-    [1, (S/64)², C], as the original's `export_vision_encoder.py` makes them. BatchNorms and layer
-    scales are merged.
 
-    Args:
-        weights: holds the encoder in the mlx-vlm layout, in inference form.
-        config: the geometry.
-        path: a name that ends in `.mlpackage`; replaced if it exists.
-        precision: of constants and arithmetic: float32 as in the original, or float16 (then the
-            channel norms, whose squares can overflow, stay float32).
-
-    Raises:
-        CheckpointError: coremltools is missing.
-        ValueError: there is no such precision.
-        OSError: the package can't be written.
-    """
-    if precision not in ("float32", "float16"):
-        raise ValueError(f"precision must be float32 or float16, found {precision!r}.")
-    import_coremltools(f"write {path}")
-    import coremltools as ct
-    from coremltools.converters.mil import Builder as mb
-
-    folded = fold.fold_encoder(lambda name: weights[VISION + name].astype(mx.float32), config)
-    merged = fold.unfold_encoder(folded.__getitem__, config)
-    shape = (1, 3, config.image_size, config.image_size)
-
-    @mb.program(input_specs=[mb.TensorSpec(shape=shape)], opset_version=ct.target.iOS16)
-    def program(images: Any) -> Any:
-        return encode(Writer(mb, merged.__getitem__), images, config)
-
-    # The names of `Writer.channel_norm`'s operations.
-    half = ct.transform.FP16ComputePrecision(op_selector=lambda op: "_norm" not in op.name)
-    try:
-        model = ct.convert(
-            program,
-            convert_to="mlprogram",
-            minimum_deployment_target=ct.target.iOS16,
-            compute_precision=half if precision == "float16" else ct.precision.FLOAT32,
-            skip_model_load=True,
-        )
-        model.short_description = "FastViTHD, the vision encoder of FastVLM"
-        model.input_description[INPUT] = "RGB image in [0, 1], channels first"
-        model.output_description[OUTPUT] = "Visual tokens, row by row"
-        model.save(str(path))
-    except (RuntimeError, shutil.Error) as error:  # so coremltools says that the disk is full
-        raise OSError(f"{path} can't be written ({_reason(error)}).") from None
+def _reason(error: Exception) -> str:
+    """Why a package could not be written, in a few words."""
+    if isinstance(error, shutil.Error):  # a list of (source, target, reason)
+        return str(error.args[0][0][2]).partition(": '")[0]
+    return str(error).splitlines()[0].rstrip(".")
