@@ -821,7 +821,7 @@ def test_url_spelling(site: str) -> None:
         ("huge", OSError, "max_bytes"),
         ("endless", OSError, "max_bytes"),
         ("garbage", OSError, "not HTTP"),
-        ("hangup", OSError, "closed"),
+        ("hangup", OSError, "disconnected"),
     ],
 )
 def test_url_errors(site: str, page: str, kind: type, said: str) -> None:

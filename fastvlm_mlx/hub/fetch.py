@@ -11,17 +11,19 @@ import time
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from .. import http
+from ..checks import reason
 from ..progress import progress_bar
 
 CHUNK = 2**20
 TIMEOUT = 20  # seconds in which a server must say something
 TRIES = 5  # in a row that bring nothing
 MAX_WAIT = 60  # seconds that a server may ask to wait
-PASSING = (408, 425, 429, 500, 502, 503, 504)
+BUSY = (408, 425, 429, 500, 502, 503, 504)
 # Weights hardly shrink: an archive that grows more than this is a bomb, unless it is small.
 MAX_RATIO = 20
 MAX_SMALL = 64 * 2**20
@@ -34,16 +36,16 @@ class DiskFullError(OSError):
     """There is no room for what is being written."""
 
 
-class _PassingError(ConnectionError):
-    """What another try may mend; `wait` is how many seconds the server asks to wait."""
-
-    def __init__(self, reason: str, wait: int | None = None):
-        super().__init__(reason)
-        self.wait = wait
-
-
-class _UnreachableError(_PassingError):
+class _UnreachableError(ConnectionError):
     """No answer at all."""
+
+
+class _BusyError(ConnectionError):
+    """The server asks to come again, after `wait` seconds if it says so."""
+
+    def __init__(self, said: str, wait: int | None):
+        super().__init__(said)
+        self.wait = wait
 
 
 def fetch(
@@ -112,18 +114,19 @@ def _complete(url: str, part: Path, size: int | None, headers: Mapping[str, str]
         before = _length(part)
         try:
             return _continue(url, part, size, headers, bar)
-        except _PassingError as problem:
+        except ConnectionError as problem:
             reached = reached or not isinstance(problem, _UnreachableError)
             failures = 0 if _length(part) - before >= CHUNK else failures + 1
             if failures == TRIES or not reached:
                 kept = _length(part)
                 hint = f"{kept:,} bytes are kept: try again to go on" if kept else "try again later"
                 raise OSError(f"Can't download {url} ({problem}); {hint}.") from None
-            time.sleep(2 ** (failures - 1) if problem.wait is None else problem.wait)
+            wait = problem.wait if isinstance(problem, _BusyError) else None
+            time.sleep(2 ** (failures - 1) if wait is None else wait)
 
 
 def _continue(url: str, part: Path, size: int | None, headers: Mapping[str, str], bar: Any) -> None:
-    """One request for the rest of a file; a `_PassingError` may be followed by another."""
+    """One request for the rest of a file; after a ConnectionError another may help."""
     validator = _validator(part)
     start = _length(part) if validator.is_file() else 0
     if size is not None and start == size:
@@ -131,8 +134,7 @@ def _continue(url: str, part: Path, size: int | None, headers: Mapping[str, str]
     asked = {**headers, "Accept-Encoding": "identity"}
     if start:
         asked |= {"Range": f"bytes={start}-", "If-Range": validator.read_text(encoding="latin-1")}
-    with ExitStack() as stack:
-        response = _open(stack, url, asked)
+    with closing(_open(url, asked)) as response:
         _refuse(url, response)
         first, total = _range(response)
         changed = start > 0 and _changed(response, validator)
@@ -140,7 +142,7 @@ def _continue(url: str, part: Path, size: int | None, headers: Mapping[str, str]
             return
         if response.status_code != 200 and (changed or first != start):
             _discard(part)
-            raise _PassingError("the file has changed on the server")
+            raise ConnectionError("the file has changed on the server")
         if size is not None and total not in (None, size):
             raise OSError(f"{url} has {total:,} bytes where {size:,} are expected.")
         check_room(part.with_suffix(""), (total or 0) - first)
@@ -149,39 +151,23 @@ def _continue(url: str, part: Path, size: int | None, headers: Mapping[str, str]
         with part.open("ab" if first else "wb") as file:
             if not first:  # behind the truncation, so that it never vouches for older bytes
                 _write_validator(response, validator)
-            for chunk in _body(response):
+            for chunk in http.body(response):
                 file.write(chunk)
                 bar.update(len(chunk))
     if total is not None and _length(part) != total:
-        raise _PassingError("the connection was cut")
+        raise ConnectionError("the connection was cut")
 
 
-def _open(stack: ExitStack, url: str, headers: Mapping[str, str]) -> Any:
-    """The answer to a GET request, redirects followed; its body is read later."""
-    from huggingface_hub import get_session  # which knows proxies and certificates
+def _open(url: str, headers: Mapping[str, str]) -> Any:
+    """Response to a GET request; its body is read later."""
     from huggingface_hub.errors import OfflineModeIsEnabled
 
     try:
-        request = get_session().stream(
-            "GET", url, headers=dict(headers), timeout=TIMEOUT, follow_redirects=True
-        )
-        return stack.enter_context(request)
+        return http.get(http.hub_client(), url, headers=headers, timeout=TIMEOUT)
     except OfflineModeIsEnabled:
         raise OSError(f"Can't download {url}: HF_HUB_OFFLINE is set.") from None
-    except Exception as error:  # the HTTP library has types of its own
+    except Exception as error:  # the HTTP client has types of its own
         raise _UnreachableError(reason(error)) from None
-
-
-def _body(response: Any) -> Iterator[bytes]:
-    try:
-        yield from response.iter_raw()
-    except Exception as error:
-        raise _PassingError(reason(error)) from None
-
-
-def reason(error: BaseException) -> str:
-    """The first line of an error's message, or its name."""
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def _refuse(url: str, response: Any) -> None:
@@ -189,12 +175,12 @@ def _refuse(url: str, response: Any) -> None:
     status = response.status_code
     if status in (200, 206, 416):
         return
-    if status in PASSING:
+    if status in BUSY:
         wait = response.headers.get("Retry-After", "")
         seconds = int(wait) if wait.isdecimal() else None
         if seconds is not None and seconds > MAX_WAIT:
             raise OSError(f"{url}: the server answered {status}; try again in {seconds} seconds.")
-        raise _PassingError(f"the server answered {status}", seconds)
+        raise _BusyError(f"the server answered {status}", seconds)
     if status in (404, 410):
         raise FileNotFoundError(f"There is no file at {url} (the server answered {status}).")
     if status in (401, 403):
@@ -205,9 +191,8 @@ def _refuse(url: str, response: Any) -> None:
 def _range(response: Any) -> tuple[int, int | None]:
     """(first byte, size of the whole file) of an answer; the size is None if not said."""
     if response.status_code == 200:
-        length = response.headers.get("Content-Length", "")
-        plain = not response.headers.get("Content-Encoding")
-        return 0, int(length) if length.isdecimal() and plain else None
+        packed = response.headers.get("Content-Encoding")
+        return 0, None if packed else http.content_length(response)
     said = re.fullmatch(
         r"bytes (?:(\d+)-\d+|\*)/(\d+|\*)", response.headers.get("Content-Range", "")
     )

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from ..checks import reason
 from . import registry
 from .fetch import (
     DiskFullError,
@@ -16,7 +17,6 @@ from .fetch import (
     disk_full_said,
     fetch,
     missing,
-    reason,
     unpack,
 )
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, BinaryIO, NamedTuple, TypeAlias
 
 import mlx.core as mx
 
-from .wording import _reason
+from ..checks import reason
 
 if TYPE_CHECKING:
     import numpy as np
@@ -165,7 +165,7 @@ def _decode(stream: BinaryIO, name: str, reduction: Reduction | None) -> _Pictur
         with _quiet_pil(), _process_wide:
             image = Image.open(stream)
     except Image.DecompressionBombError as error:
-        raise ValueError(f"Cannot read {name}: {_reason(error).partition(',')[0]}.") from None
+        raise ValueError(f"Cannot read {name}: {reason(error).partition(',')[0]}.") from None
     except Exception:  # PIL's readers raise whatever bad bytes lead them to
         what = "not an image in PNG, JPEG, WebP, AVIF, GIF, BMP, TIFF or another format PIL knows"
         if head[4:] in HEIC_MARKS:
@@ -192,7 +192,7 @@ def _to_rgb(image: PILImage, name: str, reduction: Reduction | None = None) -> _
             orientation = _orientation(image)
     except Exception as error:  # as in _decode
         raise ValueError(
-            f"Cannot read {name}: its pixels cannot be decoded: {_reason(error)}."
+            f"Cannot read {name}: its pixels cannot be decoded: {reason(error)}."
         ) from None
     return _Picture(rgb, orientation, _upright((width, height), orientation), shrink)
 

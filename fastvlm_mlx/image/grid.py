@@ -6,8 +6,8 @@ import ast
 from collections.abc import Sequence
 from typing import Any
 
+from ..checks import brief
 from .decode import MAX_PIXELS
-from .wording import _brief
 
 
 def anyres_grid(
@@ -64,7 +64,7 @@ def _parse_pinpoints(
     ):
         raise ValueError(
             f"grid_pinpoints must be a list of [width, height], multiples of {side} up to "
-            f"{MAX_PIXELS:,} pixels, not {_brief(repr(grid_pinpoints))}."
+            f"{MAX_PIXELS:,} pixels, not {brief(repr(grid_pinpoints))}."
         )
     return [(width, height) for width, height in found]
 

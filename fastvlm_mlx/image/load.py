@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, BinaryIO, TypeAlias
 
 import mlx.core as mx
 
+from ..checks import brief, reason
 from .decode import Reduction, _decode, _from_array, _one_at_a_time, _Picture, _to_rgb
-from .download import MAX_DOWNLOAD, TIMEOUT, _download
-from .wording import _brief, _reason
+from .download import MAX_DOWNLOAD, TIMEOUT, download_bytes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -71,11 +71,11 @@ def _read(
         return _read_named(source, timeout, max_bytes, reduction)
     if isinstance(source, os.PathLike):
         path = os.fsdecode(source)
-        return _open(path, _brief(repr(path)), reduction)
+        return _open(path, brief(repr(path)), reduction)
     if hasattr(source, "read"):
         return _decode(_read_all(source), "the file object", reduction)
     raise ValueError(
-        f"Cannot read {_brief(repr(source))}: an image is a path, URL, bytes, binary file object, "
+        f"Cannot read {brief(repr(source))}: an image is a path, URL, bytes, binary file object, "
         f"PIL image or array, not {type(source).__name__}."
     )
 
@@ -85,14 +85,14 @@ def _read_named(
 ) -> _Picture:
     """The image at a path or URL."""
     if source[:5].lower() == "data:":
-        name = _brief(source, 40)
+        name = brief(source, 40)
         return _decode(BytesIO(_from_data_url(source, name)), name, reduction)
-    name = _brief(repr(source))
+    name = brief(repr(source))
     scheme, is_url, rest = source.partition("://")
     if not is_url or not scheme.isalnum():
         return _open(source, name, reduction)
     if scheme.lower() in ("http", "https"):
-        return _decode(BytesIO(_download(source, name, timeout, max_bytes)), name, reduction)
+        return _decode(BytesIO(download_bytes(source, name, timeout, max_bytes)), name, reduction)
     if scheme.lower() == "file":
         return _open(_from_file_url(rest, name), name, reduction)
     raise ValueError(f"Cannot read {name}: the URL of an image is http, https, file or data.")
@@ -106,9 +106,9 @@ def _open(path: str, name: str, reduction: Reduction | None) -> _Picture:
     except IsADirectoryError:
         raise IsADirectoryError(f"Cannot read {name}: it is a folder, not a file.") from None
     except OSError as error:
-        raise type(error)(f"Cannot read {name}: {_reason(error)}.") from None
+        raise type(error)(f"Cannot read {name}: {reason(error)}.") from None
     except ValueError as error:  # a zero byte or half a character
-        raise ValueError(f"Cannot read {name}: it is not a path ({_reason(error)}).") from None
+        raise ValueError(f"Cannot read {name}: it is not a path ({reason(error)}).") from None
     with stream:
         seekable = stream if stream.seekable() else BytesIO(stream.read())
         return _decode(seekable, name, reduction)
