@@ -283,7 +283,10 @@ def serve() -> Iterator[Hub]:
         server.hub, server.name = hub, name
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
         servers.append(server)
-    hub.url, hub.cdn = (f"http://127.0.0.1:{server.server_port}" for server in servers)
+    hub.url, hub.cdn = (  # of different hosts: the Hub library follows redirects within one
+        f"http://{host}:{server.server_port}"
+        for host, server in zip(("127.0.0.1", "localhost"), servers, strict=True)
+    )
     try:
         yield hub
     finally:
