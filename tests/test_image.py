@@ -963,7 +963,7 @@ def test_pad_of_large_images(size: tuple[int, int], side: int) -> None:
 
 @pytest.mark.parametrize("size", [(300, 400), (400, 300), (40, 900)])
 def test_only_a_little_black_is_resized(size: tuple[int, int]) -> None:
-    picture = load._read(whole(*size))
+    picture = load.read_picture(whole(*size))
     for axis, edge in enumerate(size):
         span = resize._padded_span(picture, axis, 256)
         filled = 256 * edge / max(size)
@@ -986,7 +986,7 @@ def test_a_box_is_exact_in_single_precision(
     size = (short, longest) if tall else (longest, short)
     image: Any = SimpleNamespace(size=size)
     for axis, edge in enumerate(size):
-        picture = decode._Picture(image, 1, size)
+        picture = decode.Picture(image, 1, size)
         span = resize._padded_span(picture, axis, side)
         before = (longest - edge) // 2
         assert Fraction(span.high - span.low) == Fraction(span.size * longest, side)
@@ -1273,8 +1273,8 @@ def test_fast_is_close(mode: str, grid: Any, orientation: int) -> None:
 def test_fast_decodes_no_smaller_than_it_may(longest: int, decoded: int) -> None:
     for size in ((longest, 60), (60, longest)):
         data = saved(Image.new("RGB", size, (9, 99, 200)), "JPEG")
-        _, reduction = resize._of_mode(64, "pad", None)
-        picture = load._read(data, reduction=reduction)
+        _, reduction = resize.choose_resize(64, "pad", None)
+        picture = load.read_picture(data, reduction=reduction)
         assert max(picture.size) == decoded and picture.full_size == size
 
 
