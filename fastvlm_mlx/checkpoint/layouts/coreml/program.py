@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from ....checks import reason
 from ....config import CheckpointError
 
 VISION = "vision_tower.vision_model."
@@ -94,4 +95,4 @@ def _reason(error: Exception) -> str:
     """Why a package could not be written, in a few words."""
     if isinstance(error, shutil.Error):  # a list of (source, target, reason)
         return str(error.args[0][0][2]).partition(": '")[0]
-    return str(error).splitlines()[0].rstrip(".")
+    return reason(error)
