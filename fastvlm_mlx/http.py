@@ -1,7 +1,7 @@
-"""GET requests for images and models; stands with `checks` and `progress`, below every room.
+"""GET requests, for `image` and `hub`; in the import order it stands below `image`, above `checks`.
 
-The client is the one that huggingface_hub uses: it knows the proxies and the certificates of every
-system. Its name differs between versions of huggingface_hub, so only its session is asked for.
+The client is huggingface_hub's, which finds proxies and certificates on every system. Which library
+it comes from depends on the version of huggingface_hub, so it is reached through `get_session`.
 """
 
 from __future__ import annotations
@@ -15,35 +15,32 @@ MAX_REDIRECTS = 10
 
 
 def hub_client() -> Any:
-    """The session that huggingface_hub shares, as the user set it up; HF_HUB_OFFLINE stops it."""
+    """The session that huggingface_hub shares, as set up by the user; HF_HUB_OFFLINE stops it."""
     from huggingface_hub import get_session
 
     return get_session()
 
 
 def plain_client() -> Any:
-    """A client of its own for what is not on the Hub: HF_HUB_OFFLINE does not concern it.
+    """A new client of the same type, to be closed, for what is not on the Hub.
 
-    Close it after use.
+    It has no token, and HF_HUB_OFFLINE does not stop it.
     """
     return type(hub_client())()
 
 
 def get(client: Any, url: str, *, headers: Mapping[str, str], timeout: float) -> Any:
-    """Response to a GET request, with its redirects followed and its body not yet read.
-
-    Close it after use. Its status may be any, and redirects to other hosts go without
-    `Authorization`.
+    """The response to a GET request, after redirects: of any status, unread, and to be closed.
 
     Args:
-        client: one of the above.
+        client: `hub_client()` or a `plain_client()`.
         url: http or https.
-        headers: of the request.
-        timeout: seconds for each step: to connect, to send, and between two parts of the answer.
+        headers: of the request; redirects to other hosts go without `Authorization`.
+        timeout: seconds for each step: connecting, sending, and every wait for more bytes.
 
     Raises:
         OSError: more than `MAX_REDIRECTS`, or one to an address other than http and https.
-        Exception: whatever else the client raises, of types of its own.
+        Exception: no response; the client has types of its own.
     """
     request = client.build_request("GET", url, headers=dict(headers), timeout=timeout)
     for _ in range(MAX_REDIRECTS + 1):

@@ -22,6 +22,7 @@ import pytest
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 TOKEN = "hf_a_token"
 REPO = "user/nano"  # of the `server` fixture
+MIB = 2**20
 LARGE = (".safetensors", ".bin", "tokenizer.json")  # what the Hub keeps in its large file storage
 
 

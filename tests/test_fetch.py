@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 from hub_server import (
+    MIB,
     REPO,
     Fault,
     Hub,
@@ -23,8 +24,6 @@ from hypothesis import strategies as st
 from fastvlm_mlx.hub import fetch as fetching
 from fastvlm_mlx.hub.fetch import TRIES, DiskFullError, fetch, unpack
 
-MIB = 2**20
-ARCHIVE = "llava-fastvithd_0.5b_stage2"
 DATA = hashlib.shake_256(b"weights").digest(3 * MIB)
 SHA256 = hashlib.sha256(DATA).hexdigest()
 

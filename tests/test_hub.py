@@ -67,7 +67,7 @@ def test_malformed_ids(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(FileNotFoundError) as caught:
         resolve(source)
     message = str(caught.value)
-    assert source in message and "no Hub id" in message and "\n" not in message
+    assert source in message and "nor is it a Hub id" in message and "\n" not in message
 
 
 @pytest.mark.parametrize("source", ["apple/FastVLM-0.5B", "a/b", "user_1/na.me-x", "0/1"])
