@@ -79,8 +79,15 @@ class Hub:
         self.piece = 2**40
         """Most bytes of an answer to a range."""
         self.commit = COMMIT
+        """What `main` is at."""
+        self.tags: dict[str, str] = {}
+        """Other revisions and their commits, of the same files."""
         self.corrupt: dict[str, bytes] = {}
         self.url = self.cdn = ""
+
+    def commit_of(self, revision: str) -> str | None:
+        named = {"main": self.commit, **self.tags}
+        return named.get(revision, revision if revision in named.values() else None)
 
     def asked(self, pattern: str, method: str = "GET") -> list[Request]:
         return [r for r in self.requests if r.method == method and re.search(pattern, r.path)]
@@ -138,13 +145,14 @@ class Handler(BaseHTTPRequestHandler):
             return self.preupload(hub, repo)
         if rest[:1] == ["commit"]:
             return self.take_commit(hub, repo)
-        if rest[:1] == ["revision"] and rest[1] not in ("main", hub.commit):
+        commit = hub.commit_of(rest[1] if rest[:1] == ["revision"] else "main")
+        if commit is None:
             return self.reply(404, b"{}", **{"X-Error-Code": "RevisionNotFound"})
         listed = [listing(name, data) for name, data in hub.files[repo].items()]
         if rest[:1] == ["tree"]:
             return self.say(200, listed)
         siblings = [{"rfilename": file["path"], "blobId": file["oid"], **file} for file in listed]
-        info = {"_id": "1", "id": repo, "modelId": repo, "sha": hub.commit, "siblings": siblings}
+        info = {"_id": "1", "id": repo, "modelId": repo, "sha": commit, "siblings": siblings}
         self.say(200, {**info, "private": False, "tags": [], "downloads": 0})
 
     def answer_resolve(self, hub: Hub, path: str) -> None:
@@ -155,7 +163,7 @@ class Handler(BaseHTTPRequestHandler):
         if found[1] in hub.private and self.headers.get("Authorization") != f"Bearer {TOKEN}":
             return self.reply(401, b"")
         file = listing(found[3], data)
-        headers = {"X-Repo-Commit": hub.commit}
+        headers = {"X-Repo-Commit": hub.commit_of(found[2]) or ""}
         if "lfs" not in file:
             return self.send_file(hub, data, file["oid"], **headers)
         digest = file["lfs"]["oid"]
