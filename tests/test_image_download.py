@@ -239,6 +239,17 @@ def test_url_size_limit_is_exact(site: str) -> None:
             load_image(f"{site}/{page}", max_bytes=size - 1)
 
 
+@pytest.mark.parametrize("proxy", ["socks5://127.0.0.1:1", "nonsense://127.0.0.1:1"])
+def test_unusable_proxies(proxy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("ALL_PROXY", "http_proxy"):
+        monkeypatch.setenv(name, proxy)
+    with pytest.raises(OSError, match=r"'http://127\.0\.0\.1:1/x\.png'") as caught:
+        load_image("http://127.0.0.1:1/x.png", timeout=5)
+    assert_one_sentence(caught.value)
+
+
 @pytest.mark.parametrize(
     "url", ["http://127.0.0.1:1/x.png", "http://[bad/x.png", "http:///x.png", "http://a:b:c/x.png"]
 )

@@ -35,7 +35,10 @@ def download_bytes(url: str, name: str, timeout: float, max_bytes: int) -> bytes
         TimeoutError: it did not arrive in time.
         OSError: it is larger than `max_bytes`, or did not arrive whole.
     """
-    client = http.plain_client()
+    try:
+        client = http.plain_client()
+    except Exception as error:  # a proxy it can't use
+        raise OSError(f"Cannot read {name}: {reason(error)}.") from None
     answers: SimpleQueue[bytes | Exception] = SimpleQueue()
 
     def fetch() -> None:
