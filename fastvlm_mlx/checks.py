@@ -1,7 +1,8 @@
-"""Checks of what a person gives."""
+"""Checks of what a person gives, and short wordings of what is wrong."""
 
 from __future__ import annotations
 
+import re
 import sys
 from typing import Any
 
@@ -21,3 +22,15 @@ def check_whole_number(name: str, value: Any, least: int = 1) -> None:
     """ValueError, naming the argument, unless its value is a whole number from `least` on."""
     if not is_whole_number(value, least):
         raise ValueError(f"{name} must be a whole number from {least}, found {value!r}.")
+
+
+def reason(error: BaseException) -> str:
+    """The first line of what an exception says, in brief, without error number or full stop."""
+    said = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
+    return brief(re.sub(r"^\[Errno -?\d+\] ", "", said.partition("\n")[0])).rstrip(".")
+
+
+def brief(text: str, limit: int = 160) -> str:
+    """`text` on one line of at most `limit` characters."""
+    line = " ".join(text[: 4 * limit].split())
+    return line if len(line) <= limit else line[: limit - 1] + "…"

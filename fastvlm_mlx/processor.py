@@ -1,4 +1,4 @@
-"""What reads the images and prompts of one model."""
+"""A model's tokenizer with the settings of its images."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from .text.tokenizer import Tokenizer
 
 @dataclass
 class Processor:
-    """What a model must know to read images and prompts.
+    """What a model needs to read images and prompts.
 
     Attributes:
         tokenizer: the model's.
         image_size: side of the square, in pixels, that an image becomes.
-        mode: how it does: "pad", "square" or "anyres".
-        grid_pinpoints: widths and heights, in pixels, that "anyres" may choose from.
-        patch_size: side, in pixels, of a visual token's patch.
-        max_length: most tokens that the decoder has positions for.
+        mode: how an image becomes a square: "pad", "square" or "anyres", as in `preprocess`. It is
+            `image_aspect_ratio` of the model's config.json.
+        grid_pinpoints: the (width, height) in pixels that "anyres" may choose from.
+        patch_size: side, in pixels, of the patch that one visual token stands for.
+        max_length: how many tokens the decoder has positions for.
     """
 
     tokenizer: Tokenizer
@@ -40,9 +41,9 @@ class Processor:
         fast: bool = False,
         dtype: mx.Dtype = mx.float32,
     ) -> mx.array:
-        """Pixels [N, S, S, 3] of an image, by default at the model's own size.
+        """Pixel values [N, S, S, 3] of an image, by default at the model's own image size.
 
-        `fast` and `dtype` are those of `fastvlm_mlx.preprocess`.
+        Other arguments, dtype and errors as in `fastvlm_mlx.preprocess`.
         """
         size = self.image_size if image_size is None else image_size
         return preprocess(image, size, self.mode, self.grid_pinpoints, fast=fast, dtype=dtype)
@@ -55,15 +56,15 @@ class Processor:
         fast: bool = False,
         dtype: mx.Dtype = mx.float32,
     ) -> Iterator[tuple[mx.array, tuple[int, int]]]:
-        """Pixels and upright (width, height) of each image; threads decode those that follow.
+        """Pixel values and upright (width, height) of each image, decoded ahead in threads.
 
-        As `fastvlm_mlx.image.preprocess_each`, by default at the model's own size.
+        As `image.preprocess.preprocess_each`, by default at the model's own image size.
         """
         size = self.image_size if image_size is None else image_size
         return preprocess_each(images, size, self.mode, self.grid_pinpoints, fast=fast, dtype=dtype)
 
     def num_visual_tokens(self, image_size: int | None = None) -> int:
-        """Visual tokens of one square of S = `image_size` pixels: (S / patch_size)².
+        """How many visual tokens a square of S = `image_size` pixels has: (S / patch_size)².
 
         Raises:
             ValueError: the size is not a multiple of `patch_size`.

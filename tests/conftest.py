@@ -13,8 +13,9 @@ import pytest
 
 import fastvlm_mlx as fv
 from fastvlm_mlx import ops
-from fastvlm_mlx.hub import registry as zoo
+from fastvlm_mlx.hub import registry
 from fastvlm_mlx.hub.resolve import NANO
+from fastvlm_mlx.image import preprocess, resize
 
 
 @pytest.fixture(scope="session")
@@ -73,7 +74,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[hub_serv
         files = {p.name: p.read_bytes() for p in NANO.iterdir() if p.is_file()}
         server.files[hub_server.REPO] = files
         hub_server.use(server, tmp_path / "home", monkeypatch)
-        monkeypatch.setattr(zoo, "CDN", server.cdn)
+        monkeypatch.setattr(registry, "CDN", server.cdn)
         yield server
 
 
@@ -102,3 +103,10 @@ def assume() -> Iterator[Callable[[str], None]]:
     """Lets the rest of a test build its graphs as for a device: "cpu", "metal" or "cuda"."""
     with ExitStack() as stack:
         yield lambda device: stack.enter_context(ops.assume(device))
+
+
+@pytest.fixture
+def many_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine with many cores, for images of any size."""
+    monkeypatch.setattr(preprocess.os, "cpu_count", lambda: 5)
+    monkeypatch.setattr(resize, "PIXELS_FOR_THREADS", 0)

@@ -22,6 +22,7 @@ import pytest
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 TOKEN = "hf_a_token"
 REPO = "user/nano"  # of the `server` fixture
+MIB = 2**20
 LARGE = (".safetensors", ".bin", "tokenizer.json")  # what the Hub keeps in its large file storage
 
 
@@ -78,8 +79,15 @@ class Hub:
         self.piece = 2**40
         """Most bytes of an answer to a range."""
         self.commit = COMMIT
+        """What `main` is at."""
+        self.tags: dict[str, str] = {}
+        """Other revisions and their commits, of the same files."""
         self.corrupt: dict[str, bytes] = {}
         self.url = self.cdn = ""
+
+    def commit_of(self, revision: str) -> str | None:
+        named = {"main": self.commit, **self.tags}
+        return named.get(revision, revision if revision in named.values() else None)
 
     def asked(self, pattern: str, method: str = "GET") -> list[Request]:
         return [r for r in self.requests if r.method == method and re.search(pattern, r.path)]
@@ -137,13 +145,14 @@ class Handler(BaseHTTPRequestHandler):
             return self.preupload(hub, repo)
         if rest[:1] == ["commit"]:
             return self.take_commit(hub, repo)
-        if rest[:1] == ["revision"] and rest[1] not in ("main", hub.commit):
+        commit = hub.commit_of(rest[1] if rest[:1] == ["revision"] else "main")
+        if commit is None:
             return self.reply(404, b"{}", **{"X-Error-Code": "RevisionNotFound"})
         listed = [listing(name, data) for name, data in hub.files[repo].items()]
         if rest[:1] == ["tree"]:
             return self.say(200, listed)
         siblings = [{"rfilename": file["path"], "blobId": file["oid"], **file} for file in listed]
-        info = {"_id": "1", "id": repo, "modelId": repo, "sha": hub.commit, "siblings": siblings}
+        info = {"_id": "1", "id": repo, "modelId": repo, "sha": commit, "siblings": siblings}
         self.say(200, {**info, "private": False, "tags": [], "downloads": 0})
 
     def answer_resolve(self, hub: Hub, path: str) -> None:
@@ -154,7 +163,7 @@ class Handler(BaseHTTPRequestHandler):
         if found[1] in hub.private and self.headers.get("Authorization") != f"Bearer {TOKEN}":
             return self.reply(401, b"")
         file = listing(found[3], data)
-        headers = {"X-Repo-Commit": hub.commit}
+        headers = {"X-Repo-Commit": hub.commit_of(found[2]) or ""}
         if "lfs" not in file:
             return self.send_file(hub, data, file["oid"], **headers)
         digest = file["lfs"]["oid"]
@@ -283,7 +292,10 @@ def serve() -> Iterator[Hub]:
         server.hub, server.name = hub, name
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
         servers.append(server)
-    hub.url, hub.cdn = (f"http://127.0.0.1:{server.server_port}" for server in servers)
+    hub.url, hub.cdn = (  # of different hosts: the Hub library follows redirects within one
+        f"http://{host}:{server.server_port}"
+        for host, server in zip(("127.0.0.1", "localhost"), servers, strict=True)
+    )
     try:
         yield hub
     finally:

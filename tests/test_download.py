@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 from hub_server import (
     COMMIT,
+    MIB,
     REPO,
     TOKEN,
     Fault,
@@ -23,11 +24,10 @@ from hub_server import (
 )
 
 import fastvlm_mlx as fv
-from fastvlm_mlx.hub import registry as zoo
+from fastvlm_mlx.hub import registry
 from fastvlm_mlx.hub.fetch import DiskFullError
 from fastvlm_mlx.hub.resolve import NANO, cache_folder, download, download_model, resolve
 
-MIB = 2**20
 ARCHIVE = "llava-fastvithd_0.5b_stage2"
 
 
@@ -195,7 +195,7 @@ def test_models_and_revisions_that_are_not_there(server: Hub, tmp_path: Path) ->
         assert_one_sentence(caught.value, *filter(None, arguments))
         with pytest.raises(FileNotFoundError):
             download(arguments[0], arguments[1], to=tmp_path / "model")
-    with pytest.raises(FileNotFoundError, match="no Hub id"):
+    with pytest.raises(FileNotFoundError, match="is not a Hub id"):
         resolve("user/a--b..c")
     assert everything(tmp_path) == []
 
@@ -335,7 +335,7 @@ def test_killed_in_the_middle(
         nowhere = Hub()
         nowhere.url = nowhere.cdn = "http://127.0.0.1:9"
         use(nowhere, home, offline)
-        offline.setattr(zoo, "CDN", nowhere.cdn)
+        offline.setattr(registry, "CDN", nowhere.cdn)
         with pytest.raises(OSError, match=r"can't be reached|Can't download") as caught:
             fv.load(name)
         assert_one_sentence(caught.value)

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 from hub_server import (
+    MIB,
     REPO,
     Fault,
     Hub,
@@ -23,8 +24,6 @@ from hypothesis import strategies as st
 from fastvlm_mlx.hub import fetch as fetching
 from fastvlm_mlx.hub.fetch import TRIES, DiskFullError, fetch, unpack
 
-MIB = 2**20
-ARCHIVE = "llava-fastvithd_0.5b_stage2"
 DATA = hashlib.shake_256(b"weights").digest(3 * MIB)
 SHA256 = hashlib.sha256(DATA).hexdigest()
 
@@ -195,6 +194,24 @@ def test_authorization_stays_with_its_host(server: Hub, tmp_path: Path) -> None:
     asked, redirected = server.requests
     assert asked.headers["authorization"] == "Bearer secret"
     assert redirected.host == "cdn" and "authorization" not in redirected.headers
+
+
+def test_the_body_of_a_redirect_is_not_read(server: Hub, tmp_path: Path) -> None:
+    server.archives["/a.bin"] = DATA
+    away = {"Location": f"{server.cdn}/a.bin"}
+    server.faults = [Fault("/moved", status=302, headers=away, body=bytes(MIB), stall=100)]
+    start = time.monotonic()
+    fetch(f"{server.url}/moved", tmp_path / "a.bin", sha256=SHA256)
+    assert time.monotonic() - start < 5  # not until the client gives up
+
+
+def test_redirects_in_a_circle(server: Hub, tmp_path: Path) -> None:
+    around = {"Location": f"{server.cdn}/a.bin"}
+    server.faults = [Fault("a.bin", times=99, status=302, headers=around)]
+    with pytest.raises(OSError, match="it redirects more than 10 times") as caught:
+        fetch(f"{server.cdn}/a.bin", tmp_path / "a.bin")
+    assert_one_sentence(caught.value, f"{server.cdn}/a.bin")
+    assert len(server.requests) == 11
 
 
 @pytest.mark.usefixtures("full_disk")

@@ -1,21 +1,16 @@
 import json
 import os
-import re
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
-from hashlib import sha1, sha256
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hub_server import COMMIT, REPO, Fault, Hub
 
 from fastvlm_mlx.hub import resolve as hub
 from fastvlm_mlx.hub.resolve import NANO, resolve
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 OTHER = "fedcba9876543210fedcba9876543210fedcba98"
 IMAGE = str(NANO / "images" / "penguins.png")
 ANSWER = "The image shows 6 penguins."
@@ -67,7 +62,7 @@ def test_malformed_ids(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(FileNotFoundError) as caught:
         resolve(source)
     message = str(caught.value)
-    assert source in message and "no Hub id" in message and "\n" not in message
+    assert source in message and "nor is it a Hub id" in message and "\n" not in message
 
 
 @pytest.mark.parametrize("source", ["apple/FastVLM-0.5B", "a/b", "user_1/na.me-x", "0/1"])
@@ -78,92 +73,6 @@ def test_well_formed_ids(source: str, tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 # Against a server that answers as the Hub does
-
-
-def describe(name: str, data: bytes) -> dict[str, Any]:
-    """A file as the Hub lists it; large ones are in Git LFS."""
-    listed = {"type": "file", "path": name, "size": len(data), "oid": sha1(data).hexdigest()}
-    if name.endswith((".safetensors", ".bin")):
-        digest = sha256(data).hexdigest()
-        lfs = {"oid": digest, "sha256": digest, "size": len(data), "pointerSize": 134}
-        return {**listed, "lfs": lfs}
-    return listed
-
-
-class Hub(BaseHTTPRequestHandler):
-    """One repository with the bundled model, user/nano, and others that fail in their own way."""
-
-    protocol_version = "HTTP/1.1"
-
-    def do_HEAD(self) -> None:
-        self.answer(body=False)
-
-    def do_GET(self) -> None:
-        self.answer(body=True)
-
-    def answer(self, body: bool) -> None:
-        path = self.path.partition("?")[0]
-        self.server.requests.append(f"{self.command} {path}")
-        repo = "/".join(path.removeprefix("/api/models").split("/")[1:3])
-        status = {"user/private": 401, "user/gated": 403, "user/down": 500, "user/busy": 503}
-        if repo in status:
-            return self.reply(status[repo], b"{}", body)
-        if repo != "user/nano":
-            return self.reply(404, b"{}", body, **{"X-Error-Code": "RepoNotFound"})
-        rest = path.partition(repo)[2].strip("/").split("/")
-        revision = rest[1] if len(rest) > 1 else "main"
-        known = {"main": COMMIT, COMMIT: COMMIT, "v2": OTHER, OTHER: OTHER}
-        if revision not in known:
-            return self.reply(404, b"{}", body, **{"X-Error-Code": "RevisionNotFound"})
-        commit, files = known[revision], self.server.files
-        if rest[0] == "resolve":
-            return self.send_file("/".join(rest[2:]), commit, files, body)
-        metadata = [describe(name, data) for name, data in files.items()]
-        if rest[0] == "tree":
-            return self.reply(200, json.dumps(metadata).encode(), body)
-        siblings = [{"rfilename": one["path"], "blobId": one["oid"], **one} for one in metadata]
-        info = {"_id": "1", "id": repo, "modelId": repo, "sha": commit, "siblings": siblings}
-        return self.reply(200, json.dumps(info).encode(), body)
-
-    def send_file(self, name: str, commit: str, files: dict[str, bytes], body: bool) -> None:
-        data = files.get(name)
-        if data is None:
-            return self.reply(404, b"", body, **{"X-Error-Code": "EntryNotFound"})
-        etag = describe(name, data).get("lfs", {}).get("oid") or sha1(data).hexdigest()
-        headers = {"X-Repo-Commit": commit, "ETag": f'"{etag}"', "Accept-Ranges": "bytes"}
-        start = re.match(r"bytes=(\d+)-$", self.headers.get("Range", ""))
-        if start is None:
-            return self.reply(200, data, body, **headers)
-        first = int(start.group(1))
-        headers["Content-Range"] = f"bytes {first}-{len(data) - 1}/{len(data)}"
-        return self.reply(206, data[first:], body, **headers)
-
-    def reply(self, status: int, data: bytes, body: bool, **headers: str) -> None:
-        self.send_response(status)
-        for name, value in {"Content-Type": "application/json", **headers}.items():
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        if body:
-            self.wfile.write(data)
-
-    def log_message(self, *arguments: Any) -> None:
-        pass
-
-
-@pytest.fixture
-def server() -> Iterator[Any]:
-    http: Any = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    http.daemon_threads = True
-    http.requests = []
-    http.files = {path.name: path.read_bytes() for path in NANO.iterdir() if path.is_file()}
-    http.files |= {"README.md": b"# A model\n", ".gitattributes": b"*", "pytorch_model.bin": b"-"}
-    thread = threading.Thread(target=http.serve_forever, daemon=True)
-    thread.start()
-    http.url = f"http://127.0.0.1:{http.server_port}"
-    yield http
-    http.shutdown()
-    http.server_close()
 
 
 def python(code: str, endpoint: str, home: Path, **environment: str) -> Any:
@@ -229,23 +138,23 @@ def assert_one_sentence(found: list[Any], kind: str, *said: str) -> None:
     assert seconds < 10
 
 
-def test_load_and_answer_then_offline(server: Any, tmp_path: Path) -> None:
+def test_load_and_answer_then_offline(server: Hub, tmp_path: Path) -> None:
+    server.files[REPO] |= {".gitattributes": b"*", "pytorch_model.bin": b"-"}
     assert python(LOAD, server.url, tmp_path) == ANSWER
-    fetched = {
-        r.rpartition("/")[2] for r in server.requests if r.startswith("GET /user/nano/resolve")
-    }
+    fetched = {request.path.rpartition("/")[2] for request in server.asked(f"{REPO}/resolve")}
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= fetched
     assert not fetched & {".gitattributes", "pytorch_model.bin"}
     server.requests.clear()
     assert python(LOAD, server.url, tmp_path) == ANSWER
-    assert not [r for r in server.requests if r.startswith("GET /user/nano/resolve")]
+    assert not server.asked(f"{REPO}/resolve")
     # Nothing answers any more, or the user works offline.
     assert python(LOAD, DEAD, tmp_path) == ANSWER
     assert python(LOAD, server.url, tmp_path, HF_HUB_OFFLINE="1") == ANSWER
 
 
-def test_revisions(server: Any, tmp_path: Path) -> None:
-    server.files = {"config.json": b"{}", "model.safetensors": b"-"}
+def test_revisions(server: Hub, tmp_path: Path) -> None:
+    server.tags = {"v2": OTHER}
+    server.files[REPO] = {"config.json": b"{}", "model.safetensors": b"-"}
     sources = [("user/nano", revision) for revision in (None, "v2", COMMIT, "v3")]
     latest, second, same, unknown = errors(sources, server.url, tmp_path)
     assert Path(latest[0]).name == Path(same[0]).name == COMMIT
@@ -253,10 +162,10 @@ def test_revisions(server: Any, tmp_path: Path) -> None:
     assert_one_sentence(unknown, "FileNotFoundError", "user/nano", "v3")
 
 
-def test_pickles_only_where_there_is_nothing_else(server: Any, tmp_path: Path) -> None:
+def test_pickles_only_where_there_is_nothing_else(server: Hub, tmp_path: Path) -> None:
     names = ("config.json", "pytorch_model.bin", "vocab.json", "merges.txt", "chat_template.jinja")
     others = ("training.log", "model.py", "images/cat.png")
-    server.files = {name: name.encode() for name in (*names, *others)}
+    server.files[REPO] = {name: name.encode() for name in (*names, *others)}
     ((folder, _, _),) = errors([("user/nano", None)], server.url, tmp_path)
     found = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
     assert found == {name: name.encode() for name in names}
@@ -265,7 +174,11 @@ def test_pickles_only_where_there_is_nothing_else(server: Any, tmp_path: Path) -
     assert again == folder
 
 
-def test_answers_of_the_hub_that_are_no_model(server: Any, tmp_path: Path) -> None:
+def test_answers_of_the_hub_that_are_no_model(server: Hub, tmp_path: Path) -> None:
+    server.files["user/private"] = {}
+    server.private.add("user/private")
+    statuses = {"user/gated": 403, "user/down": 500, "user/busy": 503}
+    server.faults = [Fault(name, times=99, status=code) for name, code in statuses.items()]
     names = ["user/nothing", "user/private", "user/gated", "user/down", "user/busy"]
     found = errors([(name, None) for name in names], server.url, tmp_path)
     for name, one in zip(names[:3], found[:3], strict=True):
@@ -300,8 +213,8 @@ print(json.dumps([code, said.getvalue()]))
     assert said.startswith("Error: user/nano is not downloaded") and said.count("\n") == 1
 
 
-def test_an_interrupted_download_is_finished(server: Any, tmp_path: Path) -> None:
-    server.files = {"config.json": b"{}", "model.safetensors": b"-"}
+def test_an_interrupted_download_is_finished(server: Hub, tmp_path: Path) -> None:
+    server.files[REPO] = {"config.json": b"{}", "model.safetensors": b"-"}
     wanted = [("user/nano", None)]
     ((folder, *_),) = errors(wanted, server.url, tmp_path)
     weights = Path(folder) / "model.safetensors"

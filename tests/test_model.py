@@ -14,7 +14,6 @@ from fastvlm_mlx.generation.generate import generate, stream_generate
 from fastvlm_mlx.image.grid import anyres_grid
 from fastvlm_mlx.model.fastvlm import FastVLM, unpad_margins
 from fastvlm_mlx.processor import Processor
-from fastvlm_mlx.text.prompt import pad_batch
 
 V = -200  # a visual token's place
 CONFIG = {
@@ -227,8 +226,8 @@ PROMPTS: list[tuple[list[int], list[int]]] = [
 def test_left_padded_batch_equals_single_prompts(chosen: list[int], model: FastVLM) -> None:
     prompts = [PROMPTS[i][0] for i in chosen]
     pixels = [random_pixels(*PROMPTS[i][1]) for i in chosen]
-    input_ids, padding = pad_batch(prompts, pad_id=0)
-    assert padding == [input_ids.shape[1] - len(ids) for ids in prompts]
+    padding = [max(map(len, prompts)) - len(ids) for ids in prompts]
+    input_ids = mx.array([[0] * n + ids for n, ids in zip(padding, prompts, strict=True)])
     cache = [BatchKVCache(padding) for _ in model.layers]
     logits = model(input_ids, cache=cache, pixel_values=list(chain(*pixels)))
     following = model(mx.array([[7]] * len(chosen)), cache=cache)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from fastvlm_mlx import processor as processor_module
 from fastvlm_mlx.config import IMAGE_TOKEN_INDEX, CheckpointError
 from fastvlm_mlx.processor import Processor
-from fastvlm_mlx.text.prompt import IMAGE_MARK, build_prompt, encode_with_images, pad_batch
+from fastvlm_mlx.text.prompt import IMAGE_MARK, build_prompt
 from fastvlm_mlx.text.template import CONV_MODES, DEFAULT_SYSTEM, apply_chat_template
 from fastvlm_mlx.text.tokenizer import QWEN2_SPLIT, Detokenizer, Tokenizer
 
@@ -500,8 +500,11 @@ def test_images_stand_at_their_marks(tokenizer, images):
     messages = [{"role": "user", "content": content} for content in contents]
     ids = build_prompt(tokenizer, messages, num_visual_tokens=counts)
     assert sum(runs(ids)) == sum(counts)
-    text = apply_chat_template(tokenizer, messages)
-    assert ids == encode_with_images(tokenizer, text, counts, allow_special=True)
+    first, *others = apply_chat_template(tokenizer, messages).split(IMAGE_MARK)
+    expected = tokenizer.encode(first, allow_special=True)
+    for count, text in zip(counts, others, strict=True):
+        expected += [IMAGE_TOKEN_INDEX] * count + tokenizer.encode(text, allow_special=True)
+    assert ids == expected
 
 
 @pytest.mark.parametrize("images", [0, 1, 3])
@@ -509,8 +512,6 @@ def test_marks_must_match_images(tokenizer, images):
     counts = f"2 <image> mark.* {images} image"
     with pytest.raises(ValueError, match=counts):
         build_prompt(tokenizer, "<image><image>", num_visual_tokens=[4] * images)
-    with pytest.raises(ValueError, match=counts):
-        encode_with_images(tokenizer, "<image><image>", [4] * images)
 
 
 def test_marks_count_in_user_turns_only(tokenizer):
@@ -546,23 +547,7 @@ def test_images_need_a_user_turn(tokenizer):
         build_prompt(tokenizer, [{"role": "assistant", "content": "A"}], num_visual_tokens=[3])
 
 
-def test_text_without_a_template(tokenizer):
-    hostile = "A<|im_end|><image>B"
-    ids = encode_with_images(tokenizer, hostile, [2], image_token_index=-1)
-    assert ids == [*tokenizer.encode("A<|im_end|>"), -1, -1, *tokenizer.encode("B")]
-    ids = encode_with_images(tokenizer, hostile, [1], allow_special=True)
-    assert ids == [32, IM_END, IMAGE_TOKEN_INDEX, 33]
-
-
-# Batches and the processor
-
-
-def test_pad_batch():
-    batch, padding = pad_batch([[1, 2, 3], [], [4]], 9)
-    assert batch.tolist() == [[1, 2, 3], [9, 9, 9], [9, 9, 4]]
-    assert batch.dtype == mx.int32
-    assert padding == [0, 3, 2]
-    assert pad_batch([], 9)[0].shape == (0, 0)
+# The processor
 
 
 def test_processor(tokenizer, monkeypatch):

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from ..config import IMAGE_TOKEN_INDEX, FastVLMConfig, load_config, read_json
+from ..text.prompt import IMAGE_MARK
 from ..text.tokenizer import Tokenizer
 from .files import write_json
 
-IMAGE_TOKEN = "<image>"
 # Without these, the original's code would add tokens to the vocabulary, and would not load the
 # weights of an encoder that is not to be trained.
 ORIGINAL = {
@@ -138,10 +138,10 @@ def write_image_token(source: Path, target: Path) -> int:
 
     file = target / "tokenizer_config.json"
     settings = read_json(file) if file.is_file() else {}
-    bpe = Tokenizer.from_folder(source)._bpe
-    bpe.add_special_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)])
+    bpe = Tokenizer.from_folder(source).bpe
+    bpe.add_special_tokens([AddedToken(IMAGE_MARK, special=True, normalized=False)])
     bpe.save(str(target / "tokenizer.json"))
-    index = bpe.get_vocab()[IMAGE_TOKEN]
+    index = bpe.get_vocab()[IMAGE_MARK]
     # Readers take this list as complete, whatever tokenizer.json has.
     added = {
         str(i): {name: getattr(token, name) for name in ADDED_TOKEN}
@@ -156,6 +156,6 @@ def write_llava_processor(folder: Path, patch_size: int) -> None:
     """Name transformers' LlavaProcessor as the folder's processor."""
     file = folder / "preprocessor_config.json"
     write_json(file, read_json(file) | {"processor_class": "LlavaProcessor"})
-    settings = {"image_token": IMAGE_TOKEN, "num_additional_image_tokens": 0}
+    settings = {"image_token": IMAGE_MARK, "num_additional_image_tokens": 0}
     settings |= {"processor_class": "LlavaProcessor", "patch_size": patch_size}
     write_json(folder / "processor_config.json", settings)

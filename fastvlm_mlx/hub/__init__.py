@@ -1,1 +1,1 @@
-"""A name → a folder: the Hub, downloads and the registry of published models."""
+"""A name → a folder: the Hub, downloads, and the registry of published models."""

@@ -1,4 +1,4 @@
-"""A URL → a whole file, going on where an earlier try stopped; a zip archive → a folder."""
+"""A URL → a whole file, resumed where an earlier try stopped; a zip archive → a folder."""
 
 from __future__ import annotations
 
@@ -11,18 +11,20 @@ import time
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from .. import http
+from ..checks import reason
 from ..progress import progress_bar
 
 CHUNK = 2**20
 TIMEOUT = 20  # seconds in which a server must say something
-TRIES = 5  # in a row that bring nothing
-MAX_WAIT = 60  # seconds that a server may ask to wait
-PASSING = (408, 425, 429, 500, 502, 503, 504)
-# Weights hardly shrink: an archive that grows more than this is a bomb, unless it is small.
+TRIES = 5  # in a row that bring little or nothing
+MAX_WAIT = 60  # seconds that a server may ask us to wait
+BUSY = (408, 425, 429, 500, 502, 503, 504)
+# Weights hardly compress: an archive that grows by more than this is a bomb, unless it is small.
 MAX_RATIO = 20
 MAX_SMALL = 64 * 2**20
 MAX_FILES = 10_000
@@ -34,16 +36,16 @@ class DiskFullError(OSError):
     """There is no room for what is being written."""
 
 
-class _PassingError(ConnectionError):
-    """What another try may mend; `wait` is how many seconds the server asks to wait."""
-
-    def __init__(self, reason: str, wait: int | None = None):
-        super().__init__(reason)
-        self.wait = wait
-
-
-class _UnreachableError(_PassingError):
+class _UnreachableError(ConnectionError):
     """No answer at all."""
+
+
+class _BusyError(ConnectionError):
+    """The server asks for another try, after `wait` seconds if it says when."""
+
+    def __init__(self, said: str, wait: int | None):
+        super().__init__(said)
+        self.wait = wait
 
 
 def fetch(
@@ -58,16 +60,16 @@ def fetch(
 ) -> Path:
     """Download a file, which appears at `target` only when it is whole.
 
-    Until then it is `target` with `.part` behind its name. A cut connection is taken up again a few
-    times, and what came stays for the next call, unless the file has changed on the server.
+    Until then, `.part` follows its name. A cut connection is resumed a few times, and what arrived
+    is kept for the next call, unless the file has changed on the server.
 
     Args:
         url: http or https.
-        target: where the file goes; if it is there already, nothing is done.
-        name: for the progress bar, if not that of the target.
+        target: where the file goes; nothing is done if it exists.
+        name: for the progress bar, by default the target's.
         size: in bytes, if known.
         sha256: in hexadecimal, if known.
-        headers: of the requests; redirects to other hosts go without `Authorization`.
+        headers: of the request; redirects to other hosts go without `Authorization`.
         progress: show a bar.
 
     Returns:
@@ -76,7 +78,7 @@ def fetch(
     Raises:
         FileNotFoundError: there is no such file on the server.
         PermissionError: the server refuses it.
-        OSError: no connection, a full disk, or what came is not the file: one sentence says which.
+        OSError: no connection, a full disk, or a damaged file; the message says which.
     """
     from filelock import FileLock
 
@@ -86,7 +88,7 @@ def fetch(
     target.parent.mkdir(parents=True, exist_ok=True)
     lock = Path(f"{target}.lock")
     with FileLock(lock):
-        if not target.exists():  # nor has another process made it meanwhile
+        if not target.exists():  # another process may have made it meanwhile
             part = Path(f"{target}.part")
             with (
                 progress_bar(None, name or target.name, unit="B", shown=progress) as bar,
@@ -106,24 +108,25 @@ def fetch(
 
 
 def _complete(url: str, part: Path, size: int | None, headers: Mapping[str, str], bar: Any) -> None:
-    """Ask for what is missing of `part` until nothing is."""
+    """Ask for what is missing from `part` until nothing is."""
     failures, reached = 0, False
     while True:
         before = _length(part)
         try:
             return _continue(url, part, size, headers, bar)
-        except _PassingError as problem:
+        except ConnectionError as problem:
             reached = reached or not isinstance(problem, _UnreachableError)
             failures = 0 if _length(part) - before >= CHUNK else failures + 1
             if failures == TRIES or not reached:
                 kept = _length(part)
                 hint = f"{kept:,} bytes are kept: try again to go on" if kept else "try again later"
                 raise OSError(f"Can't download {url} ({problem}); {hint}.") from None
-            time.sleep(2 ** (failures - 1) if problem.wait is None else problem.wait)
+            wait = problem.wait if isinstance(problem, _BusyError) else None
+            time.sleep(2 ** (failures - 1) if wait is None else wait)
 
 
 def _continue(url: str, part: Path, size: int | None, headers: Mapping[str, str], bar: Any) -> None:
-    """One request for the rest of a file; a `_PassingError` may be followed by another."""
+    """One request for the rest of a file; after a ConnectionError another may help."""
     validator = _validator(part)
     start = _length(part) if validator.is_file() else 0
     if size is not None and start == size:
@@ -131,8 +134,7 @@ def _continue(url: str, part: Path, size: int | None, headers: Mapping[str, str]
     asked = {**headers, "Accept-Encoding": "identity"}
     if start:
         asked |= {"Range": f"bytes={start}-", "If-Range": validator.read_text(encoding="latin-1")}
-    with ExitStack() as stack:
-        response = _open(stack, url, asked)
+    with closing(_open(url, asked)) as response:
         _refuse(url, response)
         first, total = _range(response)
         changed = start > 0 and _changed(response, validator)
@@ -140,61 +142,45 @@ def _continue(url: str, part: Path, size: int | None, headers: Mapping[str, str]
             return
         if response.status_code != 200 and (changed or first != start):
             _discard(part)
-            raise _PassingError("the file has changed on the server")
+            raise ConnectionError("the file has changed on the server")
         if size is not None and total not in (None, size):
             raise OSError(f"{url} has {total:,} bytes where {size:,} are expected.")
         check_room(part.with_suffix(""), (total or 0) - first)
         bar.total, bar.n = total, first
         bar.refresh()
         with part.open("ab" if first else "wb") as file:
-            if not first:  # behind the truncation, so that it never vouches for older bytes
+            if not first:  # after the truncation, so that it never vouches for older bytes
                 _write_validator(response, validator)
-            for chunk in _body(response):
+            for chunk in http.body(response):
                 file.write(chunk)
                 bar.update(len(chunk))
     if total is not None and _length(part) != total:
-        raise _PassingError("the connection was cut")
+        raise ConnectionError("the connection was cut")
 
 
-def _open(stack: ExitStack, url: str, headers: Mapping[str, str]) -> Any:
-    """The answer to a GET request, redirects followed; its body is read later."""
-    from huggingface_hub import get_session  # which knows proxies and certificates
+def _open(url: str, headers: Mapping[str, str]) -> Any:
+    """Response to a GET request; its body is read later."""
     from huggingface_hub.errors import OfflineModeIsEnabled
 
     try:
-        request = get_session().stream(
-            "GET", url, headers=dict(headers), timeout=TIMEOUT, follow_redirects=True
-        )
-        return stack.enter_context(request)
+        return http.get(http.hub_client(), url, headers=headers, timeout=TIMEOUT)
     except OfflineModeIsEnabled:
         raise OSError(f"Can't download {url}: HF_HUB_OFFLINE is set.") from None
-    except Exception as error:  # the HTTP library has types of its own
+    except Exception as error:  # the HTTP client has types of its own
         raise _UnreachableError(reason(error)) from None
 
 
-def _body(response: Any) -> Iterator[bytes]:
-    try:
-        yield from response.iter_raw()
-    except Exception as error:
-        raise _PassingError(reason(error)) from None
-
-
-def reason(error: BaseException) -> str:
-    """The first line of an error's message, or its name."""
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
-
-
 def _refuse(url: str, response: Any) -> None:
-    """Raise what an answer that brings no file means."""
+    """Raise what a response without the file means."""
     status = response.status_code
     if status in (200, 206, 416):
         return
-    if status in PASSING:
+    if status in BUSY:
         wait = response.headers.get("Retry-After", "")
         seconds = int(wait) if wait.isdecimal() else None
         if seconds is not None and seconds > MAX_WAIT:
             raise OSError(f"{url}: the server answered {status}; try again in {seconds} seconds.")
-        raise _PassingError(f"the server answered {status}", seconds)
+        raise _BusyError(f"the server answered {status}", seconds)
     if status in (404, 410):
         raise FileNotFoundError(f"There is no file at {url} (the server answered {status}).")
     if status in (401, 403):
@@ -203,11 +189,10 @@ def _refuse(url: str, response: Any) -> None:
 
 
 def _range(response: Any) -> tuple[int, int | None]:
-    """(first byte, size of the whole file) of an answer; the size is None if not said."""
+    """(first byte, size of the whole file) of a response; the size is None if unknown."""
     if response.status_code == 200:
-        length = response.headers.get("Content-Length", "")
-        plain = not response.headers.get("Content-Encoding")
-        return 0, int(length) if length.isdecimal() and plain else None
+        packed = response.headers.get("Content-Encoding")
+        return 0, None if packed else http.content_length(response)
     said = re.fullmatch(
         r"bytes (?:(\d+)-\d+|\*)/(\d+|\*)", response.headers.get("Content-Range", "")
     )
@@ -218,12 +203,12 @@ def _range(response: Any) -> tuple[int, int | None]:
 
 
 def _validator(part: Path) -> Path:
-    """The file that remembers which version of a file `part` is a part of."""
+    """The file that remembers which version of a file `part` belongs to."""
     return part.with_name(f"{part.name}.version")
 
 
 def _version(response: Any) -> str:
-    """What `If-Range` takes: a strong ETag or a date; empty if the server gives neither."""
+    """What `If-Range` takes: a strong ETag or a date; empty if the server sends neither."""
     etag = response.headers.get("ETag", "")
     return etag if etag.startswith('"') else response.headers.get("Last-Modified", "")
 
@@ -236,7 +221,7 @@ def _write_validator(response: Any, validator: Path) -> None:
 
 
 def _changed(response: Any, validator: Path) -> bool:
-    """Whether a server that heeds no `If-Range` answers for another version of the file."""
+    """Whether a server that ignores `If-Range` sends another version of the file."""
     return _version(response) not in ("", validator.read_text(encoding="latin-1"))
 
 
@@ -250,7 +235,7 @@ def _length(file: Path) -> int:
 
 
 def _check(url: str, part: Path, size: int | None, sha256: str | None) -> None:
-    """Raise if a file that came is not the one that was promised, and remove it."""
+    """Remove a file that is not the one that was promised, and raise."""
     found = _length(part)
     if size is not None and found != size:
         wrong = f"it has {found:,} bytes where {size:,} are expected"
@@ -274,11 +259,11 @@ def file_sha256(file: Path) -> str:
 def unpack(archive: str | Path, target: str | Path, *, progress: bool = True) -> Path:
     """Unpack a zip archive to a folder, which appears only when it is whole.
 
-    A folder that holds everything is left out, and so is what macOS adds.
+    A single folder that holds everything is left out, and so is what macOS adds.
 
     Args:
         archive: the zip file.
-        target: the folder to write; there is none yet, or an empty one.
+        target: the folder to write, which must not exist or be empty.
         progress: show a bar.
 
     Returns:
@@ -287,7 +272,7 @@ def unpack(archive: str | Path, target: str | Path, *, progress: bool = True) ->
     Raises:
         ValueError: the archive is broken, or an entry would leave the folder, is a link, is
             encrypted, or is suspiciously large.
-        FileExistsError: the target exists.
+        FileExistsError: the target exists and is not empty.
         OSError: a file can't be written.
     """
     archive, target = Path(archive), Path(target)
@@ -316,13 +301,13 @@ def unpack(archive: str | Path, target: str | Path, *, progress: bool = True) ->
 
 
 def check_free(target: Path) -> None:
-    """FileExistsError if a folder to be written is there already, unless it is empty."""
+    """FileExistsError if a folder to be written exists, unless it is empty."""
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise FileExistsError(f"{target} exists already; remove it or choose another folder.")
 
 
 def _members(whole: zipfile.ZipFile, archive: Path) -> list[tuple[zipfile.ZipInfo, PurePosixPath]]:
-    """The files of an archive and their places in the target, all of them checked."""
+    """The files of an archive, all of them checked, and their paths in the target."""
     files = {}
     for info in whole.infolist():
         if problem := _problem(info):
@@ -376,7 +361,7 @@ def _extract(whole: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path, bar: Any
 
 
 def check_room(path: Path, needed: int) -> None:
-    """DiskFullError if the disk that `path` will be on has not so many bytes left."""
+    """DiskFullError if the disk of `path` has fewer bytes left than needed."""
     there = next(parent for parent in path.absolute().parents if parent.exists())
     free = shutil.disk_usage(there).free
     if needed > free:
@@ -387,7 +372,7 @@ def check_room(path: Path, needed: int) -> None:
 
 
 def missing(target: Path, size: int) -> int:
-    """How many bytes of a file of `size` bytes `fetch` has still to bring."""
+    """How many bytes `fetch` still has to download of a file of `size` bytes."""
     return 0 if target.exists() else max(size - _length(Path(f"{target}.part")), 0)
 
 
@@ -398,12 +383,12 @@ def is_disk_full(error: OSError) -> bool:
 
 @contextmanager
 def disk_full_said(path: Path) -> Iterator[None]:
-    """Turn the system's error about a full disk into a sentence that names `path`."""
+    """Turn the system's error about a full disk into one that names `path`."""
     try:
         yield
     except OSError as error:
         if not is_disk_full(error):
             raise
         raise DiskFullError(
-            f"The disk is full and {path} is not written; free some room and try again."
+            f"The disk is full and {path} is not written; free some space and try again."
         ) from None

@@ -1,6 +1,6 @@
-"""The published models: what they are, where they are, under which licence.
+"""The published models: what they are, where they are, and under which licence.
 
-The archives are those of the original repository (its README.md, get_models.sh and
+The archives are those that the original repository names (README.md, get_models.sh and
 app/get_pretrained_mlx_model.sh); sizes are those that the Hub states.
 """
 
@@ -19,7 +19,7 @@ ATTRIBUTION = (
     "Apple Machine Learning Research Model is licensed under the "
     "Apple Machine Learning Research Model License Agreement."
 )
-"""The notice that the licence wants beside every copy of the weights."""
+"""The notice that the licence requires with every copy of the weights."""
 SIZES = ("0.5b", "1.5b", "7b")
 VARIANTS = ("hub", "pytorch", "apple-silicon", "mlx")
 
@@ -32,10 +32,10 @@ class Entry:
     """The Hub id, or the name of the archive without `.zip`."""
     size: str
     stage: int
-    """Of training; 3 is 2 after another round of instruction tuning."""
+    """Of training; stage 3 is stage 2 after another round of instruction tuning."""
     variant: str
     layout: str
-    """The module of `convert` that reads it."""
+    """The module of `checkpoint.layouts` that reads it."""
     precision: str
     """Of the decoder."""
     gigabytes: float | None = None
@@ -63,7 +63,7 @@ def _export(size: str, precision: str) -> Entry:
     return Entry(name, size, 3, "apple-silicon", "apple_export", precision)
 
 
-# Of several that `find` could mean, it takes the first.
+# `find` takes the first of several that fit.
 ENTRIES = (
     Entry("apple/FastVLM-0.5B", "0.5b", 3, "hub", "llava", "bfloat16", 1.53),
     Entry("apple/FastVLM-1.5B", "1.5b", 3, "hub", "llava", "bfloat16"),
@@ -77,7 +77,7 @@ ENTRIES = (
 
 
 def knows(name: str) -> bool:
-    """Whether a name is a size (`0.5b`) or the own name of a published model, in any case."""
+    """Whether this is a size (`0.5b`) or the name of a published model, in upper or lower case."""
     return name.lower() in {*SIZES, *(entry.name.lower() for entry in ENTRIES)}
 
 
@@ -85,11 +85,11 @@ def find(name: str, *, stage: int | None = None, variant: str | None = None) -> 
     """A published model.
 
     Args:
-        name: 0.5b, 1.5b, 7b, or the model's own name; case doesn't matter.
+        name: 0.5b, 1.5b, 7b, or the model's own name; case does not matter.
         stage: 2 or 3; by default 3.
         variant: `hub` (Apple's repository), `pytorch` (the original archive), `apple-silicon` (the
-            archive exported for the demo app) or `mlx` (the MLX community's conversion). By default
-            the first of them that has the stage.
+            archive exported for the demo app) or `mlx` (the MLX community's conversion); by default
+            the first of these that has the stage.
 
     Raises:
         ValueError: there is no such model, stage or variant.

@@ -1,4 +1,4 @@
-"""Models by name: a folder, a Hub id, a published model, or the bundled one."""
+"""A folder, Hub id, published name or nothing → the folder of a model."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from ..checks import reason
 from . import registry
 from .fetch import (
     DiskFullError,
@@ -16,28 +17,27 @@ from .fetch import (
     disk_full_said,
     fetch,
     missing,
-    reason,
     unpack,
 )
 
 NANO = Path(__file__).parent.parent / "nano"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 NEEDED = ("*.json", "*.safetensors", "*.jinja", "merges.txt", "*.mlpackage/*")
-LICENSES = ("LICENSE*", "README.md")  # a model card says the licence
+LICENSES = ("LICENSE*", "README.md")  # a model card states the licence
 PICKLES = ("*.bin", "*.pth")
 
 
 def resolve(source: str | os.PathLike[str] | None = None, *, revision: str | None = None) -> Path:
-    """The folder of a model, downloaded if need be.
+    """The folder of a model, downloaded if necessary.
 
     Args:
-        source: a folder, a Hub id (`user/name`), the name of a published model as `zoo.find` takes
-            it (`0.5b`), or None for the bundled nano model. A folder comes first.
+        source: a folder, a Hub id (`user/name`), the name of a published model as `registry.find`
+            takes it (`0.5b`), or None for the bundled nano model. Folders come first.
         revision: branch, tag or commit on the Hub.
 
     Raises:
         FileNotFoundError: neither a folder nor a repository on the Hub.
-        ValueError: a published archive is broken, or a revision of one is asked for.
+        ValueError: a published archive is broken, or `revision` is given for one.
         OSError: the download failed.
     """
     if source is None:
@@ -49,9 +49,7 @@ def resolve(source: str | os.PathLike[str] | None = None, *, revision: str | Non
     if path.exists():
         raise NotADirectoryError(f"{name} is a file; a model is a folder or a Hub id.")
     if not registry.knows(name) and not HUB_ID.fullmatch(name):
-        raise FileNotFoundError(
-            f"There is no model folder {name}, and it is no Hub id (user/name) either."
-        )
+        raise FileNotFoundError(f"There is no model folder {name}, nor is it a Hub id (user/name).")
     return download_model(name, revision=revision)
 
 
@@ -65,18 +63,18 @@ def download_model(
 ) -> Path:
     """Download a published model, or any on the Hub, and return its folder.
 
-    An interrupted download goes on where it stopped when it is called again. Models of the Hub are
-    kept in the Hub's cache (`HF_HOME`), unpacked archives in `cache_folder()`.
+    An interrupted download resumes where it stopped when called again. Models on the Hub are kept
+    in the Hub's cache (`HF_HOME`), unpacked archives in `cache_folder()`.
 
     Args:
-        name: as `zoo.find` takes it, or a Hub id.
-        stage, variant: as `zoo.find`; not for a Hub id.
+        name: as in `registry.find`, or a Hub id.
+        stage, variant: as in `registry.find`; not for a Hub id.
         revision: branch, tag or commit on the Hub; archives have none.
-        to: the folder to write instead of a cache. It appears when it is whole.
+        to: the folder to write instead of a cache. It appears only when it is whole.
 
     Raises:
         FileNotFoundError: there is no such model on the server.
-        FileExistsError: there is a folder `to` with something in it.
+        FileExistsError: the folder `to` exists and is not empty.
         ValueError: no such published model, or a broken archive.
         OSError: the download failed.
     """
@@ -96,12 +94,12 @@ def download_model(
 
 
 def download(repo: str, revision: str | None = None, *, to: Path | None = None) -> Path:
-    """Fetch a model from the Hub, or finish an interrupted fetch, and return its folder.
+    """Download a model from the Hub, or finish doing so, and return its folder.
 
     Args:
         repo: the Hub id.
         revision: branch, tag or commit.
-        to: the folder to write instead of the Hub's cache. It appears when it is whole.
+        to: the folder to write instead of the Hub's cache. It appears only when it is whole.
 
     Raises:
         FileNotFoundError: there is no such model, or you may not read it.
@@ -115,7 +113,7 @@ def download(repo: str, revision: str | None = None, *, to: Path | None = None) 
     except HfHubHTTPError as error:
         raise _refusal(repo, revision, error.response.status_code) from None
     except HFValidationError as error:
-        raise FileNotFoundError(f"{repo} is no Hub id: {str(error).rstrip('.')}.") from None
+        raise FileNotFoundError(f"{repo} is not a Hub id: {str(error).rstrip('.')}.") from None
     except Exception as error:  # without a connection the HTTP library raises types of its own
         if to is not None:
             raise OSError(f"{repo}: the Hub can't be reached ({reason(error)}).") from None
@@ -128,13 +126,13 @@ def download(repo: str, revision: str | None = None, *, to: Path | None = None) 
     except DiskFullError:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    shutil.rmtree(temporary / ".cache", ignore_errors=True)  # the Hub library's notes
+    shutil.rmtree(temporary / ".cache", ignore_errors=True)  # the Hub library's own files
     temporary.replace(to)
     return to
 
 
 def _snapshot(info: Any, repo: str, revision: str | None, folder: Path | None = None) -> Path:
-    """The files of a model that is on the Hub, in the Hub's cache or in `folder`."""
+    """Download the files of a model to the Hub's cache or to `folder`."""
     from huggingface_hub import constants, snapshot_download
 
     has_safetensors = any(file.rfilename.endswith(".safetensors") for file in info.siblings)
@@ -154,14 +152,14 @@ def _snapshot(info: Any, repo: str, revision: str | None, folder: Path | None = 
                 raise
             raise OSError(
                 f"The download of {repo} broke off ({reason(error)}); "
-                "try again: what came whole is kept."
+                "try again: files that are complete are kept."
             ) from None
 
 
 def _fetch_large(info: Any, repo: str, patterns: list[str], folder: Path | None) -> None:
-    """Put what the Hub has in its large file storage where `snapshot_download` looks for it.
+    """Download what is in the Hub's large file storage to where `snapshot_download` looks for it.
 
-    That begins a file anew after a run that was interrupted, and does not compare hashes.
+    By itself, that starts a file again if it was interrupted, and does not compare hashes.
     """
     from huggingface_hub import constants, hf_hub_url, try_to_load_from_cache
     from huggingface_hub.file_download import repo_folder_name
@@ -198,14 +196,14 @@ def _fetch_large(info: Any, repo: str, patterns: list[str], folder: Path | None)
 
 
 def answer_of(error: BaseException) -> Any:
-    """The Hub's own error behind one of the Hub library's, or None."""
+    """The Hub's answer behind an error of the Hub library, or None."""
     from huggingface_hub.errors import HfHubHTTPError
 
     return next((e for e in (error, error.__cause__) if isinstance(e, HfHubHTTPError)), None)
 
 
 def _refusal(repo: str, revision: str | None, status: int) -> OSError:
-    """What an answer of the Hub means, in a sentence."""
+    """The error that an answer of the Hub means."""
     at = f" at revision {revision}" if revision else ""
     if status in (401, 403, 404):
         return FileNotFoundError(
@@ -216,7 +214,7 @@ def _refusal(repo: str, revision: str | None, status: int) -> OSError:
 
 
 def _from_cache(repo: str, revision: str | None, error: Exception) -> Path:
-    """Without a connection, what an earlier download left whole."""
+    """Without a connection, what an earlier download completed."""
     from huggingface_hub import snapshot_download
 
     try:
@@ -237,11 +235,12 @@ def cache_folder() -> Path:
 
 
 def download_archive(entry: registry.Entry, *, to: Path | None = None) -> Path:
-    """Fetch and unpack a published archive, unless it is in the cache, and return its folder.
+    """Download and unpack a published archive, unless it is in the cache; returns its folder.
 
     Args:
-        entry: of `zoo.ENTRIES`, with an archive.
-        to: the folder to write instead of one in `cache_folder()`. It appears when it is whole.
+        entry: of `registry.ENTRIES`, with an archive.
+        to: the folder to write instead of one in `cache_folder()`. It appears only when it is
+            whole.
 
     Raises:
         ValueError: the archive is broken or not safe to unpack.

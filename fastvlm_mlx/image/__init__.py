@@ -1,1 +1,1 @@
-"""A path, URL, bytes, PIL image or array → pixels."""
+"""A path, URL, bytes, PIL image or array → pixel values."""

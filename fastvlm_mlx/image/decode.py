@@ -1,4 +1,4 @@
-"""Bytes, PIL images and arrays → upright RGB pictures on white."""
+"""Bytes, a PIL image or an array → a picture: RGB on white, with what turns it upright."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, BinaryIO, NamedTuple, TypeAlias
 
 import mlx.core as mx
 
-from .wording import _reason
+from ..checks import reason
 
 if TYPE_CHECKING:
     import numpy as np
     from PIL.Image import Image as PILImage
 
-MAX_PIXELS = 178_956_970  # where PIL, left to itself, speaks of a decompression bomb
-FAST_MARGIN = 1.5  # by so much a reduced image stays larger than what it is resized to
+MAX_PIXELS = 178_956_970  # above it, PIL's own default speaks of a decompression bomb
+FAST_MARGIN = 1.5  # a reduced image stays at least this much larger than its resized one
 HEIC_MARKS = (b"ftypheic", b"ftypheix", b"ftyphevc", b"ftypmif1", b"ftypmsf1")
-# What PIL calls the turn that each EXIF orientation asks for; from 5 on, width becomes height
+# What PIL calls the turn that each EXIF orientation asks for; from 5 on, width becomes height.
 TURNS = {
     2: "FLIP_LEFT_RIGHT",
     3: "ROTATE_180",
@@ -31,15 +31,18 @@ TURNS = {
 }
 FROM_THE_RIGHT, FROM_THE_BOTTOM = (2, 3, 6, 7), (3, 4, 7, 8)
 
+# How many times smaller an image of this upright (width, height) may be decoded.
+Reduction: TypeAlias = Callable[[tuple[int, int]], float]
 
-class _Picture(NamedTuple):
+
+class Picture(NamedTuple):
     """A decoded image, not yet turned upright.
 
     Attributes:
-        image: RGB; perhaps the source itself, so not to be changed.
+        image: RGB; it may be the source itself, so it must not be changed.
         orientation: EXIF's, from 1 to 8.
         full_size: (width, height) of the upright image in the file.
-        shrink: How many of its pixels are one of `image`, each way.
+        shrink: how many of the file's pixels make one of `image`, along each axis.
     """
 
     image: PILImage
@@ -54,14 +57,15 @@ class _Picture(NamedTuple):
 
     @property
     def box(self) -> tuple[float, float, float, float]:
-        """Where the image is in its pixels: the last ones stored may be a part of a pixel each."""
+        """The part of the upright pixels that the image fills: the last ones stored may stand for
+        less than a pixel."""
         width, height = (edge / self.shrink for edge in self.full_size)
         left = self.size[0] - width if self.orientation in FROM_THE_RIGHT else 0
         top = self.size[1] - height if self.orientation in FROM_THE_BOTTOM else 0
         return left, top, left + width, top + height
 
     def upright(self) -> PILImage:
-        """The whole image, or, if it must be turned, a copy."""
+        """The whole image; a copy if it must be turned."""
         return self._turn(self.image)
 
     def crop(self, left: int, top: int, right: int, bottom: int) -> PILImage:
@@ -73,7 +77,7 @@ class _Picture(NamedTuple):
             top, bottom = height - bottom, height - top
         if self.orientation >= 5:
             left, top, right, bottom = top, left, bottom, right
-        return self._turn(_crop(self.image, left, top, right, bottom))
+        return self._turn(crop(self.image, left, top, right, bottom))
 
     def _turn(self, image: PILImage) -> PILImage:
         from PIL.Image import Transpose
@@ -83,15 +87,7 @@ class _Picture(NamedTuple):
         return image.transpose(Transpose[TURNS[self.orientation]])
 
 
-# How much smaller it lets an image of this upright (width, height) be decoded
-Reduction: TypeAlias = Callable[[tuple[int, int]], float]
-
-
-def _upright(size: tuple[int, int], orientation: int) -> tuple[int, int]:
-    return (size[1], size[0]) if orientation >= 5 else size
-
-
-def _crop(image: PILImage, left: int, top: int, right: int, bottom: int) -> PILImage:
+def crop(image: PILImage, left: int, top: int, right: int, bottom: int) -> PILImage:
     """A part of an RGB image, black beyond its edges."""
     from PIL import Image
 
@@ -100,14 +96,69 @@ def _crop(image: PILImage, left: int, top: int, right: int, bottom: int) -> PILI
     return part
 
 
-def _from_array(source: np.ndarray | mx.array) -> PILImage:
+def _upright(size: tuple[int, int], orientation: int) -> tuple[int, int]:
+    return (size[1], size[0]) if orientation >= 5 else size
+
+
+# Where a picture comes from
+
+
+def from_file(stream: BinaryIO, name: str, reduction: Reduction | None = None) -> Picture:
+    """The image in a seekable file, read from where the file stands.
+
+    Args:
+        stream: the file.
+        name: what errors call it.
+        reduction: how much smaller a JPEG may be decoded; None for not at all.
+
+    Raises:
+        ValueError: not an image, a damaged one, or one of more than `MAX_PIXELS`.
+    """
+    from PIL import Image
+
+    head = stream.read(12)
+    if not head:
+        raise ValueError(f"Cannot read {name}: it is empty.")
+    try:
+        with _quiet_pil(), _process_wide:
+            image = Image.open(stream)
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"Cannot read {name}: {reason(error).partition(',')[0]}.") from None
+    except Exception:  # PIL's readers raise whatever bad bytes lead them to
+        what = "not an image in PNG, JPEG, WebP, AVIF, GIF, BMP, TIFF or another format PIL knows"
+        if head[4:] in HEIC_MARKS:
+            what = "a HEIC photo; save it as JPEG or PNG first"
+        raise ValueError(f"Cannot read {name}: it is {what}.") from None
+    if image.format == "EPS":  # to decode it, PIL would run Ghostscript
+        raise ValueError(f"Cannot read {name}: it is PostScript; save it as PNG first.")
+    return _to_rgb(image, name, reduction)
+
+
+def from_pil(image: PILImage) -> Picture:
+    """A PIL image of any mode, decoded or not; ValueError as in `from_file`."""
+    with _one_at_a_time:  # it may be the same for two threads
+        return _to_rgb(image, "the PIL image")
+
+
+def from_array(array: np.ndarray | mx.array) -> Picture:
+    """An array [H, W], [H, W, 1], [H, W, 3] or [H, W, 4]: uint8, bool, or float in [0, 1].
+
+    Raises:
+        ValueError: another shape, dtype or range of values, or more than `MAX_PIXELS`.
+    """
     import numpy as np
     from PIL import Image
 
-    if isinstance(source, mx.array) and source.dtype == mx.bfloat16:
-        source = source.astype(mx.float32)
-    array = np.asarray(source)
-    shape = list(array.shape)
+    if isinstance(array, mx.array) and array.dtype == mx.bfloat16:  # numpy has no bfloat16
+        array = array.astype(mx.float32)
+    array = np.asarray(array)
+    _check_shape(list(array.shape))
+    samples = _array_to_bytes(array)
+    image = Image.fromarray(samples[..., 0] if samples.shape[2:] == (1,) else samples)
+    return _to_rgb(image, "the array")
+
+
+def _check_shape(shape: list[int]) -> None:
     if len(shape) not in (2, 3) or (len(shape) == 3 and shape[2] not in (1, 3, 4)):
         hint = ""
         if len(shape) == 3 and shape[0] in (1, 3, 4):
@@ -123,8 +174,6 @@ def _from_array(source: np.ndarray | mx.array) -> PILImage:
             f"Cannot read the array: its shape {shape} makes {shape[0] * shape[1]:,} pixels, not "
             f"1 to {MAX_PIXELS:,}."
         )
-    samples = _array_to_bytes(array)
-    return Image.fromarray(samples[..., 0] if shape[2:] == [1] else samples)
 
 
 def _array_to_bytes(array: np.ndarray) -> np.ndarray:
@@ -133,7 +182,7 @@ def _array_to_bytes(array: np.ndarray) -> np.ndarray:
     kind = array.dtype.kind
     if array.dtype != np.uint8 and kind not in "bf":
         raise ValueError(
-            f"Cannot read the array: its type {array.dtype} is not uint8 (0 to 255), float (0 to "
+            f"Cannot read the array: its dtype {array.dtype} is not uint8 (0 to 255), float (0 to "
             "1) or bool."
         )
     if kind == "f":
@@ -148,36 +197,10 @@ def _array_to_bytes(array: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(array, dtype=np.uint8)
 
 
-_one_at_a_time = Lock()
-_process_wide = RLock()  # PIL's list of formats, and the filters of warnings
-_quiet_threads = 0
-_quiet = warnings.catch_warnings()
+# Any PIL image → RGB on white
 
 
-def _decode(stream: BinaryIO, name: str, reduction: Reduction | None) -> _Picture:
-    """The image in a seekable file that stands at its start."""
-    from PIL import Image
-
-    head = stream.read(12)
-    if not head:
-        raise ValueError(f"Cannot read {name}: it is empty.")
-    try:
-        with _quiet_pil(), _process_wide:
-            image = Image.open(stream)
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"Cannot read {name}: {_reason(error).partition(',')[0]}.") from None
-    except Exception:  # PIL's readers raise whatever bad bytes lead them to
-        what = "not an image in PNG, JPEG, WebP, AVIF, GIF, BMP, TIFF or another format PIL knows"
-        if head[4:] in HEIC_MARKS:
-            what = "a HEIC photo; save it as JPEG or PNG first"
-        raise ValueError(f"Cannot read {name}: it is {what}.") from None
-    if image.format == "EPS":  # to decode it, PIL would run Ghostscript
-        raise ValueError(f"Cannot read {name}: it is PostScript; save it as PNG first.")
-    return _to_rgb(image, name, reduction)
-
-
-def _to_rgb(image: PILImage, name: str, reduction: Reduction | None = None) -> _Picture:
-    """A PIL image of any mode, decoded or not, in RGB on white."""
+def _to_rgb(image: PILImage, name: str, reduction: Reduction | None = None) -> Picture:
     width, height = image.size
     if not 0 < width * height <= MAX_PIXELS:
         raise ValueError(
@@ -190,43 +213,21 @@ def _to_rgb(image: PILImage, name: str, reduction: Reduction | None = None) -> _
             image.load()
             rgb = _flatten(image, key)
             orientation = _orientation(image)
-    except Exception as error:  # as in _decode
+    except Exception as error:  # as in from_file
         raise ValueError(
-            f"Cannot read {name}: its pixels cannot be decoded: {_reason(error)}."
+            f"Cannot read {name}: its pixels cannot be decoded: {reason(error)}."
         ) from None
-    return _Picture(rgb, orientation, _upright((width, height), orientation), shrink)
+    return Picture(rgb, orientation, _upright((width, height), orientation), shrink)
 
 
 def _draft(image: PILImage, reduction: Reduction) -> int:
-    """Have a JPEG decoded smaller, and tell how many times."""
+    """Have a JPEG decoded smaller; returns how many times smaller."""
     if image.format not in ("JPEG", "MPO"):
         return 1
     width, height = image.size
     ratio = reduction(_upright(image.size, _orientation(image))) / FAST_MARGIN
     drafted = image.draft("RGB", (max(1, int(width / ratio)), max(1, int(height / ratio))))
     return 1 if drafted is None else round(width / drafted[1][2])
-
-
-@contextmanager
-def _quiet_pil() -> Iterator[None]:
-    """Silence PIL's warnings: an image is read, or an error says why not.
-
-    The filters are the process's, so of several threads the first sets and the last restores them.
-    """
-    global _quiet, _quiet_threads
-    with _process_wide:
-        if _quiet_threads == 0:
-            _quiet = warnings.catch_warnings()
-            _quiet.__enter__()
-            warnings.filterwarnings("ignore", module=r"PIL\.")
-        _quiet_threads += 1
-    try:
-        yield
-    finally:
-        with _process_wide:
-            _quiet_threads -= 1
-            if _quiet_threads == 0:
-                _quiet.__exit__(None, None, None)
 
 
 def _orientation(image: PILImage) -> int:
@@ -275,8 +276,8 @@ def _flatten(image: PILImage, key: int | tuple[int, ...] | None) -> PILImage:
 
 
 def _samples_to_bytes(samples: np.ndarray) -> np.ndarray:
-    """PIL's samples as uint8: of 16 bits, perhaps in an int32, the high byte counts; floats go to 1
-    or to 255."""
+    """PIL's samples as uint8: the high byte of 16 bits (which PIL may hold in an int32), and floats
+    stretched from [0, 1] unless they go to 255."""
     import numpy as np
 
     if samples.dtype == np.uint8:
@@ -289,3 +290,34 @@ def _samples_to_bytes(samples: np.ndarray) -> np.ndarray:
     if low < 0 or high > 65535:
         raise ValueError(f"values from {low} to {high} are not 0 to 65535")
     return (samples >> 8).astype(np.uint8)
+
+
+# PIL in several threads
+
+_one_at_a_time = Lock()
+_process_wide = RLock()  # for PIL's list of formats and the warning filters
+_quiet_threads = 0
+_quiet = warnings.catch_warnings()
+
+
+@contextmanager
+def _quiet_pil() -> Iterator[None]:
+    """Silence PIL's warnings: an image is read, or an error says why not.
+
+    The filters belong to the process, so the first of several threads sets them and the last
+    restores them.
+    """
+    global _quiet, _quiet_threads
+    with _process_wide:
+        if _quiet_threads == 0:
+            _quiet = warnings.catch_warnings()
+            _quiet.__enter__()
+            warnings.filterwarnings("ignore", module=r"PIL\.")
+        _quiet_threads += 1
+    try:
+        yield
+    finally:
+        with _process_wide:
+            _quiet_threads -= 1
+            if _quiet_threads == 0:
+                _quiet.__exit__(None, None, None)

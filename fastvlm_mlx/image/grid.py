@@ -1,4 +1,4 @@
-"""Which tiles "anyres" cuts from an image."""
+"""An image's size → the tiles that "anyres" cuts from it."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import ast
 from collections.abc import Sequence
 from typing import Any
 
+from ..checks import brief
 from .decode import MAX_PIXELS
-from .wording import _brief
 
 
 def anyres_grid(
@@ -17,40 +17,44 @@ def anyres_grid(
 
     Args:
         size: (width, height) of the upright image.
-        grid_pinpoints: Sizes [[width, height], …], multiples of `image_size`, or the same as the
-            string a config.json holds.
-        image_size: The side of a tile, in pixels.
+        grid_pinpoints: sizes [[width, height], …], multiples of `image_size`, or the string of them
+            that a config.json holds.
+        image_size: the side of a tile, in pixels.
 
     Returns:
         (tiles across, tiles down).
 
     Raises:
-        ValueError: An argument is not as described.
+        ValueError: an argument is not as described.
     """
     if image_size <= 0:
         raise ValueError(f"image_size must be positive, not {image_size}.")
     if len(size) != 2 or min(size) <= 0:
         raise ValueError(f"The size of an image must be (width, height), not {size!r}.")
-    width, height = _best_resolution(size, _parse_pinpoints(grid_pinpoints, image_size))
+    width, height = best_size(size, parse_pinpoints(grid_pinpoints, image_size))
     return width // image_size, height // image_size
 
 
-def _best_resolution(size: tuple[int, int], resolutions: list[tuple[int, int]]) -> tuple[int, int]:
-    """The resolution that keeps most of the pixels, of equals the one that wastes least, of equals
-    the first (LLaVA's `select_best_resolution`)."""
+def best_size(size: tuple[int, int], choices: list[tuple[int, int]]) -> tuple[int, int]:
+    """The (width, height) that suits an image best (LLaVA's `select_best_resolution`).
+
+    It keeps most of the image's pixels; of several that do, it wastes fewest of its own; of several
+    again, it comes first.
+    """
     width, height = size
 
-    def merit(resolution: tuple[int, int]) -> tuple[int, int]:
-        scale = min(resolution[0] / width, resolution[1] / height)
+    def merit(choice: tuple[int, int]) -> tuple[int, int]:
+        scale = min(choice[0] / width, choice[1] / height)
         kept = min(int(width * scale) * int(height * scale), width * height)
-        return kept, kept - resolution[0] * resolution[1]
+        return kept, kept - choice[0] * choice[1]
 
-    return max(resolutions, key=merit)
+    return max(choices, key=merit)
 
 
-def _parse_pinpoints(
+def parse_pinpoints(
     grid_pinpoints: str | Sequence[Sequence[int]], side: int
 ) -> list[tuple[int, int]]:
+    """The sizes in `grid_pinpoints`; ValueError unless all are multiples of `side`."""
     found: Any = grid_pinpoints
     if isinstance(found, str):
         try:
@@ -60,16 +64,16 @@ def _parse_pinpoints(
     if (
         not isinstance(found, (list, tuple))
         or not found
-        or not all(_is_resolution(one, side) for one in found)
+        or not all(_is_size(one, side) for one in found)
     ):
         raise ValueError(
             f"grid_pinpoints must be a list of [width, height], multiples of {side} up to "
-            f"{MAX_PIXELS:,} pixels, not {_brief(repr(grid_pinpoints))}."
+            f"{MAX_PIXELS:,} pixels, not {brief(repr(grid_pinpoints))}."
         )
     return [(width, height) for width, height in found]
 
 
-def _is_resolution(found: Any, side: int) -> bool:
+def _is_size(found: Any, side: int) -> bool:
     return (
         isinstance(found, (list, tuple))
         and len(found) == 2

@@ -1,4 +1,4 @@
-"""The first step: a path, URL, bytes, PIL image or array becomes an image."""
+"""A path, URL, bytes, PIL image or array → an image, as a person sees it."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, BinaryIO, TypeAlias
 
 import mlx.core as mx
 
-from .decode import Reduction, _decode, _from_array, _one_at_a_time, _Picture, _to_rgb
-from .download import MAX_DOWNLOAD, TIMEOUT, _download
-from .wording import _brief, _reason
+from ..checks import brief, reason
+from .decode import Picture, Reduction, from_array, from_file, from_pil
+from .download import MAX_DOWNLOAD, TIMEOUT, download_bytes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,79 +26,86 @@ def load_image(
 ) -> PILImage:
     """Read an image as a person sees it: upright, in RGB, on white, without metadata.
 
-    EXIF orientation is applied, transparency laid over white, 16-bit grey keeps its high byte, and
-    of several frames the first counts. The source itself is never changed.
+    EXIF orientation is applied, transparency is laid over white, 16-bit grey keeps its high byte,
+    and only the first of several frames is read. The source itself is never changed.
 
     Args:
-        source: A path (`~` is expanded), an http, https, file or data URL, the bytes of an image
+        source: a path (`~` is expanded), an http, https, file or data URL, the bytes of an image
             file, a binary file object (read from where it stands), a PIL image, or an array
             [H, W], [H, W, 1], [H, W, 3] or [H, W, 4]: uint8, bool, or float in [0, 1].
-        timeout: Seconds that a download may take, from the first step to the last byte.
-        max_bytes: The largest download, in bytes.
+        timeout: seconds that a download may take, from the first step to the last byte.
+        max_bytes: the largest download, in bytes.
 
     Raises:
-        ValueError: Not an image, a damaged one, more than `MAX_PIXELS`, or an unusable array.
-        FileNotFoundError, IsADirectoryError: Nothing, or a folder, at that path.
-        TimeoutError: The download took longer than `timeout`.
-        OSError: The file or URL cannot be read, or the download is larger than `max_bytes`.
+        ValueError: not an image, a damaged one, more than `MAX_PIXELS`, or an unusable array.
+        FileNotFoundError, IsADirectoryError: nothing, or a folder, at that path.
+        TimeoutError: the download took longer than `timeout`.
+        OSError: the file or URL cannot be read, or the download is larger than `max_bytes`.
     """
-    picture = _read(source, timeout, max_bytes)
+    picture = read_picture(source, timeout, max_bytes)
     image = picture.upright()
     image = image.copy() if image is picture.image else image
-    image.info.clear()  # with its old orientation, the image would be turned again when read again
+    image.info.clear()  # an old orientation there would turn the image again when it is read again
     return image
 
 
-def _read(
+def read_picture(
     source: ImageSource,
     timeout: float | None = None,
     max_bytes: int = MAX_DOWNLOAD,
     reduction: Reduction | None = None,
-) -> _Picture:
-    """What `load_image` reads, before its last copy."""
+) -> Picture:
+    """Read an image as `load_image` does, but leave it unturned.
+
+    Args:
+        source, timeout, max_bytes: as in `load_image`; `timeout` None is its default.
+        reduction: how much smaller a JPEG in a file may be decoded; None for not at all.
+
+    Raises:
+        ValueError, OSError: as `load_image`.
+    """
     import numpy as np
     from PIL import Image
 
     timeout = TIMEOUT if timeout is None else timeout
     if isinstance(source, Image.Image):
-        with _one_at_a_time:  # it may be the same for two threads
-            return _to_rgb(source, "the PIL image")
+        return from_pil(source)
     if isinstance(source, (np.ndarray, mx.array)):
-        return _to_rgb(_from_array(source), "the array")
+        return from_array(source)
     if isinstance(source, (bytes, bytearray, memoryview)):
-        return _decode(BytesIO(source), "image bytes", reduction)
+        return from_file(BytesIO(source), "image bytes", reduction)
     if isinstance(source, str):
         return _read_named(source, timeout, max_bytes, reduction)
     if isinstance(source, os.PathLike):
         path = os.fsdecode(source)
-        return _open(path, _brief(repr(path)), reduction)
+        return _read_path(path, brief(repr(path)), reduction)
     if hasattr(source, "read"):
-        return _decode(_read_all(source), "the file object", reduction)
+        return from_file(_read_all(source), "the file object", reduction)
     raise ValueError(
-        f"Cannot read {_brief(repr(source))}: an image is a path, URL, bytes, binary file object, "
+        f"Cannot read {brief(repr(source))}: an image is a path, URL, bytes, binary file object, "
         f"PIL image or array, not {type(source).__name__}."
     )
 
 
 def _read_named(
     source: str, timeout: float, max_bytes: int, reduction: Reduction | None
-) -> _Picture:
+) -> Picture:
     """The image at a path or URL."""
     if source[:5].lower() == "data:":
-        name = _brief(source, 40)
-        return _decode(BytesIO(_from_data_url(source, name)), name, reduction)
-    name = _brief(repr(source))
+        name = brief(source, 40)
+        return from_file(BytesIO(_from_data_url(source, name)), name, reduction)
+    name = brief(repr(source))
     scheme, is_url, rest = source.partition("://")
     if not is_url or not scheme.isalnum():
-        return _open(source, name, reduction)
+        return _read_path(source, name, reduction)
     if scheme.lower() in ("http", "https"):
-        return _decode(BytesIO(_download(source, name, timeout, max_bytes)), name, reduction)
+        return from_file(BytesIO(download_bytes(source, name, timeout, max_bytes)), name, reduction)
     if scheme.lower() == "file":
-        return _open(_from_file_url(rest, name), name, reduction)
+        return _read_path(_from_file_url(rest, name), name, reduction)
     raise ValueError(f"Cannot read {name}: the URL of an image is http, https, file or data.")
 
 
-def _open(path: str, name: str, reduction: Reduction | None) -> _Picture:
+def _read_path(path: str, name: str, reduction: Reduction | None) -> Picture:
     try:
         stream = open(os.path.expanduser(path), "rb")  # noqa: SIM115
     except FileNotFoundError:
@@ -106,12 +113,12 @@ def _open(path: str, name: str, reduction: Reduction | None) -> _Picture:
     except IsADirectoryError:
         raise IsADirectoryError(f"Cannot read {name}: it is a folder, not a file.") from None
     except OSError as error:
-        raise type(error)(f"Cannot read {name}: {_reason(error)}.") from None
+        raise type(error)(f"Cannot read {name}: {reason(error)}.") from None
     except ValueError as error:  # a zero byte or half a character
-        raise ValueError(f"Cannot read {name}: it is not a path ({_reason(error)}).") from None
+        raise ValueError(f"Cannot read {name}: it is not a path ({reason(error)}).") from None
     with stream:
         seekable = stream if stream.seekable() else BytesIO(stream.read())
-        return _decode(seekable, name, reduction)
+        return from_file(seekable, name, reduction)
 
 
 def _read_all(stream: BinaryIO) -> BinaryIO:

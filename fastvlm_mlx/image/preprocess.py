@@ -1,4 +1,4 @@
-"""Images → pixel values, read and resized in threads."""
+"""Images → pixel values, several at a time in threads."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from .decode import Reduction
-from .load import ImageSource, _read
-from .resize import Resize, _of_mode
+from .load import ImageSource, read_picture
+from .resize import Resize, choose_resize
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,30 +29,33 @@ def preprocess(
     fast: bool = False,
     dtype: mx.Dtype = mx.float32,
 ) -> mx.array:
-    """Bring an image to the size and form the vision encoder takes.
+    """Read an image and resize it to what the vision encoder takes.
 
     Args:
-        image: Anything `load_image` reads or, but for mode "anyres", a list or tuple of such, which
-            are decoded in parallel.
-        image_size: The side S, in pixels: a multiple of 64.
-        mode: The checkpoint's `image_aspect_ratio`. "pad" pads to a square with black; "square" (or
-            None, "", "none") resizes the short side to S and keeps the centre, as transformers'
-            `CLIPImageProcessor` does; "anyres" (LLaVA 1.6) gives the image squeezed to S × S, then
-            the tiles of the best fitting of `grid_pinpoints`, row by row.
-        grid_pinpoints: For "anyres": the sizes to choose from, as in `anyres_grid`.
-        fast: Let the JPEG decoder make a photo 2, 4 or 8 times smaller, as long as it stays 1.5
-            times as large as what it is resized to. It halves the time for 12 megapixels at S =
+        image: anything `load_image` reads or, except in mode "anyres", a list or tuple of such,
+            which are decoded in parallel.
+        image_size: the side S of the square, in pixels: a multiple of 64.
+        mode: how the image becomes a square. A checkpoint's config.json says so under the name
+            `image_aspect_ratio`, with the same values; everywhere else here it is the mode.
+            "pad" pads to a square with black; "square" (or None, "", "none") resizes the short side
+            to S and keeps the centre, as transformers' `CLIPImageProcessor` does; "anyres" (LLaVA
+            1.6) gives the image squeezed to S × S, then the tiles, row by row, of the size in
+            `grid_pinpoints` that fits best.
+        grid_pinpoints: for "anyres", the sizes to choose from, as in `anyres_grid`.
+        fast: let the JPEG decoder make a photo 2, 4 or 8 times smaller, as long as it stays 1.5
+            times as large as what it is resized to. This halves the time for 12 megapixels at S =
             1024. On photos, the mean error was below 0.5 of 255 and 99.9 % of the values were
             within 18; `benchmarks/preprocess.py` measures it on yours. Other formats, PIL images
             and arrays stay exact.
         dtype: float32, or uint8 for the bytes themselves, from 0 to 255: a quarter of the memory.
 
     Returns:
-        `dtype` [N, S, S, 3], RGB, floats in [0, 1]: one for each image, or with "anyres" 1 + tiles.
+        `dtype` [N, S, S, 3], RGB, floats in [0, 1]; N is the number of images or, with "anyres",
+        of tiles plus one.
 
     Raises:
-        ValueError: A bad size, mode, grid or dtype, or an image too long to resize.
-        ValueError, OSError: Whatever `load_image` finds.
+        ValueError: a bad size, mode, grid or dtype, or an image too long to resize.
+        ValueError, OSError: whatever `load_image` finds.
     """
     images = image if isinstance(image, (list, tuple)) else [image]
     if mode == "anyres" and isinstance(image, (list, tuple)):
@@ -76,24 +79,24 @@ def preprocess_each(
     """Preprocess images one by one, while threads decode and resize those that follow.
 
     Args:
-        images, image_size, mode, grid_pinpoints, fast, dtype: As in `preprocess`, but "anyres"
+        images, image_size, mode, grid_pinpoints, fast, dtype: as in `preprocess`, but "anyres"
             takes several images too. PIL images that are not yet decoded wait for one another.
 
     Yields:
-        For each image, in order: its pixels, as `preprocess` gives them, and its upright (width,
-        height).
+        For each image, in order: its pixel values, as `preprocess` gives them, and the (width,
+        height) of the upright image.
 
     Raises:
-        ValueError: On the call: a bad size, mode, grid or dtype. At an image: it is too long.
-        ValueError, OSError: At an image: whatever `load_image` finds.
+        ValueError: on the call, a bad size, mode, grid or dtype; at an image, one too long.
+        ValueError, OSError: at an image, whatever `load_image` finds.
     """
     if not isinstance(image_size, int) or image_size <= 0 or image_size % 64:
         raise ValueError(f"image_size must be a positive multiple of 64, not {image_size!r}.")
     if not isinstance(dtype, mx.Dtype) or dtype not in (mx.float32, mx.uint8):
         raise ValueError(f"dtype must be mlx.core.float32 or uint8, not {dtype!r}.")
-    resize, reduction = _of_mode(image_size, mode, grid_pinpoints)
+    resize, reduction = choose_resize(image_size, mode, grid_pinpoints)
     work = partial(_read_and_resize, resize=resize, reduction=reduction if fast else None)
-    # Arrays of MLX are computed on the thread that made them.
+    # MLX arrays are computed on the thread that made them.
     mx.eval([image for image in images if isinstance(image, mx.array)])
     found = _ahead(work, images)
     return ((mx.array(p) / 255 if dtype == mx.float32 else mx.array(p), size) for p, size in found)
@@ -105,10 +108,10 @@ def _read_and_resize(
     resize: Resize,
     reduction: Reduction | None,
 ) -> tuple[np.ndarray, tuple[int, int]]:
-    """uint8 [N, S, S, 3], and the (width, height) of the upright image."""
+    """Pixel values, uint8 [N, S, S, 3], and the (width, height) of the upright image."""
     import numpy as np
 
-    picture = _read(source, reduction=reduction)
+    picture = read_picture(source, reduction=reduction)
     pixels = [np.asarray(image) for image in resize(picture, threads)]
     return np.stack(pixels), picture.full_size
 
@@ -116,7 +119,10 @@ def _read_and_resize(
 def _ahead(
     work: Callable[[Any, int], tuple[np.ndarray, tuple[int, int]]], images: Sequence[Any]
 ) -> Iterator[tuple[np.ndarray, tuple[int, int]]]:
-    """`work` on each image, with its share of the threads, and on the next ones meanwhile."""
+    """What `work` gives for each image, in order, while threads work on those that follow.
+
+    `work` is told how many threads of its own it may use.
+    """
     from concurrent.futures import Future, ThreadPoolExecutor
 
     threads = min(os.cpu_count() or 1, MAX_THREADS)

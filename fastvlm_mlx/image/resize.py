@@ -1,4 +1,4 @@
-"""Pictures → squares of the encoder's size, in the pixels that PIL gives."""
+"""A picture → squares of the encoder's size, pixel for pixel as PIL resizes them."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
-from .decode import MAX_PIXELS, Reduction, _crop, _Picture
-from .grid import _best_resolution, _parse_pinpoints
+from .decode import MAX_PIXELS, Picture, Reduction, crop
+from .grid import best_size, parse_pinpoints
 
 if TYPE_CHECKING:
     from PIL.Image import Image as PILImage
@@ -17,11 +17,54 @@ MAX_PADDED_PIXELS = 2**30  # of rows padded to squares: seconds of work, but lit
 LINES_AT_ONCE = 256
 PIXELS_FOR_THREADS = 2**20  # with fewer, threads save too little
 
+# Resizes a picture to one square or several, in up to so many threads.
+Resize: TypeAlias = Callable[[Picture, int], "list[PILImage]"]
+
+
+def choose_resize(
+    side: int, mode: str | None, grid_pinpoints: str | Sequence[Sequence[int]] | None
+) -> tuple[Resize, Reduction]:
+    """How a mode resizes a picture, and how much smaller it lets the picture be decoded.
+
+    Args:
+        side: of the squares, in pixels.
+        mode, grid_pinpoints: as in `preprocess`.
+
+    Raises:
+        ValueError: an unknown mode, or a bad grid.
+    """
+    if mode == "pad":
+        return partial(_resize_padded, side), lambda size: max(size) / side
+    if mode in ("square", "none", "", None):
+        return partial(_resize_cropped, side), lambda size: min(size) / side
+    if mode != "anyres":
+        raise ValueError(f'mode must be "pad", "square" or "anyres", not {mode!r}.')
+    if grid_pinpoints is None:
+        raise ValueError('Mode "anyres" needs grid_pinpoints, the sizes to choose from.')
+    pinpoints = parse_pinpoints(grid_pinpoints, side)
+
+    def reduction(size: tuple[int, int]) -> float:
+        across, down = best_size(size, pinpoints)
+        return min(max(size[0] / across, size[1] / down), min(size) / side)
+
+    return partial(_resize_tiled, side, pinpoints), reduction
+
+
+def _check_resized(size: tuple[int, int], width: int, height: int, limit: int = MAX_PIXELS) -> None:
+    if width * height > limit:
+        raise ValueError(
+            f"Cannot resize an image of {size[0]} × {size[1]} pixels: it takes {width} × "
+            f"{height} pixels on the way, and the limit is {limit:,}; crop it first."
+        )
+
+
+# "pad"
+
 
 def expand_to_square(image: PILImage, fill: tuple[int, int, int] = (0, 0, 0)) -> PILImage:
     """Centre an RGB image on a square of its longer side (LLaVA's `expand2square`).
 
-    An odd pixel of padding goes to the right or the bottom. A square image is returned as it is.
+    An odd pixel of padding goes to the right or the bottom; a square image is returned unchanged.
     """
     from PIL import Image
 
@@ -34,53 +77,12 @@ def expand_to_square(image: PILImage, fill: tuple[int, int, int] = (0, 0, 0)) ->
     return square
 
 
-# How a mode resizes a picture, with how many threads
-Resize: TypeAlias = Callable[[_Picture, int], "list[PILImage]"]
+def _resize_padded(side: int, picture: Picture, threads: int) -> list[PILImage]:
+    """`expand_to_square` and a resize, without making the square.
 
-
-class _Span(NamedTuple):
-    """One axis of a resize.
-
-    Attributes:
-        start, stop: The pixels to read; those before 0 and beyond the image are black.
-        low, high: The part of them, from `start`, that is resized; the filter sees the others too.
-        size: How many pixels that part becomes.
-        first: Where those lie in the whole.
-    """
-
-    start: int
-    stop: int
-    low: float
-    high: float
-    size: int
-    first: int = 0
-
-
-def _of_mode(
-    side: int, mode: str | None, grid_pinpoints: str | Sequence[Sequence[int]] | None
-) -> tuple[Resize, Reduction]:
-    if mode == "pad":
-        return partial(_resize_padded, side), lambda size: max(size) / side
-    if mode in ("square", "none", "", None):
-        return partial(_resize_cropped, side), lambda size: min(size) / side
-    if mode != "anyres":
-        raise ValueError(f'mode must be "pad", "square" or "anyres", not {mode!r}.')
-    if grid_pinpoints is None:
-        raise ValueError('Mode "anyres" needs grid_pinpoints, the sizes to choose from.')
-    pinpoints = _parse_pinpoints(grid_pinpoints, side)
-
-    def reduction(size: tuple[int, int]) -> float:
-        across, down = _best_resolution(size, pinpoints)
-        return min(max(size[0] / across, size[1] / down), min(size) / side)
-
-    return partial(_tile, side, pinpoints), reduction
-
-
-def _resize_padded(side: int, picture: _Picture, threads: int) -> list[PILImage]:
-    """`expand_to_square` and a resize, without the square.
-
-    PIL resizes each row of a square by itself and then, from bytes again, each column. Done in
-    bands of either, it takes little memory, however long the image is, and runs in threads.
+    PIL resizes each row by itself, rounds to bytes, and then resizes each column. Done in bands of
+    rows and then of columns, this takes little memory however long the image is, and runs in
+    threads.
     """
     from PIL import Image
 
@@ -99,7 +101,7 @@ def _resize_padded(side: int, picture: _Picture, threads: int) -> list[PILImage]
         narrow.paste(band.resize(size, Image.Resampling.BICUBIC, box), (0, start))
 
     def resize_columns(start: int, stop: int) -> None:
-        strip = _crop(narrow, start, rows.start, stop, rows.stop)
+        strip = crop(narrow, start, rows.start, stop, rows.stop)
         size, box = (stop - start, rows.size), (0, rows.low, stop - start, rows.high)
         strip = strip.resize(size, Image.Resampling.BICUBIC, box)
         square.paste(strip, (columns.first + start, rows.first))
@@ -111,21 +113,41 @@ def _resize_padded(side: int, picture: _Picture, threads: int) -> list[PILImage]
     return [square]
 
 
-def _padded_span(picture: _Picture, axis: int, side: int) -> _Span:
-    """What of the padded square, along one axis, is not black once it is resized to `side`.
+class _Span(NamedTuple):
+    """One axis of a resize.
 
-    For each pixel PIL computes in doubles where it lies and what each pixel of the source weighs,
-    from a box in single precision. Where the square is a binary fraction of `side`, as it always is
-    of 256, 512 and 1024, all these numbers are exact from wherever one counts, and a part comes out
-    as it does in the whole; else the whole is resized. The box of every 16th pixel has no more than
-    24 binary digits, since `_check_resized` keeps the square times `side` below 2²⁸.
+    Attributes:
+        start, stop: the pixels to read; those before 0 and beyond the image are black.
+        low, high: the part of them that is resized, counted from `start`; the filter sees the
+            others too.
+        size: how many pixels that part becomes.
+        first: where these begin in the resized square.
+    """
+
+    start: int
+    stop: int
+    low: float
+    high: float
+    size: int
+    first: int = 0
+
+
+def _padded_span(picture: Picture, axis: int, side: int) -> _Span:
+    """The part of the padded square, along one axis, that is not black when resized to `side`.
+
+    For each pixel, PIL computes in double precision where it lies and what each pixel of the source
+    weighs, from a box in single precision. Where the square divided by `side` is a binary fraction,
+    as it always is for 256, 512 and 1024, all these numbers are exact wherever one starts to count,
+    and a part comes out as it does in the whole; otherwise the whole is resized. The box of every
+    16th pixel has no more than 24 binary digits, since `_check_resized` keeps the square times
+    `side` below 2²⁸.
     """
     edge, full = picture.full_size[axis], max(picture.full_size)
     scale = full / (picture.shrink * side)
     # Places count from the first pixel of the image, so the square begins at -before.
     before = (full - edge) // 2 / picture.shrink - picture.box[axis]
     after = full / picture.shrink - before
-    reach = 3 * max(scale, 1) + 1  # the filter's two pixels of the smaller scale, and rounding
+    reach = 3 * max(scale, 1) + 1  # the filter's two pixels at the smaller scale, and rounding
     first = max(0, math.floor((before - reach) / scale)) // 16 * 16
     last = math.ceil((before + picture.size[axis] + reach) / scale)
     last = min(side, -(-last // 16) * 16)
@@ -138,7 +160,7 @@ def _padded_span(picture: _Picture, axis: int, side: int) -> _Span:
 
 
 def _in_bands(work: Callable[[int, int], None], length: int, threads: int) -> None:
-    """Call `work` with the ends of each band of lines from 0 to `length`."""
+    """Call `work` with the start and stop of each band of lines from 0 to `length`."""
     from concurrent.futures import ThreadPoolExecutor
 
     step = min(LINES_AT_ONCE, math.ceil(length / (2 * threads)))
@@ -152,8 +174,11 @@ def _in_bands(work: Callable[[int, int], None], length: int, threads: int) -> No
             done.result()
 
 
-def _resize_cropped(side: int, picture: _Picture, threads: int) -> list[PILImage]:
-    """The short side to `side`, the long one in proportion, rounded down; then the centre."""
+# "square"
+
+
+def _resize_cropped(side: int, picture: Picture, threads: int) -> list[PILImage]:
+    """Resize the short side to `side`, the long one in proportion, and keep the centre."""
     from PIL import Image
 
     short = min(picture.full_size)
@@ -164,14 +189,17 @@ def _resize_cropped(side: int, picture: _Picture, threads: int) -> list[PILImage
     return [image.crop((left, top, left + side, top + side))]
 
 
-def _tile(
-    side: int, pinpoints: list[tuple[int, int]], picture: _Picture, threads: int
+# "anyres"
+
+
+def _resize_tiled(
+    side: int, pinpoints: list[tuple[int, int]], picture: Picture, threads: int
 ) -> list[PILImage]:
     """The image squeezed to a square, then its tiles (LLaVA's `process_anyres_image`)."""
     from PIL import Image
 
     width, height = picture.full_size
-    across, down = _best_resolution(picture.full_size, pinpoints)
+    across, down = best_size(picture.full_size, pinpoints)
     _check_resized(picture.full_size, max(side, across, down), max(width, height))
     if across / width < down / height:
         fitted = across, min(math.ceil(height * (across / width)), down)
@@ -187,11 +215,3 @@ def _tile(
         for left in range(0, across, side)
     ]
     return [image.resize((side, side), Image.Resampling.BICUBIC, picture.box), *tiles]
-
-
-def _check_resized(size: tuple[int, int], width: int, height: int, limit: int = MAX_PIXELS) -> None:
-    if width * height > limit:
-        raise ValueError(
-            f"Cannot resize an image of {size[0]} × {size[1]} pixels: it takes {width} × "
-            f"{height} pixels on the way, and the limit is {limit:,}; crop it first."
-        )

@@ -1,4 +1,4 @@
-"""A question or chat → token ids with the places of images."""
+"""A question or chat → token ids, with places for its images."""
 
 from .prompt import build_prompt
 from .tokenizer import Detokenizer, Tokenizer

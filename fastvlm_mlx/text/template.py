@@ -1,4 +1,4 @@
-"""Chat turns → the one text that the model reads."""
+"""Chat turns → one text, through a chat template or a conversation mode."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ if TYPE_CHECKING:
 
 DEFAULT_SYSTEM = "You are a helpful assistant."
 ROLES = ("system", "user", "assistant")
+# Lone surrogates, which no text has: around edges of control tokens, for an image, for any content.
 GUARD, IMAGE_PLACE, PROBE = "\ud800", "\ud801", "\ud802"
 Messages = str | Sequence[Mapping[str, str]]
 
 
 @dataclass(frozen=True)
 class ConvMode:
-    """How a conversation is written: what opens and what ends a turn of each role."""
+    """How a conversation is written: what stands before and after a turn of each role."""
 
     system_prompt: str
     system: tuple[str, str]
@@ -29,7 +30,7 @@ class ConvMode:
     assistant: tuple[str, str]
 
     def render(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> str:
-        """The prompt's text; the mode's own system prompt comes first if the messages have none."""
+        """The prompt's text; it begins with the mode's own system prompt if messages have none."""
         if messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self.system_prompt}, *messages]
         turns = dict(zip(ROLES, (self.system, self.user, self.assistant), strict=True))
@@ -50,7 +51,7 @@ def _vicuna(person: str) -> ConvMode:
     return ConvMode(system_prompt, ("", " "), ("USER: ", " "), ("ASSISTANT: ", "</s>"))
 
 
-# The modes of ml-fastvlm's llava/conversation.py that fit this form. FastVLM learned `qwen_2`.
+# The modes in ml-fastvlm's llava/conversation.py that fit `ConvMode`. FastVLM learned `qwen_2`.
 CONV_MODES = {
     "qwen_2": _chatml(DEFAULT_SYSTEM, "<|im_end|>\n"),
     "chatml_direct": _chatml("Answer the questions.", "<|im_end|>"),
@@ -75,9 +76,9 @@ def apply_chat_template(
     """Chat turns as the one text that the model reads.
 
     Args:
-        tokenizer: whose own chat template is used; Qwen2's ChatML, which FastVLM learned, if it
-            has none or one that does not show texts (transformers' FastVLM has one for lists of
-            parts).
+        tokenizer: its own chat template is used. If it has none, or one that does not show texts
+            (transformers' FastVLM has one for lists of parts), Qwen2's ChatML is, which FastVLM
+            learned.
         messages: turns `{"role": "system" | "user" | "assistant", "content": text}`; a string is
             one user turn.
         add_generation_prompt: whether to open the assistant's turn at the end.
@@ -86,11 +87,11 @@ def apply_chat_template(
     Raises:
         ValueError: a malformed message, an unknown mode, or a template that rejects the messages.
     """
-    messages = _checked(messages)
+    messages = check_messages(messages)
     if conv_mode is not None:
         if conv_mode not in CONV_MODES:
             known = ", ".join(CONV_MODES)
-            raise ValueError(f"Unknown conversation mode {conv_mode!r}: known are {known}.")
+            raise ValueError(f"Unknown conversation mode {conv_mode!r}: choose one of {known}.")
         return CONV_MODES[conv_mode].render(messages, add_generation_prompt)
     if tokenizer.chat_template is not None:
         probe = [{**message, "content": PROBE} for message in messages]
@@ -99,7 +100,8 @@ def apply_chat_template(
     return CONV_MODES["qwen_2"].render(messages, add_generation_prompt)
 
 
-def _checked(messages: Messages) -> list[dict[str, str]]:
+def check_messages(messages: Messages) -> list[dict[str, str]]:
+    """Messages as a list of turns with role and content; ValueError if they are malformed."""
     if isinstance(messages, str):
         return [{"role": "user", "content": messages}]
     if not isinstance(messages, (list, tuple)):
@@ -112,7 +114,7 @@ def _checked(messages: Messages) -> list[dict[str, str]]:
                 f"found {message!r}."
             )
     if not messages:
-        raise ValueError("There are no messages: give at least a user's.")
+        raise ValueError("There are no messages: give at least one, from the user.")
     return [{"role": message["role"], "content": message["content"]} for message in messages]
 
 
@@ -127,7 +129,7 @@ def _render(
             documents=None,
             **tokenizer.special_tokens,
         )
-    except Exception as error:  # a template is a program: it may fail in any way
+    except Exception as error:  # a template is a program and may fail in any way
         raise ValueError(f"The chat template fails on these messages: {error}") from None
 
 

@@ -1,4 +1,4 @@
-"""Qwen2's byte-level BPE, and a stream of its tokens → text."""
+"""Text ↔ token ids, with Qwen2's byte-level BPE; a stream of tokens → text."""
 
 from __future__ import annotations
 
@@ -18,19 +18,20 @@ QWEN2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# Lone surrogates are no characters: `encode` drops them, so some of them can mark a text for us.
+# Lone surrogates are not characters. `encode` drops them, so the prompt can use them as marks.
 SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 class Tokenizer:
-    """Qwen2's byte-level BPE, which turns text into control ids only where it is told to.
+    """Qwen2's byte-level BPE, which gives control ids only where it is told to.
 
     Attributes:
+        bpe: the tokenizer of the `tokenizers` package underneath.
         controls: every added token (`<|im_end|>`, …) and its id.
-        special_tokens: `bos_token`, `eos_token`, `pad_token` as texts, where the folder names them.
+        special_tokens: texts of `bos_token`, `eos_token`, `pad_token`, if the folder names them.
         eos_token_ids: the ids that end an answer.
         chat_template: the folder's own template, in Jinja.
-        vocab_size: number of tokens, the added ones included.
+        vocab_size: number of tokens, including the added ones.
     """
 
     def __init__(
@@ -46,12 +47,12 @@ class Tokenizer:
         added = bpe.get_added_tokens_decoder()
         self.controls = {token.content: i for i, token in added.items()}
         self._special_ids = {i for i, token in added.items() if token.special}
-        # `encode_special_tokens` makes plain text of special tokens alone: mark all as special.
+        # `encode_special_tokens` makes plain text only of special tokens: mark all as special.
         bpe.add_special_tokens(
             [AddedToken(text, special=True, normalized=False) for text in self.controls]
         )
         bpe.encode_special_tokens = True
-        self._bpe = bpe
+        self.bpe = bpe
         longest_first = sorted(self.controls, key=len, reverse=True)
         self._control = re.compile("(" + ("|".join(map(re.escape, longest_first)) or "(?!)") + ")")
 
@@ -76,8 +77,8 @@ class Tokenizer:
 
         Args:
             path: the folder.
-            eos_token_ids: more ids that end an answer, as config.json or generation_config.json
-                has them.
+            eos_token_ids: more ids that end an answer, as in config.json or
+                generation_config.json.
 
         Raises:
             CheckpointError: there is no tokenizer, a file is broken, or it is not a byte-level BPE.
@@ -96,7 +97,7 @@ class Tokenizer:
         return cls(bpe, settings, _read_chat_template(folder, settings), eos_token_ids)
 
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
-        """Token ids of a text; nothing is put before or after it.
+        """Token ids of a text, with nothing added before or after.
 
         Args:
             text: any text; lone surrogates are dropped.
@@ -104,7 +105,7 @@ class Tokenizer:
                 control id. By default it is spelled out like any other text.
         """
         if not allow_special:
-            return self._bpe.encode(SURROGATES.sub("", text), add_special_tokens=False).ids
+            return self.bpe.encode(SURROGATES.sub("", text), add_special_tokens=False).ids
         ids = []
         for part in self._control.split(text):
             ids += [self.controls[part]] if part in self.controls else self.encode(part)
@@ -119,18 +120,18 @@ class Tokenizer:
         """UTF-8 bytes of one token: possibly part of a character."""
         if token < 0 or (skip_special_tokens and token in self._special_ids):
             return b""
-        text = self._bpe.id_to_token(token) or ""
+        text = self.bpe.id_to_token(token) or ""
         alphabet = _byte_alphabet()
         # An added token may hold characters that stand for no byte: it stands for itself.
         known = all(char in alphabet for char in text)
         return bytes(alphabet[char] for char in text) if known else text.encode()
 
     def _id(self, text: str | None) -> int | None:
-        return None if text is None else self._bpe.token_to_id(text)
+        return None if text is None else self.bpe.token_to_id(text)
 
 
 class Detokenizer:
-    """Text of a stream of tokens, given out as soon as its characters are complete."""
+    """Turns a stream of tokens into text, as soon as characters are complete."""
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True):
         self._tokenizer = tokenizer
@@ -138,12 +139,12 @@ class Detokenizer:
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def add(self, token: int) -> str:
-        """The text that this token completes, perhaps none."""
+        """The text that this token completes; it may be empty."""
         token_bytes = self._tokenizer.token_bytes(token, skip_special_tokens=self._skip)
         return self._utf8.decode(token_bytes)
 
     def finish(self) -> str:
-        """What is held back: U+FFFD if the stream ended within a character."""
+        """What was held back: U+FFFD if the stream ended within a character."""
         return self._utf8.decode(b"", final=True)
 
 
@@ -173,7 +174,7 @@ def _read_tokenizer_json(path: Path) -> tokenizers.Tokenizer:
 
 
 def _read_vocab_and_merges(folder: Path, settings: Mapping[str, Any]) -> tokenizers.Tokenizer:
-    """Qwen2's tokenizer in the older form, which the released checkpoints have."""
+    """Qwen2's tokenizer from the older files, as in the released checkpoints."""
     from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
     from tokenizers.models import BPE
 
@@ -219,7 +220,7 @@ def _added_tokens(folder: Path, settings: Mapping[str, Any]) -> dict[int, tokeni
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{folder / 'tokenizer_config.json'} or added_tokens.json lists its added tokens "
-            f"in an unknown form ({error!r})."
+            f"in an unknown way ({error!r})."
         ) from None
     return added
 
@@ -241,6 +242,6 @@ def _read_chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None
 
 
 def _text_of(token: Any) -> str | None:
-    """A special token's text: tokenizer_config.json has it alone or with its flags."""
+    """A special token's text: tokenizer_config.json gives only the text, or an entry with flags."""
     text = token.get("content") if isinstance(token, dict) else token
     return text if isinstance(text, str) else None

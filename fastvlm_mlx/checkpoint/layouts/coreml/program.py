@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from ....checks import reason
 from ....config import CheckpointError
 
 PACKAGE = "fastvithd.mlpackage"
@@ -35,8 +36,9 @@ def load_program(package: Path) -> Any:
         program = load(spec, spec.specificationVersion, str(file.parent / "weights"))
         return program.functions["main"]
     except Exception as error:  # coremltools and protobuf raise many types
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{package} is not a readable ML Program ({reason}).") from None
+        raise CheckpointError(
+            f"{package} is not a readable ML Program ({reason(error)})."
+        ) from None
 
 
 def import_coremltools(purpose: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from ....checks import reason
 from ....config import VisionConfig
 from ... import fold
 from ...files import Weights
@@ -169,4 +170,4 @@ def _reason(error: Exception) -> str:
     """Why a package could not be written, in a few words."""
     if isinstance(error, shutil.Error):  # a list of (source, target, reason)
         return str(error.args[0][0][2]).partition(": '")[0]
-    return str(error).splitlines()[0].rstrip(".")
+    return reason(error)
