@@ -16,10 +16,9 @@ import fastvlm_mlx as fv
 from fastvlm_mlx.bench import bench, machine
 from fastvlm_mlx.bench.bench import (
     PHOTO,
-    load_model,
+    load_with_processor,
     make_prompt,
     sample_photo,
-    stage_needs,
     summarize,
     time_loads,
 )
@@ -35,6 +34,7 @@ from fastvlm_mlx.bench.work import (
     linear_work,
     projector_work,
     size_of,
+    stage_needs,
 )
 from fastvlm_mlx.cli.main import main
 from fastvlm_mlx.config import TextConfig, VisionConfig
@@ -281,7 +281,7 @@ def test_a_photo_of_twelve_megapixels() -> None:
 
 
 def test_a_folder_without_tokenizer(small_folder: Path) -> None:
-    model, processor = load_model(small_folder)
+    model, processor = load_with_processor(small_folder)
     assert processor.image_size == model.config.vision.image_size == 128
     assert processor.preprocess(Image.new("RGB", (9, 9))).shape == (1, 128, 128, 3)
     assert make_prompt(model, 4, 3).count(model.config.image_token_index) == 4
