@@ -2,11 +2,11 @@
 
 The folder has the original PyTorch (LLaVA) layout, tensor for tensor, so that whatever costs time
 or memory in the real model costs the same in this one, and nothing has to be downloaded. Weights
-are scaled so that features and logits are finite, of ordinary size and far from constant.
+are scaled so that features and logits are finite, of ordinary size and far from constant. There is
+no tokenizer.
 
-    python benchmarks/random_checkpoint.py 0.5b /tmp/fastvlm-0.5b
-
-There is no tokenizer: read the folder with `fastvlm_mlx.load_model` or `fastvlm_mlx.convert`.
+In float32 the 0.5b folder takes 2.5 GB on disk, 1.5b 6.7 GB and 7b 31 GB; in bfloat16, the
+precision of the published checkpoints, half of that.
 """
 
 from __future__ import annotations
@@ -27,26 +27,24 @@ from fastvlm_mlx.model.fastvlm import FastVLM
 
 SHARD_BYTES = 5 * 10**9
 
-# The small one has the released encoder, at 256 pixels, and a decoder of next to nothing.
-SIZES: dict[str, dict[str, Any]] = {
+# hidden_size, num_hidden_layers, num_attention_heads, num_key_value_heads, intermediate_size
+SHAPES = {
+    "small": (64, 2, 4, 2, 160),
+    "nano": (256, 4, 4, 2, 640),
+    "0.5b": (896, 24, 14, 2, 4864),
+    "1.5b": (1536, 28, 12, 2, 8960),
+    "7b": (3584, 28, 28, 4, 18944),
+}
+OTHERS: dict[str, dict[str, Any]] = {
+    # For tests: the released encoder, at 256 pixels, and a decoder of next to nothing.
     "small": {
-        "hidden_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "intermediate_size": 160,
         "vocab_size": 512,
         "bos_token_id": 510,
         "eos_token_id": 511,
         "mm_vision_tower": "mobileclip_l_256",
     },
-    # The bundled model's geometry: so little arithmetic that what counts is overhead.
+    # The bundled model's geometry: so little arithmetic that overhead is what counts.
     "nano": {
-        "hidden_size": 256,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "intermediate_size": 640,
         "vocab_size": 768,
         "bos_token_id": 740,
         "eos_token_id": 742,
@@ -59,32 +57,27 @@ SIZES: dict[str, dict[str, Any]] = {
             "projection_dim": 64,
         },
     },
-    "0.5b": {
-        "hidden_size": 896,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 14,
-        "num_key_value_heads": 2,
-        "intermediate_size": 4864,
-        "max_window_layers": 24,
-    },
-    "1.5b": {
-        "hidden_size": 1536,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 12,
-        "num_key_value_heads": 2,
-        "intermediate_size": 8960,
-        "max_window_layers": 28,
-    },
-    "7b": {
-        "hidden_size": 3584,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 28,
-        "num_key_value_heads": 4,
-        "intermediate_size": 18944,
-        "vocab_size": 152064,
-        "tie_word_embeddings": False,
-        "max_window_layers": 28,
-    },
+    "0.5b": {"max_window_layers": 24},
+    "1.5b": {"max_window_layers": 28},
+    "7b": {"vocab_size": 152064, "tie_word_embeddings": False, "max_window_layers": 28},
+}
+SIZES: dict[str, dict[str, Any]] = {
+    size: {
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "intermediate_size": inner,
+        **OTHERS[size],
+    }
+    for size, (width, layers, heads, kv_heads, inner) in SHAPES.items()
+}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "size": {"choices": SIZES, "help": "small is for tests"},
+    "target": {"type": Path, "help": "the folder to write"},
+    "--dtype": {"default": "float32"},
+    "--seed": {"type": int, "default": 0, "help": "of the weights"},
+    "--overwrite": {"action": "store_true", "help": "replace a target that exists"},
 }
 COMMON: dict[str, Any] = {
     "architectures": ["LlavaQwen2ForCausalLM"],
@@ -144,11 +137,11 @@ def make_config(size: str, dtype: str) -> dict[str, Any]:
 def write_checkpoint(
     size: str, target: str | Path, *, dtype: str, seed: int = 0, overwrite: bool = False
 ) -> Path:
-    """Write the folder; memory holds one file's worth of tensors at most.
+    """Write the folder; at most one file's tensors are in memory at a time.
 
     Args:
         size: one of `SIZES`.
-        target: the folder to write; it appears when it is whole.
+        target: the folder to write; it appears once it is complete.
         dtype: float32, float16 or bfloat16.
         seed: the same seed gives the same weights.
         overwrite: replace a target that exists.
@@ -193,25 +186,8 @@ def _linear_spread(weight: mx.array) -> float:
     return float((weight.size / weight.shape[0]) ** -0.5)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description="Write a FastVLM checkpoint of a released size with random weights.",
-        epilog="In float32 the 0.5b folder takes 2.5 GB on disk, 1.5b 6.7 GB and 7b 31 GB; in "
-        "bfloat16, the precision of the published checkpoints, half of that.",
+def write(args: argparse.Namespace) -> None:
+    """As the command line asks."""
+    write_checkpoint(
+        args.size, args.target, dtype=args.dtype, seed=args.seed, overwrite=args.overwrite
     )
-    parser.add_argument("size", choices=SIZES, help="which model; small is for tests")
-    parser.add_argument("target", type=Path, help="the folder to write")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default: float32")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights; default: 0")
-    parser.add_argument("--overwrite", action="store_true", help="replace a target that exists")
-    args = parser.parse_args()
-    try:
-        write_checkpoint(
-            args.size, args.target, dtype=args.dtype, seed=args.seed, overwrite=args.overwrite
-        )
-    except OSError as error:
-        parser.error(str(error))
-
-
-if __name__ == "__main__":
-    main()

@@ -192,6 +192,25 @@ def test_rates_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 1e8 < copy_bandwidth() < 1e14
 
 
+def test_machine_in_words_names_gpu_and_driver() -> None:
+    gpu = {"name": "G", "memory.total": "8 MiB", "driver_version": "1.2"}
+    plain = {"cpu": "A CPU", "cores": 8, "system": "Linux", "preloaded": "", "gpus": []}
+    words = machine.machine_in_words(plain | {"gpus": [gpu], "preloaded": "lib.so"})
+    assert words == "A CPU, 8 cores, Linux, lib.so preloaded; G, 8 MiB, driver 1.2"
+    assert machine.machine_in_words(plain) == "A CPU, 8 cores, Linux"
+
+
+def test_the_blas_and_its_kernels_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LD_PRELOAD", "/usr/lib/libopenblas.so.0:/usr/lib/libother.so")
+    monkeypatch.delenv("OPENBLAS_CORETYPE", raising=False)
+    found = machine.describe_machine()
+    assert found["preloaded"] == "libopenblas.so.0, libother.so"
+    assert found["openblas_coretype"] == machine.OWN_CHOICE
+    monkeypatch.setenv("OPENBLAS_CORETYPE", "Haswell")
+    words = machine.machine_in_words(machine.describe_machine())
+    assert "libopenblas.so.0, libother.so preloaded (OPENBLAS_CORETYPE: Haswell)" in words
+
+
 # A whole run
 
 
@@ -271,6 +290,8 @@ def test_differences_are_told(result: dict[str, Any]) -> None:
     first, second = differences(result, earlier)
     assert "image size is 128, and was 256" in first
     assert "Apple M4" in second
+    del earlier["machine"]["openblas_coretype"]  # by an earlier version, which did not record it
+    assert len(differences(result, earlier)) == 2
 
 
 def test_a_photo_of_twelve_megapixels() -> None:
