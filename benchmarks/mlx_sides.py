@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
@@ -34,6 +34,11 @@ class MlxSide:
 
     package: str
     model: Any
+    read_model: Callable[[Path, str], Any]
+    vision_features: Callable[[mx.array], mx.array]
+    visual_tokens: Callable[[mx.array], mx.array]
+    next_logits: Callable[[mx.array, Sequence[int]], mx.array]
+    generate: Callable[[mx.array, Sequence[int], int], Iterator[int]]
 
     def about(self) -> dict[str, str]:
         return {"library": version(self.package), "mlx": version("mlx"), "device": device_name()}
@@ -87,23 +92,6 @@ class MlxSide:
             name: {"launches": counts.launches, "primitives": dict(counts.primitives)}
             for name, counts in found.items()
         }
-
-    def generate(
-        self, pixel_values: mx.array, prompt: Sequence[int], max_tokens: int
-    ) -> Iterator[int]:
-        raise NotImplementedError
-
-    def read_model(self, folder: Path, dtype: str) -> Any:
-        raise NotImplementedError
-
-    def vision_features(self, pixel_values: mx.array) -> mx.array:
-        raise NotImplementedError
-
-    def visual_tokens(self, pixel_values: mx.array) -> mx.array:
-        raise NotImplementedError
-
-    def next_logits(self, pixel_values: mx.array, prompt: Sequence[int]) -> mx.array:
-        raise NotImplementedError
 
 
 class Ours(MlxSide):

@@ -22,97 +22,22 @@ from fastvlm_mlx.checkpoint.files import atomic_folder, save_checkpoint, write_j
 from fastvlm_mlx.checkpoint.layouts import llava
 from fastvlm_mlx.checkpoint.load import DTYPES, cast
 from fastvlm_mlx.checkpoint.names import unfuse
-from fastvlm_mlx.config import FastVLMConfig
+from fastvlm_mlx.config import FastVLMConfig, read_json
 from fastvlm_mlx.model.fastvlm import FastVLM
 
 SHARD_BYTES = 5 * 10**9
 
-# hidden_size, num_hidden_layers, num_attention_heads, num_key_value_heads, intermediate_size
-SHAPES = {
-    "small": (64, 2, 4, 2, 160),
-    "nano": (256, 4, 4, 2, 640),
-    "0.5b": (896, 24, 14, 2, 4864),
-    "1.5b": (1536, 28, 12, 2, 8960),
-    "7b": (3584, 28, 28, 4, 18944),
-}
-OTHERS: dict[str, dict[str, Any]] = {
-    # For tests: the released encoder, at 256 pixels, and a decoder of next to nothing.
-    "small": {
-        "vocab_size": 512,
-        "bos_token_id": 510,
-        "eos_token_id": 511,
-        "mm_vision_tower": "mobileclip_l_256",
-    },
-    # The bundled model's geometry: so little arithmetic that overhead is what counts.
-    "nano": {
-        "vocab_size": 768,
-        "bos_token_id": 740,
-        "eos_token_id": 742,
-        "mm_hidden_size": 512,
-        "mm_vision_tower": "mobileclip_nano_256",
-        "vision_config": {
-            "image_size": 256,
-            "layers": [1, 2, 4, 1, 1],
-            "embed_dims": [16, 32, 64, 128, 256],
-            "projection_dim": 64,
-        },
-    },
-    "0.5b": {"max_window_layers": 24},
-    "1.5b": {"max_window_layers": 28},
-    "7b": {"vocab_size": 152064, "tie_word_embeddings": False, "max_window_layers": 28},
-}
-SIZES: dict[str, dict[str, Any]] = {
-    size: {
-        "hidden_size": width,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "intermediate_size": inner,
-        **OTHERS[size],
-    }
-    for size, (width, layers, heads, kv_heads, inner) in SHAPES.items()
-}
+# Configurations by size: what they have in common, and what each has of its own. "small" is for
+# tests: the released encoder at 256 pixels, and a decoder of next to nothing. "nano" is the bundled
+# model's geometry: so little arithmetic that overhead is what counts.
+SIZES: dict[str, dict[str, Any]] = read_json(Path(__file__).with_name("sizes.json"))
+COMMON = SIZES.pop("common")
 OPTIONS: dict[str, dict[str, Any]] = {
     "size": {"choices": SIZES, "help": "small is for tests"},
     "target": {"type": Path, "help": "the folder to write"},
     "--dtype": {"default": "float32"},
     "--seed": {"type": int, "default": 0, "help": "of the weights"},
     "--overwrite": {"action": "store_true", "help": "replace a target that exists"},
-}
-COMMON: dict[str, Any] = {
-    "architectures": ["LlavaQwen2ForCausalLM"],
-    "attention_dropout": 0.0,
-    "bos_token_id": 151643,
-    "eos_token_id": 151645,
-    "freeze_mm_mlp_adapter": False,
-    "hidden_act": "silu",
-    "image_aspect_ratio": "pad",
-    "image_grid_pinpoints": None,
-    "initializer_range": 0.02,
-    "max_position_embeddings": 32768,
-    "mm_hidden_size": 3072,
-    "mm_patch_merge_type": "flat",
-    "mm_projector_lr": None,
-    "mm_projector_type": "mlp2x_gelu",
-    "mm_use_im_patch_token": False,
-    "mm_use_im_start_end": False,
-    "mm_vision_select_feature": "patch",
-    "mm_vision_select_layer": -2,
-    "mm_vision_tower": "mobileclip_l_1024",
-    "model_type": "llava_qwen2",
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1000000.0,
-    "sliding_window": 32768,
-    "tie_word_embeddings": True,
-    "tokenizer_model_max_length": 8192,
-    "tokenizer_padding_side": "right",
-    "transformers_version": "4.39.3",
-    "tune_mm_mlp_adapter": False,
-    "unfreeze_mm_vision_tower": True,
-    "use_cache": True,
-    "use_mm_proj": True,
-    "use_sliding_window": False,
-    "vocab_size": 151936,
 }
 
 # (pattern, centre, spread): the first that matches a tensor's name says how it is filled; the
