@@ -201,14 +201,18 @@ def test_machine_in_words_names_gpu_and_driver() -> None:
 
 
 def test_the_blas_and_its_kernels_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LD_PRELOAD", "/usr/lib/libopenblas.so.0:/usr/lib/libother.so")
+    monkeypatch.setenv("LD_PRELOAD", "/nowhere/libopenblas.so.0:/nowhere/libother.so")
     monkeypatch.delenv("OPENBLAS_CORETYPE", raising=False)
     found = machine.describe_machine()
     assert found["preloaded"] == "libopenblas.so.0, libother.so"
     assert found["openblas_coretype"] == machine.OWN_CHOICE
+    assert found["openblas_kernels"] is None  # there is no such file to ask
     monkeypatch.setenv("OPENBLAS_CORETYPE", "Haswell")
-    words = machine.machine_in_words(machine.describe_machine())
-    assert "libopenblas.so.0, libother.so preloaded (OPENBLAS_CORETYPE: Haswell)" in words
+    assert machine.describe_machine()["openblas_coretype"] == "Haswell"
+    words = machine.machine_in_words(found | {"openblas_coretype": "Haswell"})
+    assert "libother.so preloaded (OPENBLAS_CORETYPE: Haswell)" in words
+    words = machine.machine_in_words(found | {"openblas_kernels": "SkylakeX"})
+    assert "preloaded with SkylakeX kernels (OPENBLAS_CORETYPE: the library's own" in words
 
 
 # A whole run

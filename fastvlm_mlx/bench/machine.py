@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import re
@@ -38,8 +39,9 @@ def describe_machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "system": platform.system(),
         "gpus": nvidia_gpus(),
-        "preloaded": preloaded_libraries(),
+        "preloaded": ", ".join(library.name for library in preloaded_libraries()),
         "openblas_coretype": os.environ.get("OPENBLAS_CORETYPE") or OWN_CHOICE,
+        "openblas_kernels": openblas_kernels(),
         "mlx": version("mlx"),
         "fastvlm-mlx": __version__,
     }
@@ -50,6 +52,8 @@ def machine_in_words(machine: dict[str, Any]) -> str:
     words = f"{machine['cpu']}, {machine['cores']} cores, {machine['system']}"
     if machine["preloaded"]:
         words += f", {machine['preloaded']} preloaded"
+        if machine.get("openblas_kernels"):
+            words += f" with {machine['openblas_kernels']} kernels"
         if "openblas_coretype" in machine:
             words += f" (OPENBLAS_CORETYPE: {machine['openblas_coretype']})"
     for gpu in machine.get("gpus", ()):
@@ -83,10 +87,26 @@ def nvidia_gpus() -> list[dict[str, str]]:
     return [dict(zip(fields, row, strict=False)) for row in rows]
 
 
-def preloaded_libraries() -> str:
-    """File names of the libraries in LD_PRELOAD, one of which may be a BLAS."""
+def preloaded_libraries() -> list[Path]:
+    """The libraries in LD_PRELOAD, one of which may be a BLAS."""
     paths = re.split("[ :]+", os.environ.get("LD_PRELOAD", ""))
-    return ", ".join(Path(path).name for path in paths if path)
+    return [Path(path) for path in paths if path]
+
+
+def openblas_kernels() -> str | None:
+    """The processor whose kernels a preloaded OpenBLAS uses, as it names it; None without one.
+
+    OPENBLAS_CORETYPE does not tell: a name that OpenBLAS does not know changes nothing.
+    """
+    for library in preloaded_libraries():
+        if "openblas" in library.name:
+            try:
+                corename = ctypes.CDLL(str(library)).openblas_get_corename
+            except (OSError, AttributeError):
+                continue
+            corename.restype = ctypes.c_char_p
+            return str(corename().decode())
+    return None
 
 
 def _output_of(*command: str) -> str:
