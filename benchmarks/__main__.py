@@ -37,10 +37,10 @@ def main(arguments: list[str] | None = None) -> int:
     except (OSError, ValueError, RuntimeError) as error:
         note(f"benchmarks {args.command}: {error}")
         return 2
-    title, body, goals = report.section(result)
-    print("\n\n".join((title, body, *([report.goals_table(goals)] if goals else []))))
     if args.json:
         write_result(args.json, result)
+    title, body, goals = report.section(result)
+    print("\n\n".join((title, body, *([report.goals_table(goals)] if goals else []))))
     if result.get("failure"):
         note(result["failure"])
         return 1

@@ -6,7 +6,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from .tables import Result, Series
+from .tables import Result, Series, kernels_of
 from .worker import COMPILED, EAGER, OURS, PEER
 
 COLOURS = {OURS: "#1b6ca8", PEER: "#e08e0b", EAGER: "#7a7a7a", COMPILED: "#b0b0b0"}
@@ -48,7 +48,7 @@ def _stages(plt: Any, result: Result) -> Any:
     )
     figure.suptitle(
         f"{result['model']['name']}, {settings['dtype']}, {settings['image_size']} pixels, "
-        f"{result['versions'][OURS]['device']}",
+        f"{result['versions'][OURS]['device']}{kernels_of(result['machine'])}",
         fontsize=11,
     )
     colours = [COLOURS[side] for side in sides]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fastvlm_mlx.bench.machine import OWN_CHOICE, machine_in_words
+from fastvlm_mlx.bench.machine import machine_in_words
 
 from . import plots
 from .random_checkpoint import SIZES
@@ -23,6 +23,7 @@ from .tables import (
     departure,
     drift,
     in_short,
+    kernels_of,
     markdown_list,
     markdown_table,
     ratio,
@@ -110,15 +111,6 @@ def size_of(model: Result) -> str:
     """The size of a model by its decoder's width; its own name if it is none of them."""
     sizes = {fields["hidden_size"]: size for size, fields in SIZES.items()}
     return sizes.get(model["hidden_size"]) or str(model["name"])
-
-
-def kernels_of(machine: dict[str, Any]) -> str:
-    """What a heading says of OpenBLAS's kernels, where it was preloaded and they were recorded."""
-    kernels = machine.get("openblas_coretype")
-    if "openblas" not in machine["preloaded"] or kernels is None:
-        return ""
-    own = ", kernels of OpenBLAS's own choice"
-    return own if kernels == OWN_CHOICE else f", OpenBLAS forced to {kernels} kernels"
 
 
 def compare_cell(key: str, samples: Samples, side: str) -> str:

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from fastvlm_mlx.bench.machine import OWN_CHOICE
 from fastvlm_mlx.bench.table import Stage
 
 from .worker import OURS
@@ -67,6 +68,15 @@ def spread(values: Sequence[float]) -> str:
         return "–"
     middle = f"{statistics.median(values):.3g}"
     return middle if len(values) == 1 else f"{middle} ({min(values):.3g}–{max(values):.3g})"
+
+
+def kernels_of(machine: dict[str, Any]) -> str:
+    """What a heading says of OpenBLAS's kernels, where it was preloaded and they were recorded."""
+    kernels = machine.get("openblas_coretype")
+    if "openblas" not in machine["preloaded"] or kernels is None:
+        return ""
+    own = ", kernels of OpenBLAS's own choice"
+    return own if kernels == OWN_CHOICE else f", OpenBLAS forced to {kernels} kernels"
 
 
 def in_short(value: Any) -> str:
