@@ -3,8 +3,8 @@
 Activations cost the same in a decoder of two layers as in one of twenty-eight: only the KV cache
 grows with depth, by the same amount per layer. So by default the peak is measured with two layers,
 and the weights and the KV cache of the others are added. Weights are zeros, and every operation has
-the form in which it runs on a GPU. On a CPU, where half precision is slow, what is not quantized is
-float32: activations then take twice their bytes, and the peak is an upper bound.
+its form for a GPU. On a CPU, where half precision is slow, what is not quantized is float32:
+activations then take twice their bytes, and the peak is an upper bound.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ def _stages(plt: Any, result: Result) -> Any:
         for key, found in samples.items()
         if key in ("encode", "ttft", "decode", "resident")
     }
-    # In a noisy run the encoder alone may have taken longer than the encoder and the prompt.
+    # In a noisy run the encoder may have taken longer than it did together with the prompt.
     encode = [min(pair) for pair in zip(medians["encode"], medians["ttft"], strict=True)]
     rest = [whole - part for whole, part in zip(medians["ttft"], encode, strict=True)]
     settings = result["settings"]

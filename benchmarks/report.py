@@ -228,8 +228,8 @@ def growth(result: Result) -> Section:
     prefill = unit_costs(result["prefill"], lambda tokens: tokens / 1e3)
     body = (
         setting(result, after),
-        growth_table(result["encode"], "image, pixels square", "s a megapixel", encode),
-        growth_table(result["prefill"], "prompt, tokens", "s a thousand tokens", prefill),
+        growth_table(result["encode"], "image, pixels square", "s per megapixel", encode),
+        growth_table(result["prefill"], "prompt, tokens", "s per thousand tokens", prefill),
     )
     drifted = f"memory of the process, growth over {generations} generations"
     most = f"≤ {MOST_DEPARTURE:.0%}"
