@@ -9,6 +9,7 @@ disk with room for three times the largest.
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import tempfile
@@ -86,6 +87,8 @@ def step_options(step: str, args: argparse.Namespace) -> list[str]:
 
 
 def written(step: str, size: str, args: argparse.Namespace) -> list[str]:
-    """Where a measurement writes its result."""
+    """Where a measurement writes its result; OpenBLAS's kernels have a name there if forced."""
     device = "cpu" if on_cpu() else "metal" if mx.metal.is_available() else "cuda"
-    return ["--json", str(args.results / f"{step}-{size}-{device}.json")]
+    kernels = os.environ.get("OPENBLAS_CORETYPE", "").lower()
+    name = "-".join(part for part in (step, size, device, kernels) if part)
+    return ["--json", str(args.results / f"{name}.json")]

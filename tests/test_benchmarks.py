@@ -252,7 +252,10 @@ def test_plots_are_800_pixels_wide(tmp_path: Path, result: dict[str, Any]) -> No
     assert not plots.draw({"kind": "memory"}, tmp_path / "none.png")
 
 
-def test_run_all_makes_each_checkpoint_before_its_use(tmp_path: Path) -> None:
+def test_run_all_makes_each_checkpoint_before_its_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OPENBLAS_CORETYPE", raising=False)
     args = argparse.Namespace(
         sizes=["small", "nano"],
         dtype="float32",
@@ -279,6 +282,9 @@ def test_run_all_makes_each_checkpoint_before_its_use(tmp_path: Path) -> None:
     parser = __main__.make_parsers()["benchmarks"]
     for command in commands:
         parser.parse_args(command)
+    monkeypatch.setenv("OPENBLAS_CORETYPE", "Haswell")
+    _, (*_, file), *_ = run_all.commands(args, tmp_path)
+    assert file.endswith("-haswell.json")  # beside the result of the default kernels
 
 
 def test_the_command_writes_what_it_prints(
