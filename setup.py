@@ -33,7 +33,7 @@ setup(
         "torch": ["torch"],
         # Reads and writes the Core ML package of the Apple silicon checkpoints.
         "coreml": ["coremltools>=8"],
-        # Draws the plots of benchmarks/report.py.
+        # Draws the plots of `python -m benchmarks report`.
         "benchmark": ["matplotlib"],
         "test": ["pytest", "hypothesis"],
         "dev": ["pytest", "hypothesis", "ruff", "mypy", "pre-commit"],

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
-from unittest.mock import patch
 
 import mlx.core as mx
 import numpy as np
 
 IMAGE = -200
-# What mlx-vlm's VisionConfig has as constants of the class, not as fields to read.
+# What mlx-vlm's VisionConfig has as constants of its class, not as fields to read.
 VISION_CONSTANTS = (
     "layers",
     "embed_dims",
@@ -32,10 +30,15 @@ VISION_CONSTANTS = (
 
 
 class MlxSide:
-    """What any library on MLX does alike."""
+    """What every library on MLX does in the same way."""
 
     package: str
     model: Any
+    read_model: Callable[[Path, str], Any]
+    vision_features: Callable[[mx.array], mx.array]
+    visual_tokens: Callable[[mx.array], mx.array]
+    next_logits: Callable[[mx.array, Sequence[int]], mx.array]
+    generate: Callable[[mx.array, Sequence[int], int], Iterator[int]]
 
     def about(self) -> dict[str, str]:
         return {"library": version(self.package), "mlx": version("mlx"), "device": device_name()}
@@ -71,15 +74,15 @@ class MlxSide:
             folder, dtype: as `load` takes.
             image_size: of the image whose encoding is counted, not computed.
             prompt: as `generate` takes.
-            graph: path of `fastvlm_mlx/graph.py`.
+            graph: path of `fastvlm_mlx/bench/graph.py`, which may lie in no package here.
         """
         graphs = import_file(graph)
         pixel_values, patch = mx.zeros((1, image_size, image_size, 3)), mx.zeros((1, 64, 64, 3))
         mx.eval(pixel_values, patch)
-        with graphs.as_on_gpu():  # what is joined on loading may depend on the device too
+        with graphs.as_on_gpu():  # what is fused on loading may depend on the device too
             self.load(folder, dtype)
             encode = graphs.count(self.visual_tokens(pixel_values))
-        # One step is submitted ahead: the first token is there, and the third is counted.
+        # One step is submitted ahead: when the first token comes, the third is counted.
         tokens = self.generate(patch, prompt, 4)
         next(tokens)
         with graphs.as_on_gpu():
@@ -90,23 +93,6 @@ class MlxSide:
             for name, counts in found.items()
         }
 
-    def generate(
-        self, pixel_values: mx.array, prompt: Sequence[int], max_tokens: int
-    ) -> Iterator[int]:
-        raise NotImplementedError
-
-    def read_model(self, folder: Path, dtype: str) -> Any:
-        raise NotImplementedError
-
-    def vision_features(self, pixel_values: mx.array) -> mx.array:
-        raise NotImplementedError
-
-    def visual_tokens(self, pixel_values: mx.array) -> mx.array:
-        raise NotImplementedError
-
-    def next_logits(self, pixel_values: mx.array, prompt: Sequence[int]) -> mx.array:
-        raise NotImplementedError
-
 
 class Ours(MlxSide):
     """This library."""
@@ -114,11 +100,14 @@ class Ours(MlxSide):
     package = "fastvlm-mlx"
 
     def __init__(self) -> None:
-        self.library = importlib.import_module("fastvlm_mlx.generation.decode")
-        self.weights = importlib.import_module("fastvlm_mlx.checkpoint.load")
+        from fastvlm_mlx.checkpoint.load import load_model
+        from fastvlm_mlx.generation.decode import generate_tokens
+        from fastvlm_mlx.generation.options import Options
+
+        self.load_model, self.generate_tokens, self.options = load_model, generate_tokens, Options()
 
     def read_model(self, folder: Path, dtype: str) -> Any:
-        return self.weights.load_model(folder, dtype=dtype)
+        return self.load_model(folder, dtype=dtype)
 
     def vision_features(self, pixel_values: mx.array) -> mx.array:
         return self.model.vision_tower(pixel_values)
@@ -131,9 +120,8 @@ class Ours(MlxSide):
     ) -> Iterator[int]:
         input_ids, embeddings = self._read(pixel_values, prompt)
         cache = self.model.make_kv_cache()
-        options = importlib.import_module("fastvlm_mlx.generation.options").Options()
-        yield from self.library.generate_tokens(
-            self.model, input_ids, embeddings, cache, options, max_tokens
+        yield from self.generate_tokens(
+            self.model, input_ids, embeddings, cache, self.options, max_tokens
         )
 
     def next_logits(self, pixel_values: mx.array, prompt: Sequence[int]) -> mx.array:
@@ -142,11 +130,13 @@ class Ours(MlxSide):
         return self.model.language_model.logits(hidden_states[0, -1])
 
     def _read(self, pixel_values: mx.array, prompt: Sequence[int]) -> tuple[list[int], mx.array]:
-        features = self.model.encode_images(pixel_values)
-        mx.eval(features)
+        visual_tokens = self.model.encode_images(pixel_values)
+        mx.eval(visual_tokens)
         at = list(prompt).index(IMAGE)
-        input_ids = [*prompt[:at], *[IMAGE] * len(features[0]), *prompt[at + 1 :]]
-        return input_ids, self.model.embed_inputs(mx.array([input_ids]), visual_tokens=features)
+        places = [self.model.config.image_token_index] * len(visual_tokens[0])
+        input_ids = [*prompt[:at], *places, *prompt[at + 1 :]]
+        embeddings = self.model.embed_inputs(mx.array([input_ids]), visual_tokens=visual_tokens)
+        return input_ids, embeddings
 
 
 class MlxVlm(MlxSide):
@@ -155,17 +145,19 @@ class MlxVlm(MlxSide):
     package = "mlx-vlm"
 
     def __init__(self) -> None:
-        self.library = importlib.import_module("mlx_vlm.generate")
-        self.common = importlib.import_module("mlx_vlm.generate.common")
-        self.weights = importlib.import_module("mlx_vlm.utils")
+        from mlx_vlm import utils
+        from mlx_vlm.generate import common, generate_step
+        from mlx_vlm.models.fastvlm.config import VisionConfig
+
+        self.load_model, self.generate_step = utils.load_model, generate_step
+        self.common, self.vision_config = common, VisionConfig
 
     def read_model(self, folder: Path, dtype: str) -> Any:
         vision = json.loads((folder / "config.json").read_text())["vision_config"]
-        config = importlib.import_module("mlx_vlm.models.fastvlm.config").VisionConfig
         shapes = [shape and tuple(shape) for shape in vision["pos_embs_shapes"]]
         for name in VISION_CONSTANTS:
-            setattr(config, name, shapes if name == "pos_embs_shapes" else vision[name])
-        return self.weights.load_model(folder)  # in the folder's dtype, which is `dtype`
+            setattr(self.vision_config, name, (vision | {"pos_embs_shapes": shapes})[name])
+        return self.load_model(folder)  # in the folder's dtype, which is `dtype`
 
     def vision_features(self, pixel_values: mx.array) -> mx.array:
         dtype = self.model.mm_projector[0].bias.dtype
@@ -180,7 +172,7 @@ class MlxVlm(MlxSide):
     ) -> Iterator[int]:
         input_ids, channels_first, mask = self._read(pixel_values, prompt)
         with self.common.wired_limit(self.model, [self.common.generation_stream]):
-            for token, _ in self.library.generate_step(
+            for token, _ in self.generate_step(
                 input_ids, self.model, channels_first, mask, max_tokens=max_tokens, temperature=0.0
             ):
                 yield token
@@ -208,16 +200,18 @@ def next_submitted(tokens: Iterator[int]) -> tuple[mx.array, ...]:
     def submit(*arrays: mx.array) -> None:
         raise Submitted(arrays)
 
-    with patch.object(mx, "async_eval", submit):
-        try:
-            next(tokens)
-        except Submitted as submitted:
-            return submitted.args[0]
+    async_eval, mx.async_eval = mx.async_eval, submit
+    try:
+        next(tokens)
+    except Submitted as submitted:
+        return submitted.args[0]
+    finally:
+        mx.async_eval = async_eval
     raise RuntimeError("The decoding loop does not call mx.async_eval.")
 
 
 def import_file(file: str) -> ModuleType:
-    """A module by its path, which may lie in no package."""
+    """A module by its path."""
     spec = importlib.util.spec_from_file_location(Path(file).stem, file)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)

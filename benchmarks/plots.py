@@ -6,14 +6,14 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from growth import Series, pixels
-from worker import COMPILED, EAGER, OURS, PEER
+from .tables import Result, Series, kernels_of
+from .worker import COMPILED, EAGER, OURS, PEER
 
 COLOURS = {OURS: "#1b6ca8", PEER: "#e08e0b", EAGER: "#7a7a7a", COMPILED: "#b0b0b0"}
-WIDTH, DPI = 8.0, 100  # inches, and pixels an inch: 800 pixels wide
+WIDTH, DPI = 8.0, 100  # inches, and pixels per inch: 800 pixels wide
 
 
-def draw(result: dict[str, Any], file: Path) -> bool:
+def draw(result: Result, file: Path) -> bool:
     """Write the plot of a result; False for a kind that has none."""
     drawings = {"compare": _stages, "growth": _growth}
     kind = result["kind"]
@@ -31,15 +31,15 @@ def draw(result: dict[str, Any], file: Path) -> bool:
     return True
 
 
-def _stages(plt: Any, result: dict[str, Any]) -> Any:
-    """Bars a side: the time to the first token in its two parts, that of a token, and memory."""
+def _stages(plt: Any, result: Result) -> Any:
+    """A bar per side: the time to the first token in its two parts, that of a token, and memory."""
     samples, sides = result["samples"], list(result["versions"])
     medians = {
         key: [statistics.median(found[side]) for side in sides]
         for key, found in samples.items()
         if key in ("encode", "ttft", "decode", "resident")
     }
-    # In a noisy run the encoder alone may have taken longer than the encoder and the prompt.
+    # In a noisy run the encoder may have taken longer than it did together with the prompt.
     encode = [min(pair) for pair in zip(medians["encode"], medians["ttft"], strict=True)]
     rest = [whole - part for whole, part in zip(medians["ttft"], encode, strict=True)]
     settings = result["settings"]
@@ -48,7 +48,7 @@ def _stages(plt: Any, result: dict[str, Any]) -> Any:
     )
     figure.suptitle(
         f"{result['model']['name']}, {settings['dtype']}, {settings['image_size']} pixels, "
-        f"{result['versions'][OURS]['device']}",
+        f"{result['versions'][OURS]['device']}{kernels_of(result['machine'])}",
         fontsize=11,
     )
     colours = [COLOURS[side] for side in sides]
@@ -80,15 +80,11 @@ def _label(panel: Any, bars: Any, values: list[float]) -> None:
 
 
 def _panel(panel: Any, title: str, unit: str) -> None:
-    panel.set_title(title, fontsize=10)
-    panel.set_xlabel(unit, fontsize=9)
-    panel.tick_params(labelsize=8)
     panel.margins(x=0.25)
-    panel.set_xlim(left=0)
-    panel.spines[["top", "right"]].set_visible(False)
+    _axes(panel, title, unit)
 
 
-def _growth(plt: Any, result: dict[str, Any]) -> Any:
+def _growth(plt: Any, result: Result) -> Any:
     """Encoding over pixels, prefill over tokens, memory over generations."""
     figure, (encode, prefill, memory) = plt.subplots(
         1, 3, figsize=(WIDTH, 3.0), layout="constrained"
@@ -98,7 +94,7 @@ def _growth(plt: Any, result: dict[str, Any]) -> Any:
         "memory: the bundled model",
         fontsize=11,
     )
-    megapixels = {str(pixels(int(size)) / 1e6): v for size, v in result["encode"].items()}
+    megapixels = {str(int(size) ** 2 / 1e6): v for size, v in result["encode"].items()}
     _proportional(encode, megapixels)
     _axes(encode, "Encoding an image", "megapixels", "seconds")
     _proportional(prefill, result["prefill"])
@@ -126,11 +122,12 @@ def _proportional(panel: Any, series: Series) -> None:
     )
 
 
-def _axes(panel: Any, title: str, x: str, y: str) -> None:
+def _axes(panel: Any, title: str, x: str, y: str = "") -> None:
     panel.set_title(title, fontsize=10)
     panel.set_xlabel(x, fontsize=9)
-    panel.set_ylabel(y, fontsize=9)
     panel.tick_params(labelsize=8)
     panel.set_xlim(left=0)
-    panel.set_ylim(bottom=0)
+    if y:
+        panel.set_ylabel(y, fontsize=9)
+        panel.set_ylim(bottom=0)
     panel.spines[["top", "right"]].set_visible(False)

@@ -2,11 +2,11 @@
 
 The folder has the original PyTorch (LLaVA) layout, tensor for tensor, so that whatever costs time
 or memory in the real model costs the same in this one, and nothing has to be downloaded. Weights
-are scaled so that features and logits are finite, of ordinary size and far from constant.
+are scaled so that features and logits are finite, of ordinary size and far from constant. There is
+no tokenizer.
 
-    python benchmarks/random_checkpoint.py 0.5b /tmp/fastvlm-0.5b
-
-There is no tokenizer: read the folder with `fastvlm_mlx.load_model` or `fastvlm_mlx.convert`.
+In float32 the 0.5b folder takes 2.5 GB on disk, 1.5b 6.7 GB and 7b 31 GB; in bfloat16, the
+precision of the published checkpoints, half of that.
 """
 
 from __future__ import annotations
@@ -22,104 +22,22 @@ from fastvlm_mlx.checkpoint.files import atomic_folder, save_checkpoint, write_j
 from fastvlm_mlx.checkpoint.layouts import llava
 from fastvlm_mlx.checkpoint.load import DTYPES, cast
 from fastvlm_mlx.checkpoint.names import unfuse
-from fastvlm_mlx.config import FastVLMConfig
+from fastvlm_mlx.config import FastVLMConfig, read_json
 from fastvlm_mlx.model.fastvlm import FastVLM
 
 SHARD_BYTES = 5 * 10**9
 
-# The small one has the released encoder, at 256 pixels, and a decoder of next to nothing.
-SIZES: dict[str, dict[str, Any]] = {
-    "small": {
-        "hidden_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "intermediate_size": 160,
-        "vocab_size": 512,
-        "bos_token_id": 510,
-        "eos_token_id": 511,
-        "mm_vision_tower": "mobileclip_l_256",
-    },
-    # The bundled model's geometry: so little arithmetic that what counts is overhead.
-    "nano": {
-        "hidden_size": 256,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "intermediate_size": 640,
-        "vocab_size": 768,
-        "bos_token_id": 740,
-        "eos_token_id": 742,
-        "mm_hidden_size": 512,
-        "mm_vision_tower": "mobileclip_nano_256",
-        "vision_config": {
-            "image_size": 256,
-            "layers": [1, 2, 4, 1, 1],
-            "embed_dims": [16, 32, 64, 128, 256],
-            "projection_dim": 64,
-        },
-    },
-    "0.5b": {
-        "hidden_size": 896,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 14,
-        "num_key_value_heads": 2,
-        "intermediate_size": 4864,
-        "max_window_layers": 24,
-    },
-    "1.5b": {
-        "hidden_size": 1536,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 12,
-        "num_key_value_heads": 2,
-        "intermediate_size": 8960,
-        "max_window_layers": 28,
-    },
-    "7b": {
-        "hidden_size": 3584,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 28,
-        "num_key_value_heads": 4,
-        "intermediate_size": 18944,
-        "vocab_size": 152064,
-        "tie_word_embeddings": False,
-        "max_window_layers": 28,
-    },
-}
-COMMON: dict[str, Any] = {
-    "architectures": ["LlavaQwen2ForCausalLM"],
-    "attention_dropout": 0.0,
-    "bos_token_id": 151643,
-    "eos_token_id": 151645,
-    "freeze_mm_mlp_adapter": False,
-    "hidden_act": "silu",
-    "image_aspect_ratio": "pad",
-    "image_grid_pinpoints": None,
-    "initializer_range": 0.02,
-    "max_position_embeddings": 32768,
-    "mm_hidden_size": 3072,
-    "mm_patch_merge_type": "flat",
-    "mm_projector_lr": None,
-    "mm_projector_type": "mlp2x_gelu",
-    "mm_use_im_patch_token": False,
-    "mm_use_im_start_end": False,
-    "mm_vision_select_feature": "patch",
-    "mm_vision_select_layer": -2,
-    "mm_vision_tower": "mobileclip_l_1024",
-    "model_type": "llava_qwen2",
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1000000.0,
-    "sliding_window": 32768,
-    "tie_word_embeddings": True,
-    "tokenizer_model_max_length": 8192,
-    "tokenizer_padding_side": "right",
-    "transformers_version": "4.39.3",
-    "tune_mm_mlp_adapter": False,
-    "unfreeze_mm_vision_tower": True,
-    "use_cache": True,
-    "use_mm_proj": True,
-    "use_sliding_window": False,
-    "vocab_size": 151936,
+# Configurations by size: what they have in common, and what each has of its own. "small" is for
+# tests: the released encoder at 256 pixels, and a decoder of next to nothing. "nano" is the bundled
+# model's geometry: so little arithmetic that overhead is what counts.
+SIZES: dict[str, dict[str, Any]] = read_json(Path(__file__).with_name("sizes.json"))
+COMMON = SIZES.pop("common")
+OPTIONS: dict[str, dict[str, Any]] = {
+    "size": {"choices": SIZES, "help": "small is for tests"},
+    "target": {"type": Path, "help": "the folder to write"},
+    "--dtype": {"default": "float32"},
+    "--seed": {"type": int, "default": 0, "help": "of the weights"},
+    "--overwrite": {"action": "store_true", "help": "replace a target that exists"},
 }
 
 # (pattern, centre, spread): the first that matches a tensor's name says how it is filled; the
@@ -144,11 +62,11 @@ def make_config(size: str, dtype: str) -> dict[str, Any]:
 def write_checkpoint(
     size: str, target: str | Path, *, dtype: str, seed: int = 0, overwrite: bool = False
 ) -> Path:
-    """Write the folder; memory holds one file's worth of tensors at most.
+    """Write the folder; at most one file's tensors are in memory at a time.
 
     Args:
         size: one of `SIZES`.
-        target: the folder to write; it appears when it is whole.
+        target: the folder to write; it appears once it is complete.
         dtype: float32, float16 or bfloat16.
         seed: the same seed gives the same weights.
         overwrite: replace a target that exists.
@@ -193,25 +111,8 @@ def _linear_spread(weight: mx.array) -> float:
     return float((weight.size / weight.shape[0]) ** -0.5)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description="Write a FastVLM checkpoint of a released size with random weights.",
-        epilog="In float32 the 0.5b folder takes 2.5 GB on disk, 1.5b 6.7 GB and 7b 31 GB; in "
-        "bfloat16, the precision of the published checkpoints, half of that.",
+def write(args: argparse.Namespace) -> None:
+    """As the command line asks."""
+    write_checkpoint(
+        args.size, args.target, dtype=args.dtype, seed=args.seed, overwrite=args.overwrite
     )
-    parser.add_argument("size", choices=SIZES, help="which model; small is for tests")
-    parser.add_argument("target", type=Path, help="the folder to write")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default: float32")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights; default: 0")
-    parser.add_argument("--overwrite", action="store_true", help="replace a target that exists")
-    args = parser.parse_args()
-    try:
-        write_checkpoint(
-            args.size, args.target, dtype=args.dtype, seed=args.seed, overwrite=args.overwrite
-        )
-    except OSError as error:
-        parser.error(str(error))
-
-
-if __name__ == "__main__":
-    main()

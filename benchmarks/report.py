@@ -1,38 +1,53 @@
-"""Write RESULTS.md and its plots from the JSON files that the other scripts write.
-
-python benchmarks/report.py
-"""
+"""Write RESULTS.md and its plots from the JSON files that the measurements write."""
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
 import json
-import sys
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import growth
-import launches
-import plots
-import second_question
-from machine import note
-from random_checkpoint import SIZES
-from tables import (
+from fastvlm_mlx.bench.machine import machine_in_words
+
+from . import plots
+from .random_checkpoint import SIZES
+from .tables import (
     FIGURES,
+    Result,
+    Samples,
+    Series,
     advantage,
-    comparison,
-    describe_machine_in_words,
-    describe_versions,
+    departure,
+    drift,
+    in_short,
+    kernels_of,
     markdown_list,
     markdown_table,
+    ratio,
     spread,
+    unit_costs,
 )
-from worker import OURS, PEER
+from .turns import note
+from .worker import OURS, PEER
 
 BENCHMARKS = Path(__file__).resolve().parent
-Result = dict[str, Any]
+OPTIONS: dict[str, dict[str, Any]] = {
+    "--results": {
+        "type": Path,
+        "default": BENCHMARKS / "results",
+        "metavar": "FOLDER",
+        "help": "of JSON files",
+    },
+    "--target": {
+        "type": Path,
+        "default": BENCHMARKS,
+        "metavar": "FOLDER",
+        "help": "for RESULTS.md and plots",
+    },
+}
 
 # How many times better than mlx-vlm this library means to be, by device and size of the model.
 FASTER_ON_CPU = {"encode": 3.5, "ttft": 3.0, "decode": 1.0, "resident": 1.11}
@@ -50,7 +65,46 @@ MOST_DRIFT = 0.02
 MOST_OF_FIRST = 0.1
 MOST_BYTES = 1.5e9
 
-Goal = tuple[str, str, str]  # what, the goal, what was found
+Goal = tuple[str, str, str]  # what, the goal, what was measured
+
+
+class Section(NamedTuple):
+    """What a result is in RESULTS.md."""
+
+    title: str
+    body: str
+    goals: list[Goal]
+
+
+def compare(result: Result) -> Section:
+    """Every side's figures; peers' with how many times better this library is."""
+    samples, settings = result["samples"], result["settings"]
+    size, device = size_of(result["model"]), result["versions"][OURS]["device"]
+    title = f"{size} on {device}: {settings['dtype']}, {settings['image_size']} pixels"
+    title += kernels_of(result["machine"])
+    header = ["", *(f"{figure.title}, {figure.unit}" for figure in FIGURES.values())]
+    rows = [
+        [side, *(compare_cell(key, samples, side) for key in FIGURES)]
+        for side in result["versions"]
+    ]
+    body = [
+        markdown_list(*compare_setting(result)),
+        markdown_table(header, rows),
+        markdown_list(*(outputs_in_words(*item) for item in result["outputs"].items())),
+    ]
+    place = "CPU" if device == "CPU" else "GPU"
+    whole_image = settings["image_size"] == (256 if size == "nano" else 1024)
+    goals = COMPARE_GOALS.get((place, size), {}) if whole_image else {}
+    found = {key: advantage(key, samples, PEER) for key in goals}
+    return Section(
+        title,
+        "\n\n".join(body),
+        [
+            (f"{FIGURES[key].title}, {title}: times better than {PEER}", f"≥ {goal:g}", f"{a:.2f}")
+            for key, goal in goals.items()
+            if (a := found[key]) is not None
+        ],
+    )
 
 
 def size_of(model: Result) -> str:
@@ -59,201 +113,212 @@ def size_of(model: Result) -> str:
     return sizes.get(model["hidden_size"]) or str(model["name"])
 
 
-def place_of(device: str) -> str:
-    return "CPU" if device == "CPU" else "GPU"
+def compare_cell(key: str, samples: Samples, side: str) -> str:
+    found = spread(samples[key][side])
+    better = None if side == OURS else advantage(key, samples, side)
+    return found if better is None else f"{found}; {better:.2f}×"
 
 
-# --- one function a kind of result: its heading, its page, its goals ----------------------------
-
-
-def compare_title(result: Result) -> str:
-    settings, device = result["settings"], result["versions"][OURS]["device"]
-    return (
-        f"{size_of(result['model'])} on {device}: {settings['dtype']}, "
-        f"{settings['image_size']} pixels"
-    )
-
-
-def compare_goals(result: Result) -> Iterable[Goal]:
-    place = place_of(result["versions"][OURS]["device"])
-    size = size_of(result["model"])
-    whole_image = result["settings"]["image_size"] == (256 if size == "nano" else 1024)
-    goals = COMPARE_GOALS.get((place, size), {}) if whole_image else {}
-    for key, goal in goals.items():
-        found = advantage(key, result["samples"], PEER)
-        if found is not None:
-            what = f"{FIGURES[key].title}, {compare_title(result)}: times better than {PEER}"
-            yield what, f"≥ {goal:g}", f"{found:.2f}"
-
-
-def launches_title(result: Result) -> str:
-    return f"Kernel launches on Metal: {result['model']['name']}, {result['image_size']} pixels"
-
-
-def launches_page(result: Result) -> str:
-    versions = "; ".join(
-        describe_versions(side, {**about, "device": "Metal, counted"})
-        for side, about in result["versions"].items()
-    )
-    return f"{markdown_list([versions + '.'])}\n\n{launches.markdown(result)}"
-
-
-def launches_goals(result: Result) -> Iterable[Goal]:
-    for stage, what in (("encode", "an image"), ("decode", "a token")):
-        found = launches.ratio(result, stage)
-        yield (
-            f"kernel launches of {what}, {result['model']['name']}, over those of {PEER}",
-            f"≤ {MOST_LAUNCHES}",
-            f"{found:.2f}",
-        )
-
-
-def growth_title(result: Result) -> str:
-    return f"Growth of cost: {result['model']['name']} on {result['device']}"
-
-
-def growth_page(result: Result) -> str:
-    tables = [
-        growth_table(result["encode"], "image, pixels square", "megapixel", lambda n: n * n / 1e6),
-        growth_table(result["prefill"], "prompt, tokens", "thousand tokens", lambda n: n / 1e3),
+def compare_setting(result: Result) -> list[str]:
+    """What was measured, where and with what, a sentence a line."""
+    model, settings, machine = result["model"], result["settings"], result["machine"]
+    lines = [
+        f"Decoder of {model['num_hidden_layers']} layers, {model['hidden_size']} wide, "
+        f"{settings['dtype']}; images of {settings['image_size']} pixels square; a prompt of one "
+        f"image and {settings['text_tokens']} text tokens; {settings['tokens']} greedy tokens.",
+        f"{machine_in_words(machine)}.",
+        versions_in_words(result["versions"]),
+        f"Median of {settings['rounds']} rounds, least and most in brackets; memory from one run. "
+        f"Last, how many times better {OURS} is: the median of the rounds' ratios.",
     ]
+    if kernels_of(machine):
+        lines.append(
+            "The kernels decide these times: by default OpenBLAS chooses them by the processor it "
+            "finds, and the variable OPENBLAS_CORETYPE forces others."
+        )
+    return lines
+
+
+def versions_in_words(versions: dict[str, dict[str, str]], device: str = "") -> str:
+    """Each side with its libraries and the device that computes."""
+    sides = []
+    for side, about in versions.items():
+        below = [f"{name} {about[name]}" for name in ("mlx", "torch", "cuda") if name in about]
+        libraries = " and ".join(below)
+        sides.append(f"{side} {about['library']} with {libraries} on {device or about['device']}")
+    return f"{'; '.join(sides)}."
+
+
+def outputs_in_words(peer: str, found: dict[str, Any]) -> str:
+    """How the outputs compare with a peer's."""
+    said = (
+        f"Beside {peer}, visual features differ by at most "
+        f"{found['features_difference']:.1e} of their standard deviation"
+    )
+    step = found["first_difference"]
+    if step is None:
+        return f"{said}, and all {found['tokens']} greedy tokens are the same."
+    margins = found["margin"]
+    apart = " and ".join(f"{m['margin']:+.1e} ({side})" for side, m in margins.items())
+    return (
+        f"{said}. Greedy tokens differ first at step {step}, where the logits of the two "
+        f"tokens lie {apart} apart, and all logits have a standard deviation of "
+        f"{margins[OURS]['std']:.1e}."
+    )
+
+
+def launches(result: Result) -> Section:
+    """The launches, and the primitives by name."""
+    name, counts, versions = result["model"]["name"], result["counts"], result["versions"]
+    rows, goals = [], []
+    for stage, one, what in (
+        ("encode", "one image", "an image"),
+        ("decode", "one token", "a token"),
+    ):
+        found = {side: counts[side][stage]["launches"] for side in counts}
+        share = f"{found[OURS] / found[PEER]:.2f}"
+        rows.append((one, *map(str, found.values()), share))
+        goal = f"kernel launches of {what}, {name}, over those of {PEER}"
+        goals.append((goal, f"≤ {MOST_LAUNCHES}", share))
+    body = (
+        f"{markdown_list(versions_in_words(versions, 'Metal, counted'))}\n\n"
+        f"{markdown_table(('kernel launches', *counts, 'ratio'), rows)}\n\n"
+        "<details><summary>Primitives by name</summary>\n\n"
+        f"{primitives_table(counts)}\n\n</details>"
+    )
+    title = f"Kernel launches on Metal: {name}, {result['image_size']} pixels"
+    return Section(title, body, goals)
+
+
+def primitives_table(counts: dict[str, Any]) -> str:
+    columns = {
+        f"{stage}, {side}": Counter(counts[side][stage]["primitives"])
+        for stage in ("encode", "decode")
+        for side in counts
+    }
+    names = [name for name, _ in sum(columns.values(), Counter()).most_common()]
+    rows = [(name, *(str(column[name]) for column in columns.values())) for name in names]
+    return markdown_table(("primitive", *columns), rows)
+
+
+def second_question(result: Result) -> Section:
+    name, seconds = result["model"]["name"], result["seconds"]
+    rows = [(f"{which} question", spread(found)) for which, found in seconds.items()]
+    what = f"time to first token of a second question, {name}, of the first's"
+    return Section(
+        f"A second question: {name}, {result['image_size']} pixels",
+        f"{setting(result)}\n\n{markdown_table(('', 'time to first token, s'), rows)}",
+        [(what, f"≤ {MOST_OF_FIRST}", f"{ratio(seconds['second'], seconds['first']):.3f}")],
+    )
+
+
+def setting(result: Result, *lines: str) -> str:
+    """The machine's line, and others."""
+    return markdown_list(f"{machine_in_words(result['machine'])}.", *lines)
+
+
+def growth(result: Result) -> Section:
+    """The cost of encoding and prefill by size, and of memory by generations."""
+    title = f"Growth of cost: {result['model']['name']} on {result['device']}"
     memory = result["memory"]
+    generations = memory["generation"][-1]
     last = ", ".join(f"{key} {memory[key][-1] / 1e6:.1f} MB" for key in ("process", "arrays"))
-    after = f"After {memory['generation'][-1]} generations of the bundled model: {last}."
-    setting = markdown_list([describe_machine_in_words(result["machine"]), after])
-    return "\n\n".join((setting, *tables))
+    after = f"After {generations} generations of the bundled model: {last}."
+    encode = unit_costs(result["encode"], lambda size: size**2 / 1e6)
+    prefill = unit_costs(result["prefill"], lambda tokens: tokens / 1e3)
+    body = (
+        setting(result, after),
+        growth_table(result["encode"], "image, pixels square", "s per megapixel", encode),
+        growth_table(result["prefill"], "prompt, tokens", "s per thousand tokens", prefill),
+    )
+    drifted = f"memory of the process, growth over {generations} generations"
+    most = f"≤ {MOST_DEPARTURE:.0%}"
+    goals = [
+        (f"{title}: encoding, departure from proportional to pixels", most, departure(encode)),
+        (f"{title}: prefill, departure from proportional to tokens", most, departure(prefill)),
+    ]
+    return Section(
+        title,
+        "\n\n".join(body),
+        [
+            *((what, goal, f"{found:.0%}") for what, goal, found in goals),
+            (drifted, f"≤ {MOST_DRIFT:.0%}", f"{drift(memory['process']):+.1%}"),
+        ],
+    )
 
 
-def growth_table(
-    series: growth.Series, points: str, unit: str, units: Callable[[int], float]
-) -> str:
-    costs = growth.unit_costs(series, units)
+def growth_table(series: Series, points: str, unit: str, costs: list[float]) -> str:
     rows = [
         (point, spread(seconds), f"{cost:.3g}")
         for (point, seconds), cost in zip(series.items(), costs, strict=True)
     ]
-    return markdown_table((points, "s", f"s a {unit}"), rows)
+    return markdown_table((points, "s", unit), rows)
 
 
-def growth_goals(result: Result) -> Iterable[Goal]:
-    found = growth.summary(result)
-    name = growth_title(result)
-    yield (
-        f"{name}: encoding, departure from proportional to pixels",
-        f"≤ {MOST_DEPARTURE:.0%}",
-        f"{found['encode']:.0%}",
-    )
-    yield (
-        f"{name}: prefill, departure from proportional to tokens",
-        f"≤ {MOST_DEPARTURE:.0%}",
-        f"{found['prefill']:.0%}",
-    )
-    yield (
-        f"memory of the process, growth over {result['memory']['generation'][-1]} generations",
-        f"≤ {MOST_DRIFT:.0%}",
-        f"{found['process']:+.1%}",
-    )
-
-
-def second_title(result: Result) -> str:
-    return f"A second question: {result['model']['name']}, {result['image_size']} pixels"
-
-
-def second_page(result: Result) -> str:
-    rows = [(f"{name} question", spread(found)) for name, found in result["seconds"].items()]
-    setting = markdown_list([describe_machine_in_words(result["machine"])])
-    return f"{setting}\n\n{markdown_table(('', 'time to first token, s'), rows)}"
-
-
-def second_goals(result: Result) -> Iterable[Goal]:
-    what = f"time to first token of a second question, {result['model']['name']}, of the first's"
-    yield what, f"≤ {MOST_OF_FIRST}", f"{second_question.ratio(result['seconds']):.3f}"
-
-
-def memory_title(result: Result) -> str:
-    return f"Memory beyond the weights: {result['size']}, {result['bits']} bits"
-
-
-def memory_page(result: Result) -> str:
-    whole = result["whole"]
+def memory(result: Result) -> Section:
+    """Peaks of arrays for the whole depth."""
+    size, whole = result["size"], result["whole"]
     names = {"weights": "weights", "encoding": "while encoding", "answering": "while answering"}
     rows = [(what, f"{whole[key] / 1e9:.2f}") for key, what in names.items()]
-    setting = markdown_list(
-        [
-            f"{result['dtype']} where not quantized, {result['image_size']} pixels; measured with "
-            f"{result['layers']} layers on {result['device']}, weights and KV cache counted for "
-            f"{SIZES[result['size']]['num_hidden_layers']}.",
-            "The peaks are those of arrays, without the weights.",
-        ]
+    lines = markdown_list(
+        f"{result['dtype']} where not quantized, {result['image_size']} pixels; measured with "
+        f"{result['layers']} layers on {result['device']}, weights and KV cache counted for "
+        f"{SIZES[size]['num_hidden_layers']}.",
+        "The peaks are those of arrays, without the weights.",
     )
-    return f"{setting}\n\n{markdown_table(('', 'GB'), rows)}"
+    title = f"Memory beyond the weights: {size}, {result['bits']} bits"
+    what = f"{size}, {result['bits']} bits, {result['image_size']} pixels: GB at most"
+    peak = max(whole["encoding"], whole["answering"])
+    goal = (f"{what} beyond the weights", f"≤ {MOST_BYTES / 1e9}", f"{peak / 1e9:.2f}")
+    return Section(title, f"{lines}\n\n{markdown_table(('', 'GB'), rows)}", [goal])
 
 
-def memory_goals(result: Result) -> Iterable[Goal]:
-    peak = max(result["whole"]["encoding"], result["whole"]["answering"])
-    what = f"{result['size']}, {result['bits']} bits, {result['image_size']} pixels: GB at most"
-    yield f"{what} beyond the weights", f"≤ {MOST_BYTES / 1e9}", f"{peak / 1e9:.2f}"
-
-
-def batch_title(result: Result) -> str:
-    return f"{result['requests']} requests together, {result['model']}, {answers_of(result)}"
-
-
-def answers_of(result: Result) -> str:
-    return f"answers of {result['tokens'] / result['requests']:.0f} tokens"
-
-
-def batch_page(result: Result) -> str:
+def batch(result: Result) -> Section:
     """Throughput one by one and together."""
+    requests, tokens, faster = (
+        result[key] for key in ("requests", "tokens", "times faster (median)")
+    )
+    least, most = result["times faster (least and most)"]
     rows = [
-        [name, f"{seconds:.3g}", f"{result['tokens'] / seconds:.3g}"]
+        [name, f"{seconds:.3g}", f"{tokens / seconds:.3g}"]
         for name, seconds in result["seconds (median)"].items()
     ]
-    least, most = result["times faster (least and most)"]
-    return (
-        f"{markdown_list([describe_machine_in_words(result['machine'])])}\n\n"
-        f"{markdown_table(['', 's', 'tokens/s'], rows)}\n\n"
-        f"- {result['times faster (median)']:.2f} times as fast ({least:.2f}–{most:.2f}); "
-        f"{result['same answers']} of {result['requests']} answers are the same token for token."
+    answers = f"answers of {tokens / requests:.0f} tokens"
+    title = f"{requests} requests together, {result['model']}, {answers}"
+    body = (
+        f"{setting(result)}\n\n{markdown_table(['', 's', 'tokens/s'], rows)}\n\n"
+        f"- {faster:.2f} times as fast ({least:.2f}–{most:.2f}); "
+        f"{result['same answers']} of {requests} answers are the same token for token."
     )
+    goal = (f"throughput of {title}", f"≥ {LEAST_THROUGHPUT:g}", f"{faster:.2f}")
+    return Section(title, body, [goal])
 
 
-def batch_goals(result: Result) -> Iterable[Goal]:
-    what = f"throughput of {batch_title(result)}"
-    yield what, f"≥ {LEAST_THROUGHPUT:g}", f"{result['times faster (median)']:.2f}"
-
-
-def table_title(result: Result) -> str:
-    return str(result["title"])
-
-
-def table_page(result: Result) -> str:
+def table(result: Result) -> Section:
     """Whatever has its `results` in rows of the same fields."""
     first, *_ = rows = result["results"]
     fields = [name for name, value in first.items() if not isinstance(value, (list, dict))]
     cells = [[in_short(row[name]) for name in fields] for row in rows]
-    return markdown_table([name.replace("_", " ") for name in fields], cells)
+    body = markdown_table([name.replace("_", " ") for name in fields], cells)
+    if "machine" in result:
+        body = f"{setting(result)}\n\n{body}"
+    return Section(result["title"], body, [])
 
 
-def table_goals(result: Result) -> Iterable[Goal]:
-    return ()
-
-
-def in_short(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
-KINDS: dict[str, tuple[Callable, Callable, Callable]] = {
-    "compare": (compare_title, comparison, compare_goals),
-    "launches": (launches_title, launches_page, launches_goals),
-    "second-question": (second_title, second_page, second_goals),
-    "growth": (growth_title, growth_page, growth_goals),
-    "memory": (memory_title, memory_page, memory_goals),
-    "batch": (batch_title, batch_page, batch_goals),
-    "table": (table_title, table_page, table_goals),
+KINDS: dict[str, Callable[[Result], Section]] = {
+    "compare": compare,
+    "launches": launches,
+    "second-question": second_question,
+    "growth": growth,
+    "memory": memory,
+    "batch": batch,
+    "table": table,
 }
 
-# --- the page -----------------------------------------------------------------------------------
+
+def section(result: Result) -> Section:
+    """A result's section, of the kind that it names."""
+    return KINDS[result["kind"]](result)
 
 
 def page(results: dict[str, Result], plotted: Iterable[str] = ()) -> str:
@@ -263,35 +328,40 @@ def page(results: dict[str, Result], plotted: Iterable[str] = ()) -> str:
         results: by name of their file, of known kinds.
         plotted: names of those with a plot, plots/NAME.png.
     """
-    ordered = sorted(results.items(), key=lambda item: (list(KINDS).index(item[1]["kind"]), item))
-    goals, sections = [], []
+    kinds = list(KINDS)
+    ordered = sorted(results.items(), key=lambda item: (kinds.index(item[1]["kind"]), item[0]))
+    goals, texts = [], []
     for name, result in ordered:
-        title, body, goals_of = KINDS[result["kind"]]
-        goals += list(goals_of(result))
-        image = f"![{title(result)}](plots/{name}.png)\n\n" if name in plotted else ""
+        title, body, own_goals = section(result)
+        goals += own_goals
+        image = f"![{title}](plots/{name}.png)\n\n" if name in plotted else ""
         command = f"`{result['command']}`\n\n" if "command" in result else ""
-        sections.append(f"## {title(result)}\n\n{command}{image}{body(result)}")
+        texts.append(f"## {title}\n\n{command}{image}{body}")
     introduction = (
-        "# Results\n\nWritten by `python benchmarks/report.py` from the samples in "
+        "# Results\n\nWritten by `python -m benchmarks report` from the samples in "
         "[results](results); [README.md](README.md) says how they were taken and what the words "
         "mean. PATH and MODEL stand for places on the machine."
     )
-    overview = f"## Goals\n\n{markdown_table(('', 'goal', 'measured'), goals)}"
+    overview = f"## Goals\n\n{goals_table(goals)}"
     if not any(is_on_gpu(result) for result in results.values()):
         overview += (
             "\n\nNothing here was measured on a GPU. On a machine that has one, "
-            "`python benchmarks/run_all.py` takes all of it in one command."
+            "`python -m benchmarks all` takes every measurement in one command."
         )
-    return "\n\n".join((introduction, overview, *sections)) + "\n"
+    return "\n\n".join((introduction, overview, *texts)) + "\n"
+
+
+def goals_table(goals: list[Goal]) -> str:
+    return markdown_table(("", "goal", "measured"), goals)
 
 
 def is_on_gpu(result: Result) -> bool:
     """Whether it is a comparison whose figures are a GPU's."""
-    return result["kind"] == "compare" and place_of(result["versions"][OURS]["device"]) == "GPU"
+    return result["kind"] == "compare" and result["versions"][OURS]["device"] != "CPU"
 
 
 def read_results(folder: Path) -> dict[str, Result]:
-    """The results in a folder, by name of file; what names no kind is a table.
+    """The results in a folder, by name of file; one that names no kind is a table.
 
     Raises:
         FileNotFoundError: there is none.
@@ -301,10 +371,10 @@ def read_results(folder: Path) -> dict[str, Result]:
     for file in sorted(folder.glob("*.json")):
         result = {"kind": "table", "title": file.stem, **json.loads(file.read_text())}
         if result["kind"] not in KINDS or (result["kind"] == "table" and "results" not in result):
-            raise ValueError(f"{file} is no result of these scripts; move it elsewhere.")
+            raise ValueError(f"{file} is no result of a measurement; move it elsewhere.")
         found[file.stem] = result
     if not found:
-        raise FileNotFoundError(f"There are no results in {folder}; run the scripts with --json.")
+        raise FileNotFoundError(f"There are no results in {folder}; measure with --json first.")
     return found
 
 
@@ -316,34 +386,8 @@ def draw_plots(results: dict[str, Result], folder: Path) -> list[str]:
     return [name for name, found in results.items() if plots.draw(found, folder / f"{name}.png")]
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="report.py", description="Write RESULTS.md and its plots from results in JSON."
-    )
-    parser.add_argument(
-        "--results",
-        type=Path,
-        default=BENCHMARKS / "results",
-        metavar="FOLDER",
-        help="of JSON files; default: results beside this script",
-    )
-    parser.add_argument(
-        "--target",
-        type=Path,
-        default=BENCHMARKS,
-        metavar="FOLDER",
-        help="for RESULTS.md and plots; default: this script's",
-    )
-    args = parser.parse_args()
-    try:
-        results = read_results(args.results)
-        plotted = draw_plots(results, args.target / "plots")
-        (args.target / "RESULTS.md").write_text(page(results, plotted), encoding="utf-8")
-    except (OSError, ValueError) as error:
-        print(f"report.py: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def write_report(args: argparse.Namespace) -> None:
+    """Write RESULTS.md and the plots."""
+    results = read_results(args.results)
+    plotted = draw_plots(results, args.target / "plots")
+    (args.target / "RESULTS.md").write_text(page(results, plotted), encoding="utf-8")

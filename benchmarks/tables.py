@@ -1,37 +1,28 @@
-"""From the samples of `compare.py` to medians, ratios and tables."""
+"""From samples to medians, ratios and Markdown tables."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
-from worker import OURS
+from fastvlm_mlx.bench.machine import OWN_CHOICE
+from fastvlm_mlx.bench.table import Stage
 
-Samples = dict[str, dict[str, list[float]]]
+from .worker import OURS
 
-
-class Figure(NamedTuple):
-    """One thing that is measured; `more` says whether more of it is better."""
-
-    title: str
-    unit: str
-    more: bool = False
-
+Result = dict[str, Any]
+Samples = dict[str, dict[str, list[float]]]  # by figure, then by side
+Series = dict[str, list[float]]  # by point
 
 FIGURES = {
-    "encode": Figure("encoder and projector", "s"),
-    "ttft": Figure("time to first token", "s"),
-    "decode": Figure("decoding", "tokens/s", more=True),
-    "load": Figure("loading", "s"),
-    "resident": Figure("peak memory of the process", "GB"),
-    "arrays": Figure("peak memory of arrays", "GB"),
+    "encode": Stage("encoder and projector", "s"),
+    "ttft": Stage("time to first token", "s"),
+    "decode": Stage("decoding", "tokens/s", more=True),
+    "load": Stage("loading", "s"),
+    "resident": Stage("peak memory of the process", "GB"),
+    "arrays": Stage("peak memory of arrays", "GB"),
 }
-
-
-def peers(result: dict[str, Any]) -> list[str]:
-    """Who was measured beside this library."""
-    return [side for side in result["versions"] if side != OURS]
 
 
 def advantage(key: str, samples: Samples, peer: str) -> float | None:
@@ -42,104 +33,61 @@ def advantage(key: str, samples: Samples, peer: str) -> float | None:
     ours, theirs = samples[key][OURS], samples[key][peer]
     if not theirs or not ours:
         return None
-    more = FIGURES[key].more
-    return statistics.median(a / b if more else b / a for a, b in zip(ours, theirs, strict=True))
+    return ratio(ours, theirs) if FIGURES[key].more else ratio(theirs, ours)
+
+
+def ratio(values: Sequence[float], others: Sequence[float]) -> float:
+    """The median of the rounds' ratios."""
+    return statistics.median(a / b for a, b in zip(values, others, strict=True))
+
+
+def departure(costs: Sequence[float]) -> float:
+    """How far from proportional: the largest departure of a unit's cost from the median one."""
+    middle = statistics.median(costs)
+    return max(abs(cost / middle - 1) for cost in costs)
+
+
+def unit_costs(series: Series, units: Callable[[int], float] = float) -> list[float]:
+    """The median of each point over its number of the units that should set the cost."""
+    return [statistics.median(values) / units(int(point)) for point, values in series.items()]
+
+
+def drift(values: Sequence[float]) -> float:
+    """How far the maximum of the last tenth is above that of the second; the first warms up.
+
+    The maximum, since an allocator gives free memory back to the system at one moment or another.
+    """
+    tenth = max(1, len(values) // 10)
+    early, late = values[tenth : 2 * tenth] or values[:1], values[-tenth:]
+    return max(late) / max(early) - 1
 
 
 def spread(values: Sequence[float]) -> str:
-    """The median, with the least and the most in brackets; a dash for no values."""
+    """The median, with least and most in brackets; a dash for no values."""
     if not values:
         return "–"
     middle = f"{statistics.median(values):.3g}"
     return middle if len(values) == 1 else f"{middle} ({min(values):.3g}–{max(values):.3g})"
 
 
-def header() -> tuple[str, ...]:
-    """The table's columns: the side, then a figure each."""
-    return ("", *(f"{figure.title}, {figure.unit}" for figure in FIGURES.values()))
+def kernels_of(machine: dict[str, Any]) -> str:
+    """What a heading says of OpenBLAS's kernels, where it was preloaded and they were recorded."""
+    kernels = machine.get("openblas_coretype")
+    if "openblas" not in machine["preloaded"] or kernels is None:
+        return ""
+    own = ", kernels of OpenBLAS's own choice"
+    return own if kernels == OWN_CHOICE else f", OpenBLAS forced to {kernels} kernels"
 
 
-def rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
-    """The table without its header, a side a row; peers have how far this library is ahead."""
-    return [
-        (side, *(cell(key, result["samples"], side) for key in FIGURES))
-        for side in result["versions"]
-    ]
-
-
-def cell(key: str, samples: Samples, side: str) -> str:
-    found = spread(samples[key][side])
-    ratio = None if side == OURS else advantage(key, samples, side)
-    return found if ratio is None else f"{found}; {ratio:.2f}×"
-
-
-def describe_setting(result: dict[str, Any]) -> list[str]:
-    """What was measured, where and with what, a sentence a line."""
-    model, settings = result["model"], result["settings"]
-    return [
-        f"Decoder of {model['num_hidden_layers']} layers, {model['hidden_size']} wide, "
-        f"{settings['dtype']}; images of {settings['image_size']} pixels square; a prompt of one "
-        f"image and {settings['text_tokens']} text tokens; {settings['tokens']} greedy tokens.",
-        describe_machine_in_words(result["machine"]),
-        "; ".join(describe_versions(side, about) for side, about in result["versions"].items())
-        + ".",
-        f"Median of {settings['rounds']} rounds, least and most in brackets; memory from one run. "
-        f"Last, how many times better {OURS} is: the median of the rounds' ratios.",
-    ]
-
-
-def describe_machine_in_words(machine: dict[str, Any]) -> str:
-    preloaded = f", {machine['preloaded']} preloaded" if machine["preloaded"] else ""
-    gpus = "".join(
-        f"; {gpu['name']}, {gpu['memory.total']}, driver {gpu['driver_version']}"
-        for gpu in machine["gpus"]
-    )
-    return f"{machine['cpu']}, {machine['cores']} cores, {machine['system']}{preloaded}{gpus}."
-
-
-def describe_versions(side: str, about: dict[str, str]) -> str:
-    below = [f"{name} {about[name]}" for name in ("mlx", "torch", "cuda") if name in about]
-    return f"{side} {about['library']} with {' and '.join(below)} on {about['device']}"
-
-
-def describe_outputs(outputs: dict[str, Any]) -> list[str]:
-    """How the outputs compare with each peer's, a sentence a line."""
-    lines = []
-    for peer, found in outputs.items():
-        said = (
-            f"Beside {peer}, vision features differ by at most "
-            f"{found['features_difference']:.1e} of their standard deviation"
-        )
-        step = found["first_difference"]
-        if step is None:
-            lines.append(f"{said}, and all {found['tokens']} greedy tokens are the same.")
-            continue
-        margins = found["margin"]
-        apart = " and ".join(f"{m['margin']:+.1e} ({side})" for side, m in margins.items())
-        lines.append(
-            f"{said}. Greedy tokens differ first at step {step}, where the logits of the two "
-            f"tokens lie {apart} apart, and all logits have a standard deviation of "
-            f"{margins[OURS]['std']:.1e}."
-        )
-    return lines
+def in_short(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table, whose columns after the first are set to the right."""
+    """A table, whose columns after the first are aligned to the right."""
     rule = ["---"] + ["---:"] * (len(header) - 1)
     return "\n".join(f"| {' | '.join(row)} |" for row in (header, rule, *rows))
 
 
-def markdown_list(lines: Iterable[str]) -> str:
+def markdown_list(*lines: str) -> str:
     return "\n".join(f"- {line}" for line in lines)
-
-
-def comparison(result: dict[str, Any]) -> str:
-    """A result of `compare.py` as Markdown, without a heading."""
-    return "\n\n".join(
-        (
-            markdown_list(describe_setting(result)),
-            markdown_table(header(), rows(result)),
-            markdown_list(describe_outputs(result["outputs"])),
-        )
-    )

@@ -82,7 +82,7 @@ class Transformers:
         return self.model
 
     def synchronize(self) -> None:
-        """Wait for all that was asked of the device."""
+        """Wait until the device has done all that it was asked."""
         if self.device != "cpu":
             getattr(torch, self.device).synchronize()
 
@@ -94,7 +94,7 @@ class Transformers:
 
 
 class Compiled(Transformers):
-    """The encoder compiled, and as in `generate` with a static cache, each token's step."""
+    """The encoder compiled, and each token's step, with a static cache as in `generate`."""
 
     def load(self, folder: Path, dtype: str) -> None:
         super().load(folder, dtype)

@@ -1,7 +1,7 @@
-"""One library in a process of its own, with its own Python: the other end of `compare.Worker`.
+"""One library in a process of its own, with its own Python: the other end of `peers.Worker`.
 
-It answers requests, one JSON object a line on stdin, with one a line on stdout. Only numpy and the
-library that it drives need to be installed.
+It answers requests, a JSON object per line on stdin, with one per line on stdout. Only numpy and
+the library that it drives need to be installed.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -36,16 +36,16 @@ class Side(Protocol):
         """Versions, and the device that computes."""
 
     def load(self, folder: Path, dtype: str) -> None:
-        """Read a model in place of the one that was there, ready to run."""
+        """Read a model, ready to run, in place of the one before."""
 
     def to_device(self, pixel_values: np.ndarray) -> Any:
-        """[1, S, S, 3] pixels in [0, 1] → what the other methods take."""
+        """Pixel values [1, S, S, 3] in [0, 1] → what the other methods take."""
 
     def features(self, pixel_values: Any) -> np.ndarray:
-        """The encoder's output, before the projector: float32 [1, n, C]."""
+        """Visual features, before the projector: float32 [1, n, C]."""
 
     def encode(self, pixel_values: Any) -> None:
-        """Compute the visual tokens, and return when they are there."""
+        """Compute the visual tokens; returns once they are there."""
 
     def generate(self, pixel_values: Any, prompt: Sequence[int], max_tokens: int) -> Iterator[int]:
         """Greedy tokens; `prompt` has one `IMAGE`."""
@@ -54,13 +54,13 @@ class Side(Protocol):
         """Logits of the token after the prompt: float32 [vocab_size]."""
 
     def peak_array_bytes(self) -> int | None:
-        """Most that arrays have taken; None where the framework keeps no count."""
+        """Most bytes that arrays have taken; None where the framework keeps no count."""
 
 
 def serve(side: str, folder: Path, dtype: str) -> None:
     """Answer requests until stdin ends."""
     replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what a library prints must not get between the replies
+    os.dup2(2, 1)  # what a library prints must not mix with the replies
     module, name = CLASSES[side]
     library: Side = getattr(importlib.import_module(module), name)()
     for line in sys.stdin:
@@ -70,26 +70,18 @@ def serve(side: str, folder: Path, dtype: str) -> None:
 
 
 def answer(library: Side, folder: Path, dtype: str, do: str, **request: Any) -> dict[str, Any]:
-    """Do what one request asks.
-
-    Raises:
-        ValueError: there is no such request.
-    """
+    """Do what one request asks; ValueError if there is no such request."""
     if do == "about":
         return library.about()
     if do == "memory":
         return {"resident": peak_resident_bytes(), "arrays": library.peak_array_bytes()}
     if do == "load":
-        start = time.perf_counter()
-        library.load(folder, dtype)
-        return {"seconds": time.perf_counter() - start}
+        return {"seconds": seconds_of(library.load, folder, dtype)}
     if do == "launches":
         return library.launches(folder, dtype, **request)  # type: ignore[attr-defined]
     pixel_values = library.to_device(noise_image(request.pop("image_size")))
     if do == "encode":
-        start = time.perf_counter()
-        library.encode(pixel_values)
-        return {"seconds": time.perf_counter() - start}
+        return {"seconds": seconds_of(library.encode, pixel_values)}
     if do == "generate":
         return timed_generation(library, pixel_values, **request)
     if do == "features":
@@ -100,6 +92,12 @@ def answer(library: Side, folder: Path, dtype: str, do: str, **request: Any) -> 
         first, second = request["tokens"]
         return {"margin": float(logits[first] - logits[second]), "std": float(logits.std())}
     raise ValueError(f"No such request: {do}.")
+
+
+def seconds_of(function: Callable[..., None], *arguments: Any) -> float:
+    start = time.perf_counter()
+    function(*arguments)
+    return time.perf_counter() - start
 
 
 def timed_generation(
@@ -119,14 +117,14 @@ def timed_generation(
 
 
 def noise_image(image_size: int) -> np.ndarray:
-    """Pixels [1, S, S, 3] in [0, 1], the same in every process."""
+    """Pixel values [1, S, S, 3] in [0, 1], the same in every process."""
     return np.random.default_rng(0).random((1, image_size, image_size, 3), dtype=np.float32)
 
 
 def peak_resident_bytes() -> int:
-    """Most physical memory that this process has had."""
+    """Most bytes of physical memory that this process has had."""
     status = Path("/proc/self/status")
-    if status.is_file():  # ru_maxrss counts there what the parent had when it started this process
+    if status.is_file():  # there ru_maxrss includes the parent's peak before this process
         line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM:"))
         return int(line.split()[1]) * 1024
     import resource
@@ -136,7 +134,7 @@ def peak_resident_bytes() -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Answer the requests of compare.py.")
+    parser = argparse.ArgumentParser(description="Answer the requests of peers.Worker.")
     parser.add_argument("side", choices=CLASSES)
     parser.add_argument("folder", type=Path)
     parser.add_argument("dtype", choices=DTYPES)

@@ -16,10 +16,9 @@ import fastvlm_mlx as fv
 from fastvlm_mlx.bench import bench, machine
 from fastvlm_mlx.bench.bench import (
     PHOTO,
-    load_model,
+    load_with_processor,
     make_prompt,
     sample_photo,
-    stage_needs,
     summarize,
     time_loads,
 )
@@ -35,6 +34,7 @@ from fastvlm_mlx.bench.work import (
     linear_work,
     projector_work,
     size_of,
+    stage_needs,
 )
 from fastvlm_mlx.cli.main import main
 from fastvlm_mlx.config import TextConfig, VisionConfig
@@ -192,6 +192,29 @@ def test_rates_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 1e8 < copy_bandwidth() < 1e14
 
 
+def test_machine_in_words_names_gpu_and_driver() -> None:
+    gpu = {"name": "G", "memory.total": "8 MiB", "driver_version": "1.2"}
+    plain = {"cpu": "A CPU", "cores": 8, "system": "Linux", "preloaded": "", "gpus": []}
+    words = machine.machine_in_words(plain | {"gpus": [gpu], "preloaded": "lib.so"})
+    assert words == "A CPU, 8 cores, Linux, lib.so preloaded; G, 8 MiB, driver 1.2"
+    assert machine.machine_in_words(plain) == "A CPU, 8 cores, Linux"
+
+
+def test_the_blas_and_its_kernels_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LD_PRELOAD", "/nowhere/libopenblas.so.0:/nowhere/libother.so")
+    monkeypatch.delenv("OPENBLAS_CORETYPE", raising=False)
+    found = machine.describe_machine()
+    assert found["preloaded"] == "libopenblas.so.0, libother.so"
+    assert found["openblas_coretype"] == machine.OWN_CHOICE
+    assert found["openblas_kernels"] is None  # there is no such file to ask
+    monkeypatch.setenv("OPENBLAS_CORETYPE", "Haswell")
+    assert machine.describe_machine()["openblas_coretype"] == "Haswell"
+    words = machine.machine_in_words(found | {"openblas_coretype": "Haswell"})
+    assert "libother.so preloaded (OPENBLAS_CORETYPE: Haswell)" in words
+    words = machine.machine_in_words(found | {"openblas_kernels": "SkylakeX"})
+    assert "preloaded with SkylakeX kernels (OPENBLAS_CORETYPE: the library's own" in words
+
+
 # A whole run
 
 
@@ -271,6 +294,8 @@ def test_differences_are_told(result: dict[str, Any]) -> None:
     first, second = differences(result, earlier)
     assert "image size is 128, and was 256" in first
     assert "Apple M4" in second
+    del earlier["machine"]["openblas_coretype"]  # by an earlier version, which did not record it
+    assert len(differences(result, earlier)) == 2
 
 
 def test_a_photo_of_twelve_megapixels() -> None:
@@ -281,7 +306,7 @@ def test_a_photo_of_twelve_megapixels() -> None:
 
 
 def test_a_folder_without_tokenizer(small_folder: Path) -> None:
-    model, processor = load_model(small_folder)
+    model, processor = load_with_processor(small_folder)
     assert processor.image_size == model.config.vision.image_size == 128
     assert processor.preprocess(Image.new("RGB", (9, 9))).shape == (1, 128, 128, 3)
     assert make_prompt(model, 4, 3).count(model.config.image_token_index) == 4

@@ -1,10 +1,10 @@
-"""What the benchmarks make of their samples, and that they run: this library's side alone."""
+"""The benchmarks' figures and tables, and that they run; of the sides, only this library's."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import subprocess
+import re
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,27 +13,34 @@ from typing import Any
 import numpy as np
 import pytest
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
 
-import compare  # noqa: E402
-import growth  # noqa: E402
-import machine  # noqa: E402
-import memory  # noqa: E402
-import mlx_sides  # noqa: E402
-import plots  # noqa: E402
-import random_checkpoint  # noqa: E402
-import report  # noqa: E402
-import run_all  # noqa: E402
-import tables  # noqa: E402
-import worker  # noqa: E402
-from worker import EAGER, OURS, PEER  # noqa: E402
+from benchmarks import (  # noqa: E402
+    __main__,
+    batch,
+    compare,
+    memory,
+    mlx_sides,
+    peers,
+    plots,
+    random_checkpoint,
+    registry,
+    report,
+    run_all,
+    speculate,
+    tables,
+    turns,
+    worker,
+)
+from benchmarks.worker import EAGER, OURS, PEER  # noqa: E402
+from fastvlm_mlx.bench.machine import OWN_CHOICE  # noqa: E402
 
 MACHINE = {"cpu": "A CPU", "cores": 8, "system": "Linux", "preloaded": "", "gpus": []}
 
 
 def comparison(device: str = "CPU") -> dict[str, Any]:
-    """A result of compare.py with three sides and rounds of known ratios."""
+    """A result of `compare` with three sides and rounds of known ratios."""
     samples = {key: {OURS: [1.0, 2.0, 4.0]} for key in tables.FIGURES}
     for found in samples.values():
         found[PEER] = [4.0, 6.0, 20.0]
@@ -41,7 +48,7 @@ def comparison(device: str = "CPU") -> dict[str, Any]:
     samples["arrays"][EAGER] = []
     margin = {OURS: {"margin": 1e-5, "std": 2.0}, EAGER: {"margin": -1e-5, "std": 2.0}}
     return {
-        "command": "python benchmarks/compare.py MODEL",
+        "command": "python -m benchmarks compare MODEL",
         "kind": "compare",
         "model": {"name": "m", "hidden_size": 896, "num_hidden_layers": 24, "vocab_size": 9},
         "settings": {
@@ -71,9 +78,9 @@ def comparison(device: str = "CPU") -> dict[str, Any]:
 
 
 def growing() -> dict[str, Any]:
-    """A result of growth.py: encoding proportional, prefill 20 % dearer at its longest."""
+    """A result of `growth`: encoding proportional, prefill 20 % dearer at its longest."""
     return {
-        "command": "python benchmarks/growth.py MODEL",
+        "command": "python -m benchmarks growth MODEL",
         "kind": "growth",
         "model": {"name": "m"},
         "device": "CPU",
@@ -103,15 +110,17 @@ def test_spread() -> None:
 
 
 def test_rows_have_a_side_each() -> None:
-    ours, peer, eager = tables.rows(comparison())
-    assert ours[:2] == (OURS, "2 (1–4)")
-    assert peer[:2] == (PEER, "6 (4–20); 4.00×")
+    lines = report.section(comparison()).body.splitlines()
+    rows = [re.split(r" *\| *", line)[1:-1] for line in lines if line.startswith("| ")]
+    _, _, ours, peer, eager = rows
+    assert ours[:2] == [OURS, "2 (1–4)"]
+    assert peer[:2] == [PEER, "6 (4–20); 4.00×"]
     assert peer[3] == "6 (4–20); 0.25×"
-    assert eager[-1] == "–"
+    assert eager[0] == EAGER and eager[-1] == "–"
 
 
 def test_markdown_of_a_comparison() -> None:
-    page = tables.comparison(comparison())
+    page = report.section(comparison()).body
     assert "| fastvlm-mlx | 2 (1–4) |" in page
     assert "all 8 greedy tokens are the same" in page
     assert "differ first at step 3" in page
@@ -123,38 +132,50 @@ def test_a_table_is_as_wide_as_its_header() -> None:
     assert table.splitlines() == ["|  | a | b |", "| --- | ---: | ---: |", "| x | 1 | 2 |"]
 
 
-def test_machine_in_words_names_gpu_and_driver() -> None:
-    gpu = {"name": "G", "memory.total": "8 MiB", "driver_version": "1.2"}
-    words = tables.describe_machine_in_words(MACHINE | {"gpus": [gpu], "preloaded": "lib.so"})
-    assert words == "A CPU, 8 cores, Linux, lib.so preloaded; G, 8 MiB, driver 1.2."
+def test_command_line_hides_paths(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OPENBLAS_CORETYPE", raising=False)
+    parsers = __main__.make_parsers()
+    given = "compare /home/me/model --peer-python /p --rounds 3 --compile --json /j"
+    args = parsers["benchmarks"].parse_args(given.split())
+    line = registry.command_line(parsers["compare"], args)
+    assert line == "python -m benchmarks compare MODEL --peer-python PATH --compile --rounds 3"
+    monkeypatch.setenv("OPENBLAS_CORETYPE", "Haswell")
+    line = registry.command_line(parsers["compare"], args)
+    assert line.startswith("OPENBLAS_CORETYPE=Haswell python -m benchmarks compare MODEL")
 
 
-def test_command_line_hides_paths() -> None:
-    parser = compare.make_parser()
-    args = parser.parse_args(
-        ["/home/me/model", "--peer-python", "/p", "--rounds", "3", "--compile", "--json", "/j"]
-    )
-    line = machine.command_line(parser, args)
-    assert line == "python benchmarks/compare.py MODEL --peer-python PATH --compile --rounds 3"
+def test_lists_stay_in_the_command_line() -> None:
+    parsers = __main__.make_parsers()
+    args = parsers["benchmarks"].parse_args(["growth", "folder", "--image-sizes", "64,128"])
+    line = registry.command_line(parsers["growth"], args)
+    assert line.endswith("python -m benchmarks growth MODEL --image-sizes 64,128")
+    args = parsers["benchmarks"].parse_args(["image_size", "q.jsonl", "--sizes", "64", "128"])
+    line = registry.command_line(parsers["image_size"], args)
+    assert line.endswith("python -m benchmarks image_size QUESTIONS --sizes 64 128")
 
 
 def test_departure_from_proportional() -> None:
-    found = growth.summary(growing())
-    assert found["encode"] == pytest.approx(0.0)
-    assert found["prefill"] == pytest.approx(0.2)
-    assert found["process"] == pytest.approx(0.1)
-    assert found["arrays"] == 0
+    found = growing()
+    encode = tables.unit_costs(found["encode"], lambda size: size**2)
+    assert tables.departure(encode) == pytest.approx(0.0)
+    assert tables.departure(tables.unit_costs(found["prefill"])) == pytest.approx(0.2)
+    assert tables.drift(found["memory"]["process"]) == pytest.approx(0.1)
+    assert tables.drift(found["memory"]["arrays"]) == 0
 
 
-def test_every_point_has_a_sample_a_round() -> None:
+def test_every_side_has_a_sample_a_round() -> None:
     asked: list[int] = []
 
     def seconds(point: int) -> float:
         asked.append(point)
         return float(point)
 
-    assert growth.in_turns((1, 2), 2, seconds) == {"1": [1.0, 1.0], "2": [2.0, 2.0]}
+    sides = {str(point): (lambda point=point: seconds(point)) for point in (1, 2)}
+    assert turns.in_turns(sides, 2, "points") == {"1": [1.0, 1.0], "2": [2.0, 2.0]}
     assert asked == [2, 1, 1, 2, 2, 1]  # a warm-up, then forth and back
+    asked.clear()
+    assert turns.in_turns(sides, 1, "points", warm_up=0) == {"1": [1.0], "2": [2.0]}
+    assert asked == [1, 2]
 
 
 def test_memory_of_a_deeper_decoder() -> None:
@@ -165,10 +186,10 @@ def test_memory_of_a_deeper_decoder() -> None:
 
 def test_report(tmp_path: Path) -> None:
     results = tmp_path / "results"
-    machine.write_result(results / "compare.json", comparison())
-    machine.write_result(results / "growth.json", growing())
+    __main__.write_result(results / "compare.json", comparison())
+    __main__.write_result(results / "growth.json", growing())
     rows = [{"name": "plain", "speed": 1.23456, "samples": [1, 2]}]
-    machine.write_result(results / "drafts-nano.json", {"device": "CPU", "results": rows})
+    __main__.write_result(results / "drafts-nano.json", {"device": "CPU", "results": rows})
     read = report.read_results(results)
     page = report.page(read, ["compare"])
     assert "| ≥ 3.5 | 4.00 |" in page  # the encoder on a CPU
@@ -180,6 +201,31 @@ def test_report(tmp_path: Path) -> None:
     assert "Nothing here was measured on a GPU." in page
 
 
+def test_kernels_of_openblas_are_told_apart() -> None:
+    preloaded = MACHINE | {"preloaded": "libopenblas.so.0"}
+    own = comparison() | {"machine": preloaded | {"openblas_coretype": OWN_CHOICE}}
+    forced = comparison() | {"machine": preloaded | {"openblas_coretype": "Haswell"}}
+    page = report.page({"compare-0.5b-cpu": own, "compare-0.5b-cpu-haswell": forced})
+    headings = [line for line in page.splitlines() if line.startswith("## 0.5b")]
+    assert headings == [
+        "## 0.5b on CPU: float32, 1024 pixels, kernels of OpenBLAS's own choice",
+        "## 0.5b on CPU: float32, 1024 pixels, OpenBLAS forced to Haswell kernels",
+    ]
+    assert page.count("The kernels decide these times") == 2
+    assert "libopenblas.so.0 preloaded (OPENBLAS_CORETYPE: Haswell)." in page
+    before = report.section(comparison() | {"machine": preloaded})  # where it was not recorded
+    assert before.title == "0.5b on CPU: float32, 1024 pixels" and "CORETYPE" not in before.body
+
+
+def test_every_result_here_is_in_the_report() -> None:
+    results = report.read_results(ROOT / "benchmarks" / "results")
+    page = report.page(results)
+    for result in results.values():
+        assert f"## {report.section(result).title}\n" in page
+        command = result.get("command", "python -m benchmarks load").split()
+        assert command[:3] == ["python", "-m", "benchmarks"] and command[3] in registry.MEASUREMENTS
+
+
 def test_report_of_a_gpu() -> None:
     page = report.page({"compare": comparison("A GPU")})
     assert "| ≥ 2 | 4.00 |" in page and "≥ 3.5" not in page
@@ -189,7 +235,7 @@ def test_report_of_a_gpu() -> None:
 def test_report_without_results(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no results"):
         report.read_results(tmp_path)
-    machine.write_result(tmp_path / "other.json", {"kind": "unknown"})
+    __main__.write_result(tmp_path / "other.json", {"kind": "unknown"})
     with pytest.raises(ValueError, match=r"other\.json is no result"):
         report.read_results(tmp_path)
 
@@ -206,7 +252,10 @@ def test_plots_are_800_pixels_wide(tmp_path: Path, result: dict[str, Any]) -> No
     assert not plots.draw({"kind": "memory"}, tmp_path / "none.png")
 
 
-def test_run_all_makes_each_checkpoint_before_its_use(tmp_path: Path) -> None:
+def test_run_all_makes_each_checkpoint_before_its_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OPENBLAS_CORETYPE", raising=False)
     args = argparse.Namespace(
         sizes=["small", "nano"],
         dtype="float32",
@@ -219,20 +268,68 @@ def test_run_all_makes_each_checkpoint_before_its_use(tmp_path: Path) -> None:
     )
     commands = list(run_all.commands(args, tmp_path))
     assert [command[:2] for command in commands] == [
-        ["random_checkpoint.py", "small"],
-        ["compare.py", str(tmp_path / "small")],
-        ["growth.py", str(tmp_path / "small")],
-        ["random_checkpoint.py", "nano"],
-        ["compare.py", str(tmp_path / "nano")],
-        ["memory.py", "7b"],
-        ["speculate.py", "--json"],
-        ["report.py", "--results"],
+        ["checkpoint", "small"],
+        ["compare", str(tmp_path / "small")],
+        ["growth", str(tmp_path / "small")],
+        ["checkpoint", "nano"],
+        ["compare", str(tmp_path / "nano")],
+        ["memory", "7b"],
+        ["speculate", "--json"],
+        ["report", "--results"],
     ]
-    for script, *options in commands:
-        help_text = subprocess.run(
-            [sys.executable, BENCHMARKS / script, "--help"], capture_output=True, text=True
-        ).stdout
-        assert all(option in help_text for option in options if option.startswith("--"))
+    assert commands[1][2:6] == ["--peer-python", "python", "--dtype", "float32"]
+    assert commands[2][2:6] == ["--dtype", "float32", "--rounds", "2"]
+    parser = __main__.make_parsers()["benchmarks"]
+    for command in commands:
+        parser.parse_args(command)
+    monkeypatch.setenv("OPENBLAS_CORETYPE", "Haswell")
+    _, (*_, file), *_ = run_all.commands(args, tmp_path)
+    assert file.endswith("-haswell.json")  # beside the result of the default kernels
+
+
+def test_the_command_writes_what_it_prints(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "results" / "memory.json"
+    command = ["memory", "small", "--image-size", "128", "--json", str(file)]
+    assert __main__.main(command) == 0
+    result = json.loads(file.read_text())
+    assert result["command"].endswith("python -m benchmarks memory small --image-size 128")
+    assert result["machine"]["openblas_coretype"]
+    printed = capsys.readouterr().out
+    assert report.section(result).title in printed and report.section(result).body in printed
+
+
+def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert __main__.main(["memory", "small", "--layers", "9"]) == 2
+    assert "benchmarks memory: --layers must be from 1 to 2." in capsys.readouterr().err
+    assert __main__.main(["report", "--results", str(tmp_path)]) == 2
+    assert "There are no results in" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        __main__.main(["compare", "folder", "--rounds", "0"])
+    assert "must be a whole number from 1, found 0" in capsys.readouterr().err
+
+
+def test_features_that_differ_fail() -> None:
+    near, far = {"features_difference": 1e-5}, {"features_difference": 0.1}
+    assert compare.disagreement({PEER: near, EAGER: near}) is None
+    assert "transformers" in str(compare.disagreement({PEER: near, EAGER: far}))
+
+
+def test_batches_give_the_answers_of_single_requests() -> None:
+    parser = __main__.make_parsers()["benchmarks"]
+    args = parser.parse_args(["batch", "--requests", "3", "--rounds", "1", "--max-tokens", "5"])
+    found = batch.measure(args)
+    assert (found["requests"], found["same answers"]) == (3, 3)
+    assert all(len(seconds) == 1 for seconds in found["seconds"].values())
+
+
+def test_drafts_are_as_right_as_asked_for() -> None:
+    answer = list(range(100))
+    for share, expected in ((0.0, 0), (1.0, 100)):
+        drafter = speculate.Agreeing(answer, share, 3, 1000)
+        drafted = [int(drafter.propose(answer[:i], 1)[0]) for i in range(100)]
+        assert sum(a == b for a, b in zip(drafted, answer, strict=True)) == expected
 
 
 @pytest.fixture(scope="module")
@@ -240,13 +337,13 @@ def nano_folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random checkpoint of nano's geometry, in the layouts of all sides."""
     scratch = tmp_path_factory.mktemp("nano")
     source = random_checkpoint.write_checkpoint("nano", scratch / "source", dtype="float32")
-    compare.write_folders(source, scratch, "float32", [OURS, PEER, EAGER])
+    peers.write_folders(source, scratch, "float32", [OURS, PEER, EAGER])
     return scratch
 
 
 def test_this_side_answers_every_request(nano_folders: Path, tmp_path: Path) -> None:
-    side = compare.Worker(OURS, sys.executable, nano_folders / "mlx", "float32")
-    prompt = compare.random_prompt(8, 700)
+    side = peers.Worker(OURS, sys.executable, nano_folders / "mlx", "float32")
+    prompt = peers.random_prompt(8, 700)
     assert side.ask("load")["seconds"] > 0
     assert side.ask("encode", image_size=64)["seconds"] > 0
     generated = side.ask("generate", image_size=64, prompt=prompt, max_tokens=4)
@@ -258,7 +355,7 @@ def test_this_side_answers_every_request(nano_folders: Path, tmp_path: Path) -> 
     peak = side.ask("memory")
     assert peak["resident"] > peak["arrays"] > 0
     assert side.ask("about")["mlx"]
-    graph = str(BENCHMARKS.parent / "fastvlm_mlx" / "bench" / "graph.py")
+    graph = str(ROOT / "fastvlm_mlx" / "bench" / "graph.py")
     counts = side.ask("launches", image_size=64, prompt=prompt, graph=graph)
     assert counts["encode"]["launches"] > counts["decode"]["launches"] > 0
     assert counts["decode"]["primitives"]["ScaledDotProductAttention"] == 4  # one a layer
@@ -268,7 +365,7 @@ def test_this_side_answers_every_request(nano_folders: Path, tmp_path: Path) -> 
 
 
 def test_a_worker_that_dies_is_named(tmp_path: Path) -> None:
-    side = compare.Worker(OURS, sys.executable, tmp_path / "nothing", "float32")
+    side = peers.Worker(OURS, sys.executable, tmp_path / "nothing", "float32")
     with pytest.raises(RuntimeError, match=r"fastvlm-mlx ended while asked to load"):
         side.ask("load")
     side.close()
@@ -283,12 +380,12 @@ def test_folder_for_transformers(nano_folders: Path) -> None:
 def test_sides_agree_with_themselves(nano_folders: Path) -> None:
     """The comparison of outputs finds none between two workers of the same library."""
     workers = {
-        name: compare.Worker(OURS, sys.executable, nano_folders / "mlx", "float32")
+        name: peers.Worker(OURS, sys.executable, nano_folders / "mlx", "float32")
         for name in (OURS, PEER)
     }
     for side in workers.values():
         side.ask("load")
-    generate = {"image_size": 64, "prompt": compare.random_prompt(8, 700), "max_tokens": 6}
+    generate = {"image_size": 64, "prompt": peers.random_prompt(8, 700), "max_tokens": 6}
     outputs = compare.compare_outputs(workers, generate)
     for side in workers.values():
         side.close()

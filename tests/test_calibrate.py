@@ -15,7 +15,7 @@ from fastvlm_mlx.checkpoint.read import read_checkpoint
 from fastvlm_mlx.cli.main import app
 from fastvlm_mlx.convert import convert
 from fastvlm_mlx.evaluate.precision import precision_report
-from fastvlm_mlx.evaluate.questions import QUESTION
+from fastvlm_mlx.evaluate.questions import DEFAULT_QUESTION
 from fastvlm_mlx.train.calibrate import calibrate, list_questions
 
 THREE = {"bits": 3, "group_size": 32}
@@ -124,10 +124,10 @@ def test_it_prints_nothing_but_its_bar(source, images, capsys):
 
 
 def test_questions_are_those_of_the_folder(images, tmp_path):
-    assert list_questions(images) == [(images / f"{n}.png", QUESTION) for n in range(3)]
+    assert list_questions(images) == [(images / f"{n}.png", DEFAULT_QUESTION) for n in range(3)]
     (tmp_path / "IMAGE.JPG").touch()
     (tmp_path / "notes.txt").touch()
-    assert list_questions(tmp_path) == [(tmp_path / "IMAGE.JPG", QUESTION)]
+    assert list_questions(tmp_path) == [(tmp_path / "IMAGE.JPG", DEFAULT_QUESTION)]
     row = {"image": "sub/a.png", "question": "Which?", "task": "choice"}
     (tmp_path / "questions.jsonl").write_text(json.dumps(row))
     assert list_questions(tmp_path) == [(tmp_path / "sub" / "a.png", "Which?")]

@@ -205,10 +205,21 @@ def test_stand_ins_keep_their_own_names_outside() -> None:
     assert count_primitives(mx.cumprod(ones(4))) == {"CumProd": 1}
 
 
+def test_an_inner_block_leaves_the_outer_one_as_it_was() -> None:
+    with as_on_gpu():
+        with as_on_gpu():
+            pass
+        assert not ops.on_cpu()
+        assert count_primitives(mx.fast.rms_norm(ones(4), None, 1e-5)) == {"RMSNorm": 1}
+    assert count_primitives(mx.cumprod(ones(4))) == {"CumProd": 1}
+
+
 def test_leaving_by_an_error() -> None:
+    functions = [getattr(mx.fast, name) for name in graph.FAST]
     with pytest.raises(RuntimeError, match="on purpose"), as_on_gpu():
         raise RuntimeError("on purpose")
     assert ops.on_cpu()
+    assert [getattr(mx.fast, name) for name in graph.FAST] == functions
     assert count_primitives(mx.cumprod(ones(4))) == {"CumProd": 1}
 
 

@@ -1,4 +1,4 @@
-"""How fast a model runs here, stage by stage, and how fast it could.
+"""Measure how fast a model runs here, stage by stage, and how fast it could.
 
 Each stage stands beside its floor: the time that its floating-point operations take at the rate
 of a large matrix product, or its bytes at the rate of a large copy, whichever is longer, both
@@ -18,8 +18,7 @@ from typing import Any, cast
 import mlx.core as mx
 import numpy as np
 
-from ..checkpoint import load
-from ..checkpoint.load import load_processor
+from ..checkpoint.load import load_model, load_processor
 from ..checks import check_whole_number
 from ..generation.decode import generate_tokens, make_kv_cache
 from ..generation.inputs import check_length, compute_visual_tokens, preprocess_images
@@ -30,11 +29,11 @@ from ..ops import on_cpu
 from ..processor import Processor
 from ..text.tokenizer import Tokenizer
 from . import graph
-from .machine import copy_bandwidth, describe_machine, name_of, product_rates
+from .machine import copy_bandwidth, describe_machine, dtype_name, product_rates
 from .table import STAGES
-from .work import Need, decoder_work, encoder_work, need, projector_work, size_of
+from .work import Need, stage_needs
 
-PHOTO = (4032, 3024)  # 12 megapixels, as a telephone takes them
+PHOTO = (4032, 3024)  # 12 megapixels, as phones take them
 LOAD_SECONDS = 3.0  # loading is not repeated beyond this
 
 
@@ -58,12 +57,12 @@ def bench(
         image: a file; by default a picture of 12 megapixels, as a JPEG in memory.
         image_size: side in pixels, a multiple of 64, if not the model's own.
         prompt_tokens: of text, beside the image's.
-        tokens: to generate; the end of an answer is not heeded.
+        tokens: to generate; end-of-sequence tokens are ignored.
         runs: of everything, after one that does not count.
-        note: called with a line before each step.
+        note: called with a line of text before each step.
 
     Returns:
-        "settings", "machine", "rates" (floating-point operations and bytes a second), "stages" by
+        "settings", "machine", "rates" (floating-point operations and bytes per second), "stages" by
         the names of `STAGES` ("samples", "median", "least", "most", "floor", "ratio" and what the
         floor is counted from) and "graph" ("primitives" and "launches" of "encode", "prefill" and
         "decode").
@@ -78,7 +77,7 @@ def bench(
     content = sample_photo(PHOTO) if image is None else Path(image).read_bytes()
     note("loading the model")
     folder = resolve(source, revision=revision)
-    load = partial(load_model, folder, dtype=dtype, quantize=quantize)
+    load = partial(load_with_processor, folder, dtype=dtype, quantize=quantize)
     load_times, model, processor = time_loads(load, runs)
     (pixel_values,), (original,) = preprocess_images(processor, [content], image_size)
     (features,) = compute_visual_tokens(model, [pixel_values], [original])
@@ -92,7 +91,7 @@ def bench(
         found = run_once(model, processor, content, image_size, input_ids, tokens)
         for name, value in found.items() if i else ():
             samples[name].append(value)
-    activations = name_of(model.language_model.norm.weight.dtype)
+    activations = dtype_name(model.language_model.norm.weight.dtype)
     needs = stage_needs(model, (images, side), original, len(input_ids), tokens)
     note("measuring the machine")
     products = product_rates(model)
@@ -100,7 +99,7 @@ def bench(
     note("counting primitives")
     if on_cpu():
         del model
-        with graph.as_on_gpu():  # where other layers are joined
+        with graph.as_on_gpu():  # other layers are fused there
             model, _ = load()
     counts = {
         "encode": graph.count_encode(model, side),
@@ -146,9 +145,9 @@ def sample_photo(size: tuple[int, int]) -> bytes:
     return file.getvalue()
 
 
-def load_model(folder: Path, **options: Any) -> tuple[FastVLM, Processor]:
-    """As `weights.load`, but a folder may lack a tokenizer, which is not needed here."""
-    model = load.load_model(folder, **options)
+def load_with_processor(folder: Path, **options: Any) -> tuple[FastVLM, Processor]:
+    """As `checkpoint.load.load`, but the folder may lack a tokenizer, which is not needed here."""
+    model = load_model(folder, **options)
     if any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
         return model, load_processor(folder)
     config = model.config
@@ -165,11 +164,11 @@ def load_model(folder: Path, **options: Any) -> tuple[FastVLM, Processor]:
 def time_loads(
     load: Callable[[], tuple[FastVLM, Processor]], runs: int
 ) -> tuple[list[float], FastVLM, Processor]:
-    """Seconds of loading, without the first time unless it was long, and what was loaded."""
+    """Seconds of each loading but the first (unless that took long), and what was loaded."""
     loaded = None
     seconds: list[float] = []
     while len(seconds) <= runs and sum(seconds) < LOAD_SECONDS:
-        loaded = None  # never two at once
+        loaded = None  # never two models at once
         start = time.perf_counter()
         loaded = load()
         seconds.append(time.perf_counter() - start)
@@ -178,7 +177,7 @@ def time_loads(
 
 
 def make_prompt(model: FastVLM, visual_tokens: int, text_tokens: int) -> list[int]:
-    """Token ids of a text with an image in the middle."""
+    """Random token ids of a text with one image's places in the middle."""
     random = np.random.default_rng(0)
     text = random.integers(0, model.config.text.vocab_size, text_tokens).tolist()
     image = [model.config.image_token_index] * visual_tokens
@@ -222,51 +221,13 @@ def run_once(
     }
 
 
-def stage_needs(
-    model: FastVLM,
-    images: tuple[int, int],
-    original: tuple[int, int],
-    prompt_tokens: int,
-    tokens: int,
-) -> dict[str, Need]:
-    """What each stage can't do without.
-
-    Args:
-        model: loaded.
-        images: how many squares are encoded (more than one with `anyres`), and their side.
-        original: width and height of the picture.
-        prompt_tokens: of text and image.
-        tokens: to generate.
-    """
-    config, decoder = model.config, model.language_model
-    itemsize = decoder.norm.weight.itemsize
-    n, side = images
-    encoder = encoder_work(config.vision, side) * n
-    projector = projector_work(config, (side // config.vision.patch_size) ** 2) * n
-    output = decoder.embed_tokens if config.text.tie_word_embeddings else decoder.lm_head
-    decoding = [*decoder.layers, decoder.norm, output]
-    prefill = decoder_work(config.text, prompt_tokens)
-    decode = decoder_work(config.text, 1, prompt_tokens + tokens // 2)
-    kv_width = 2 * config.text.num_key_value_heads * config.text.head_dim
-    kv_cache = config.text.num_hidden_layers * kv_width * (prompt_tokens + tokens) * itemsize
-    decoded = 2 * 3 * original[0] * original[1]  # written, and read to be resized
-    return {
-        "load": Need(0, 2 * size_of(model)),
-        "preprocess": Need(0, decoded + 3 * 4 * n * side**2),
-        "encode": need(encoder + projector, [model.vision_tower, model.mm_projector], itemsize),
-        "prefill": need(prefill, decoding, itemsize),
-        "decode": need(decode, decoding, itemsize),
-        "memory": Need(0, size_of(model) + kv_cache),
-    }
-
-
 def summarize(
     samples: dict[str, list[float]],
     needs: dict[str, Need],
     rates: dict[str, float],
     tokens: int,
 ) -> dict[str, dict[str, Any]]:
-    """Median, least, most, floor and ratio of each stage; a ratio of 1 is as good as can be."""
+    """Median, least, most, floor and ratio of each stage; a ratio of 1 is the best possible."""
     floors = {
         name: max(found.flops / rates["flops"], found.bytes / rates["bytes"])
         for name, found in needs.items()

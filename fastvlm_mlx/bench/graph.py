@@ -7,7 +7,7 @@ number can be read from the graph without running it, and without a GPU:
         outputs = model.encode_image(pixel_values)   # lazy
         print(count_primitives(outputs), kernel_launches(outputs))
 
-The module needs mlx alone, so that it can be loaded by path beside any MLX model.
+The module needs only mlx, so that it can be loaded by path beside any MLX model.
 """
 
 from __future__ import annotations
@@ -17,10 +17,9 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import Any, NamedTuple
-from unittest.mock import patch
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
@@ -75,10 +74,10 @@ def count_primitives(outputs: Any) -> Counter[str]:
     """How many primitives of each name it takes to compute arrays.
 
     Args:
-        outputs: an array, or a tree of them, not evaluated. What is evaluated counts as input.
+        outputs: an array, or a tree of them, not evaluated. Whatever is evaluated counts as input.
 
     Returns:
-        A count by name. What `mx.compile` has fused is one "Compiled".
+        A count by name. What `mx.compile` fuses is one "Compiled".
     """
     return Counter(name for name, _ in _primitives(outputs))
 
@@ -86,10 +85,10 @@ def count_primitives(outputs: Any) -> Counter[str]:
 def kernel_launches(outputs: Any) -> int:
     """How many GPU kernels it takes to compute arrays, at least.
 
-    Views launch none, a concatenation one for each array it joins, most others one. The graph
-    tells neither shapes nor strides, so that copies are left out which MLX makes of arrays whose
-    values lie in another order than a kernel or a reshape needs; so are second passes of large
-    reductions and of split matrix products. An array is taken to be updated in its place.
+    Views launch none, a concatenation one per array that it joins, most others one. The graph
+    tells neither shapes nor strides, so two things are not counted: the copies that MLX makes of
+    arrays whose values lie in another order than a kernel or a reshape needs, and the second
+    passes of large reductions and of split matrix products. Updates are taken to be in place.
 
     Args:
         outputs: as `count_primitives` takes.
@@ -108,16 +107,16 @@ class Counts(NamedTuple):
 
 
 def count(outputs: Any) -> Counts:
-    """Both counts of arrays, as above."""
+    """Both counts of arrays, which are as `count_primitives` takes."""
     return Counts(count_primitives(outputs), kernel_launches(outputs))
 
 
 def count_encode(model: Any, image_size: int) -> Counts:
-    """Counts of encoder and projector for an image of that many pixels square, as bytes.
+    """Counts of encoder and projector for one image, whose pixels are bytes.
 
     Args:
         model: a `FastVLM`.
-        image_size: a multiple of 64.
+        image_size: side in pixels, a multiple of 64.
     """
     pixel_values = mx.zeros((1, image_size, image_size, 3), mx.uint8)
     mx.eval(model.parameters(), pixel_values)
@@ -135,7 +134,7 @@ def count_prefill(model: Any, tokens: int) -> Counts:
 
 
 def count_decode(model: Any, offset: int) -> Counts:
-    """Counts of one token, greedy, that follows `offset` others in the KV cache."""
+    """Counts of one token, greedy, after `offset` others in the KV cache."""
     text = model.config.text
     past = mx.zeros((1, text.num_key_value_heads, offset, text.head_dim), _dtype(model))
     kv_cache = model.make_kv_cache()
@@ -179,25 +178,50 @@ def _primitives(outputs: Any) -> list[tuple[str, int]]:
 def as_on_gpu() -> Iterator[None]:
     """Build graphs as Metal would have them, to be counted and never evaluated.
 
-    Where MLX runs on the CPU, it takes the functions of `mx.fast` apart, and this library chooses
-    other forms. Here the first become one primitive each, and this library's `on_cpu` says no.
-    Count inside of it; load inside of it, too, since loading also joins layers by the device. On
-    a GPU this does nothing.
+    On the CPU, MLX takes the functions of `mx.fast` apart, and this library chooses other forms of
+    its operations. Inside this block those functions become one primitive each, and this library
+    assumes Metal. Load the model inside as well, since loading fuses layers according to the
+    device. On a GPU the block changes nothing.
     """
     if mx.default_device().type == mx.DeviceType.gpu:
         yield
         return
-    with ExitStack() as stack:
-        stack.enter_context(patch.dict(_stand_ins, STAND_INS))
-        for name, function in FAST.items():
-            stack.enter_context(patch.object(mx.fast, name, function))
-        stack.enter_context(patch.object(mx, "dequantize", _dequantize))
-        if device := sys.modules.get("fastvlm_mlx.ops.device"):
-            stack.enter_context(device.assume("metal"))
-        # Compiled functions are kept by stream: those of the CPU are not found here, and those
-        # compiled here are not found outside.
-        stack.enter_context(mx.stream(_stream()))
+    # By name, because beside another library this package is not there to be imported.
+    device = sys.modules.get("fastvlm_mlx.ops.device")
+    # Compiled functions are kept by stream: those of the CPU are not found on this one, and those
+    # compiled on it are not found outside.
+    with (
+        _names_of_stand_ins(),
+        _replaced(mx.fast, FAST),
+        _replaced(mx, {"dequantize": _dequantize}),
+        device.assume("metal") if device else nullcontext(),
+        mx.stream(_stream()),
+    ):
         yield
+
+
+@contextmanager
+def _names_of_stand_ins() -> Iterator[None]:
+    """Count each stand-in under the name of what it stands for."""
+    global _stand_ins
+    before, _stand_ins = _stand_ins, STAND_INS
+    try:
+        yield
+    finally:
+        _stand_ins = before
+
+
+@contextmanager
+def _replaced(module: Any, functions: dict[str, Any]) -> Iterator[None]:
+    """Set functions of a module by name, and set the former ones back."""
+    before = {name: getattr(module, name) for name in functions}
+    for name, function in functions.items():
+        setattr(module, name, function)
+    try:
+        yield
+    finally:
+        for name, function in before.items():
+            setattr(module, name, function)
 
 
 @cache

@@ -1,9 +1,12 @@
-"""What this machine can do: products, copies, and its description."""
+"""The machine: its description, and its rates of large products and copies."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
+import re
+import shutil
 import subprocess
 import sys
 import time
@@ -22,16 +25,103 @@ from ..model.fastvlm import FastVLM
 from ..ops import QuantizedLinear, on_cpu
 from ..version import __version__
 
+OWN_CHOICE = "the library's own choice"  # of kernels, by the processor
 RATE_SECONDS = 0.3
 COPY_BYTES = 1 << 27
 SMALLEST_PRODUCT, LARGEST_PRODUCT = 512, 8192
 
 
-def product_rates(model: FastVLM) -> dict[str, float]:
-    """Floating-point operations a second of large matrix products, by their kind.
+def describe_machine() -> dict[str, Any]:
+    """Processor, system, GPUs, BLAS and versions: what a figure depends on, in general terms."""
+    return {
+        "device": device_name(),
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "system": platform.system(),
+        "gpus": nvidia_gpus(),
+        "preloaded": ", ".join(library.name for library in preloaded_libraries()),
+        "openblas_coretype": os.environ.get("OPENBLAS_CORETYPE") or OWN_CHOICE,
+        "openblas_kernels": openblas_kernels(),
+        "mlx": version("mlx"),
+        "fastvlm-mlx": __version__,
+    }
 
-    A dense one in the dtype of the model's activations, one as its quantized layers do it, and on
-    the CPU that of numpy, whose library may be faster than the one that MLX has found.
+
+def machine_in_words(machine: dict[str, Any]) -> str:
+    """The machine of `describe_machine` in a line; the versions are left out."""
+    words = f"{machine['cpu']}, {machine['cores']} cores, {machine['system']}"
+    if machine["preloaded"]:
+        words += f", {machine['preloaded']} preloaded"
+        if machine.get("openblas_kernels"):
+            words += f" with {machine['openblas_kernels']} kernels"
+        if "openblas_coretype" in machine:
+            words += f" (OPENBLAS_CORETYPE: {machine['openblas_coretype']})"
+    for gpu in machine.get("gpus", ()):
+        words += f"; {gpu['name']}, {gpu['memory.total']}, driver {gpu['driver_version']}"
+    return words
+
+
+def device_name() -> str:
+    """What computes: CPU, or the GPU's name."""
+    return "CPU" if on_cpu() else str(mx.device_info().get("device_name", "GPU"))
+
+
+def cpu_name() -> str:
+    """The processor's name as its maker gives it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        names = [x.split(":", 1)[1] for x in cpuinfo.read_text().splitlines() if "model name" in x]
+        if names:
+            return names[0].strip()
+    brand = (
+        _output_of("sysctl", "-n", "machdep.cpu.brand_string") if sys.platform == "darwin" else ""
+    )
+    return brand or platform.processor() or platform.machine()
+
+
+def nvidia_gpus() -> list[dict[str, str]]:
+    """Name, driver and memory of each GPU that nvidia-smi lists."""
+    fields = ("name", "driver_version", "memory.total")
+    listed = _output_of("nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader")
+    rows = [[value.strip() for value in line.split(",")] for line in listed.splitlines()]
+    return [dict(zip(fields, row, strict=False)) for row in rows]
+
+
+def preloaded_libraries() -> list[Path]:
+    """The libraries in LD_PRELOAD, one of which may be a BLAS."""
+    paths = re.split("[ :]+", os.environ.get("LD_PRELOAD", ""))
+    return [Path(path) for path in paths if path]
+
+
+def openblas_kernels() -> str | None:
+    """The processor whose kernels a preloaded OpenBLAS uses, as it names it; None without one.
+
+    OPENBLAS_CORETYPE does not tell: a name that OpenBLAS does not know changes nothing.
+    """
+    for library in preloaded_libraries():
+        if "openblas" in library.name:
+            try:
+                corename = ctypes.CDLL(str(library)).openblas_get_corename
+            except (OSError, AttributeError):
+                continue
+            corename.restype = ctypes.c_char_p
+            return str(corename().decode())
+    return None
+
+
+def _output_of(*command: str) -> str:
+    """What a command prints; empty if there is no such command or it fails."""
+    if shutil.which(command[0]) is None:
+        return ""
+    done = subprocess.run(command, capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def product_rates(model: FastVLM) -> dict[str, float]:
+    """Floating-point operations per second of large matrix products, by their kind.
+
+    A dense one in the dtype of the model's activations, one as its quantized layers compute it, and
+    on the CPU numpy's, whose BLAS may be faster than the one that MLX uses.
     """
     dtype = model.language_model.norm.weight.dtype
 
@@ -40,7 +130,7 @@ def product_rates(model: FastVLM) -> dict[str, float]:
         mx.eval(a)
         return lambda: mx.eval(a @ a)
 
-    rates = {name_of(dtype): product_rate(dense)}
+    rates = {dtype_name(dtype): product_rate(dense)}
     for _, layer in model.named_modules():
         if isinstance(layer, nn.QuantizedLinear):
             rates[f"{layer.bits} bits"] = product_rate(partial(quantized_product, layer, dtype))
@@ -51,7 +141,7 @@ def product_rates(model: FastVLM) -> dict[str, float]:
 
 
 def quantized_product(layer: nn.QuantizedLinear, dtype: mx.Dtype, n: int) -> Callable[[], Any]:
-    """A product of n x n matrices, the second quantized as a layer is."""
+    """A product of n x n matrices, the second of them quantized as a layer is."""
     settings = {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode}
     a = mx.random.normal((n, n)).astype(dtype)
     layer = QuantizedLinear.from_linear(nn.Linear(n, n, bias=False), **settings)
@@ -67,7 +157,7 @@ def numpy_product(n: int) -> Callable[[], Any]:
 
 
 def product_rate(product: Callable[[int], Callable[[], Any]]) -> float:
-    """Operations a second of n x n products, the best of several, up to an n that takes a while."""
+    """Operations per second of n x n products: the best, up to an n that takes a while."""
     n, rate = SMALLEST_PRODUCT, 0.0
     while True:
         run = product(n)
@@ -79,12 +169,12 @@ def product_rate(product: Callable[[int], Callable[[], Any]]) -> float:
         n *= 2
 
 
-def name_of(dtype: mx.Dtype) -> str:
+def dtype_name(dtype: mx.Dtype) -> str:
     return str(dtype).removeprefix("mlx.core.")
 
 
 def copy_bandwidth() -> float:
-    """Bytes a second, read and written together, of a large copy, the best of several."""
+    """Bytes per second, read and written together, of a large copy: the best of several."""
     if not on_cpu():
         x = mx.zeros(COPY_BYTES // 4)
         mx.eval(x, x + 1)
@@ -98,39 +188,10 @@ def copy_bandwidth() -> float:
 
 
 def best_time(run: Callable[[], Any], budget: float) -> float:
-    """The shortest time of a call, repeated for `budget` seconds; one call at least."""
+    """The shortest time of a call that is repeated for `budget` seconds, at least once."""
     times: list[float] = []
     while not times or sum(times) < budget:
         start = time.perf_counter()
         run()
         times.append(time.perf_counter() - start)
     return min(times)
-
-
-def describe_machine() -> dict[str, Any]:
-    """The machine, in general terms, and the versions that ran on it."""
-    device = "CPU" if on_cpu() else str(mx.device_info().get("device_name", "GPU"))
-    return {
-        "device": device,
-        "cpu": cpu_name(),
-        "cores": os.cpu_count(),
-        "system": platform.system(),
-        "preloaded": Path(os.environ.get("LD_PRELOAD", "")).name,
-        "mlx": version("mlx"),
-        "fastvlm-mlx": __version__,
-    }
-
-
-def cpu_name() -> str:
-    """The processor's name, as its system tells it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        names = [x.split(":", 1)[1] for x in cpuinfo.read_text().splitlines() if "model name" in x]
-        if names:
-            return names[0].strip()
-    if sys.platform == "darwin":
-        command = ["sysctl", "-n", "machdep.cpu.brand_string"]
-        found = subprocess.run(command, capture_output=True, text=True).stdout.strip()
-        if found:
-            return found
-    return platform.processor() or platform.machine()

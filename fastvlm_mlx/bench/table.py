@@ -1,13 +1,15 @@
-"""Results of `bench` as tables."""
+"""The stages that `bench` measures, and its results as tables."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .machine import machine_in_words
+
 
 class Stage(NamedTuple):
-    """One row of the table; `more` says whether more of it is better."""
+    """A figure that is measured; `more` says whether more of it is better."""
 
     title: str
     unit: str
@@ -31,7 +33,7 @@ def differences(result: dict[str, Any], earlier: dict[str, Any]) -> list[str]:
     sentences = []
     for part in ("settings", "machine"):
         for name, value in result[part].items():
-            before = earlier[part].get(name)
+            before = earlier[part].get(name, value)  # what was not recorded can't differ
             if before != value and name not in ("runs", "fastvlm-mlx"):
                 sentences.append(f"{name.replace('_', ' ')} is {value}, and was {before}.")
     return sentences
@@ -66,7 +68,7 @@ def read_result(file: Path) -> dict[str, Any]:
 
 
 def print_result(result: dict[str, Any], earlier: dict[str, Any] | None = None) -> None:
-    """The tables, and in a line each what they are of."""
+    """Print what was measured, a table of the stages and one of the counts."""
     from rich.console import Console
     from rich.table import Table
 
@@ -80,10 +82,12 @@ def print_result(result: dict[str, Any], earlier: dict[str, Any] | None = None) 
     better = times_better(result, earlier) if earlier else {}
     for name, stage in STAGES.items():
         row = result["stages"][name]
-        cells = [show(row[key], stage.unit) for key in ("median", "least", "most", "floor")]
+        cells = [
+            format_figure(row[key], stage.unit) for key in ("median", "least", "most", "floor")
+        ]
         cells.append(f"{row['ratio']:.1f}")
         if earlier:
-            before = show(earlier["stages"][name]["median"], stage.unit)
+            before = format_figure(earlier["stages"][name]["median"], stage.unit)
             cells = [before, *cells, f"{better[name]:.2f}"]
         table.add_row(stage.title, "ms" if stage.unit == "s" else stage.unit, *cells)
     counts = Table("On a GPU")
@@ -93,18 +97,17 @@ def print_result(result: dict[str, Any], earlier: dict[str, Any] | None = None) 
         found = result["graph"][name]
         counts.add_row(title, str(sum(found["primitives"].values())), str(found["launches"]))
     console = Console(width=max(100, Console().width), soft_wrap=True, highlight=False)
-    console.print(*describe(result), sep="\n")
+    console.print(*summary(result), sep="\n")
     console.print(table)
     console.print(counts)
     for sentence in differences(result, earlier) if earlier else ():
         console.print(f"Not the same as before: {sentence}")
 
 
-def describe(result: dict[str, Any]) -> list[str]:
-    """What was measured, and on what."""
+def summary(result: dict[str, Any]) -> list[str]:
+    """What was measured, on what machine, and what the floors come from; a sentence each."""
     settings, machine, rates = result["settings"], result["machine"], result["rates"]
     bits = f", quantized to {settings['quantize']} bits" if settings["quantize"] else ""
-    preloaded = f", {machine['preloaded']} preloaded" if machine["preloaded"] else ""
     width, height = settings["image"]
     products = ", ".join(f"{kind}: {rate / 1e9:.3g}" for kind, rate in rates["products"].items())
     return [
@@ -112,15 +115,14 @@ def describe(result: dict[str, Any]) -> list[str]:
         f"as {settings['image_size']} x {settings['image_size']}, a prompt of "
         f"{settings['visual_tokens']} visual and {settings['prompt_tokens']} text tokens, "
         f"{settings['tokens']} tokens generated, {settings['runs']} runs.",
-        f"{machine['device']}: {machine['cpu']}, {machine['cores']} cores, {machine['system']}, "
-        f"mlx {machine['mlx']}{preloaded}.",
+        f"{machine['device']}: {machine_in_words(machine)}; mlx {machine['mlx']}.",
         f"Floors: {rates['flops'] / 1e9:.3g} GFLOP/s, the best of large matrix products "
         f"({products}), and {rates['bytes'] / 1e9:.3g} GB/s, read and written by a large copy.",
     ]
 
 
-def show(value: float, unit: str) -> str:
-    """Three digits; seconds as milliseconds."""
+def format_figure(value: float, unit: str) -> str:
+    """Three significant digits; seconds become milliseconds."""
     if unit == "s":
         value = 1000 * value
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"

@@ -1,4 +1,4 @@
-"""The least work that each stage needs."""
+"""The least work that each stage needs, counted from the configuration."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from ..config import FastVLMConfig, TextConfig, VisionConfig
+from ..model.fastvlm import FastVLM
 from ..model.vision import CONV_FFN_KERNEL, SE_REDUCTION, STEM_KERNEL
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a computation can't do without.
+    """The least work that a computation needs.
 
     Attributes:
         flops: floating-point operations of matrix products, convolutions and attention; a
-            multiplication and an addition are two.
+            multiplication and an addition count as two.
         weights: numbers read of the model, each once.
-        activations: numbers that these operations read and write, each once. What stands between
-            them (biases, GELU, norms, residuals) is taken to be fused with them.
+        activations: numbers that these operations read and write, each once. What happens between
+            them (biases, GELU, norms, residuals) is taken to be part of their kernels.
     """
 
     flops: int = 0
@@ -72,7 +73,7 @@ def attention_work(
 
 
 def encoder_work(config: VisionConfig, image_size: int) -> Work:
-    """FastViTHD on one image of that many pixels square."""
+    """FastViTHD on one image of `image_size` x `image_size` pixels."""
     first, last = config.embed_dims[0], config.embed_dims[-1]
     work = conv_work(image_size, 3, first, STEM_KERNEL, 2)
     work += conv_work(image_size // 2, first, first, STEM_KERNEL, 2, first)
@@ -111,7 +112,7 @@ def block_work(config: VisionConfig, stage: int, side: int) -> Work:
 
 
 def projector_work(config: FastVLMConfig, tokens: int) -> Work:
-    """The projector on that many visual tokens."""
+    """The projector on `tokens` visual tokens."""
     width = config.text.hidden_size
     work = linear_work(tokens, config.mm_hidden_size, width)
     for _ in range(config.projector_depth - 1):
@@ -120,7 +121,7 @@ def projector_work(config: FastVLMConfig, tokens: int) -> Work:
 
 
 def decoder_work(config: TextConfig, tokens: int, offset: int = 0) -> Work:
-    """The decoder on `tokens` that follow `offset` others in the KV cache, and one's logits.
+    """The decoder on `tokens` that follow `offset` others in the KV cache, with the last's logits.
 
     The embeddings are given; where they share their weights with the output layer, these are
     counted there.
@@ -139,10 +140,48 @@ def decoder_work(config: TextConfig, tokens: int, offset: int = 0) -> Work:
 
 
 class Need(NamedTuple):
-    """Work in bytes: floating-point operations, and bytes read and written."""
+    """Floating-point operations, and bytes read and written."""
 
     flops: int
     bytes: int
+
+
+def stage_needs(
+    model: FastVLM,
+    images: tuple[int, int],
+    original: tuple[int, int],
+    prompt_tokens: int,
+    tokens: int,
+) -> dict[str, Need]:
+    """The least that each stage needs.
+
+    Args:
+        model: loaded.
+        images: the number of squares that are encoded (several with `anyres`), and their side.
+        original: width and height of the picture.
+        prompt_tokens: of text and image.
+        tokens: to generate.
+    """
+    config, decoder = model.config, model.language_model
+    itemsize = decoder.norm.weight.itemsize
+    n, side = images
+    encoder = encoder_work(config.vision, side) * n
+    projector = projector_work(config, (side // config.vision.patch_size) ** 2) * n
+    output = decoder.embed_tokens if config.text.tie_word_embeddings else decoder.lm_head
+    decoding = [*decoder.layers, decoder.norm, output]
+    prefill = decoder_work(config.text, prompt_tokens)
+    decode = decoder_work(config.text, 1, prompt_tokens + tokens // 2)
+    kv_width = 2 * config.text.num_key_value_heads * config.text.head_dim
+    kv_cache = config.text.num_hidden_layers * kv_width * (prompt_tokens + tokens) * itemsize
+    decoded = 2 * 3 * original[0] * original[1]  # written, and read to be resized
+    return {
+        "load": Need(0, 2 * size_of(model)),
+        "preprocess": Need(0, decoded + 3 * 4 * n * side**2),
+        "encode": need(encoder + projector, [model.vision_tower, model.mm_projector], itemsize),
+        "prefill": need(prefill, decoding, itemsize),
+        "decode": need(decode, decoding, itemsize),
+        "memory": Need(0, size_of(model) + kv_cache),
+    }
 
 
 def need(work: Work, modules: Sequence[nn.Module], itemsize: int) -> Need:

@@ -1,8 +1,7 @@
-"""What a precision costs: size and error of quantized models against their source."""
+"""The cost of a precision: size and error of quantized models against their source."""
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,12 +14,12 @@ from ..checkpoint.load import load_model, load_processor
 from ..checkpoint.quantize import Quantize, quantize_checkpoint
 from ..checkpoint.read import read_checkpoint
 from ..generation.generate import generate, stream_generate
-from ..generation.inputs import preprocess_images, tokenize
+from ..generation.inputs import read_inputs
 from ..generation.options import Options
 from ..hub.resolve import NANO, resolve
 from ..model.fastvlm import FastVLM
 from ..processor import Processor
-from .questions import QUESTION, read_questions
+from .questions import DEFAULT_QUESTION, accuracy, read_questions
 
 SAMPLES = tuple(sorted((NANO / "images").glob("*.png")))
 ANSWER_TOKENS = 32
@@ -52,9 +51,9 @@ class Row:
         bits_per_weight: of all weights, scales counted.
         feature_error: root mean square of the visual tokens' difference from the source's, over
             the source's standard deviation.
-        logit_error: the same of the logits of the first answer token.
-        agreement: share of the source's greedy answer tokens that come out the same.
-        accuracy: share of right answers, by task, where questions were given.
+        logit_error: the same for the logits of the first answer token.
+        agreement: share of the source's greedy answer tokens that are the same, place by place.
+        accuracy: share of right answers by task, if questions were given.
     """
 
     name: str
@@ -68,7 +67,7 @@ class Row:
 
 @dataclass
 class Outputs:
-    """What a model makes of the sample images."""
+    """What a model computes for the sample images; see `sample_outputs`."""
 
     features: list[mx.array]
     logits: list[mx.array]
@@ -84,22 +83,22 @@ def precision_report(
     questions: Path | None = None,
     revision: str | None = None,
 ) -> Iterator[Row]:
-    """Compare quantized forms of a model with the model itself.
+    """Compare a model with itself at other precisions.
 
     Args:
         source: a full-precision folder or Hub id.
         compared: settings by name; a wide choice by default.
-        folders: more quantized forms by name, which `convert` wrote.
+        folders: more quantized models by name, as `convert` writes them.
         images: on which features, logits and answers are compared.
         questions: a .jsonl file of {"image", "question", "answer", "task"}; an answer is right if
-            it is the same to the letter.
+            it equals the given one to the letter.
         revision: branch, tag or commit on the Hub.
 
     Yields:
-        The source's row, then one a setting, then one a folder.
+        The source's row, then one per setting, then one per folder.
 
     Raises:
-        ValueError: the source is quantized already, or a setting is not one that exists.
+        ValueError: the source is quantized already, or a setting is unknown.
         CheckpointError, FileNotFoundError: as `load`.
     """
     folder = resolve(source, revision=revision)
@@ -113,7 +112,9 @@ def precision_report(
     model = load_model(folder)
     exact = sample_outputs(model, processor, images)
     name = str(tensors["language_model.model.norm.weight"].dtype).removeprefix("mlx.core.")
-    yield Row(name, size, 8 * size / count, accuracy=accuracy(model, processor, asked))
+    yield Row(
+        name, size, 8 * size / count, accuracy=accuracy(asked, answers(model, processor, asked))
+    )
     del model
 
     def row(name: str, packed: Weights, model: FastVLM) -> Row:
@@ -127,7 +128,7 @@ def precision_report(
             relative_error(found.features, exact.features),
             relative_error(found.logits, exact.logits),
             token_agreement(found.tokens, exact.tokens),
-            accuracy(model, processor, asked),
+            accuracy(asked, answers(model, processor, asked)),
         )
 
     for name, quantize in (COMPARED if compared is None else compared).items():
@@ -141,19 +142,15 @@ def precision_report(
 def sample_outputs(model: FastVLM, processor: Processor, images: Sequence[Any]) -> Outputs:
     """Visual tokens, first logits and greedy answers on sample images."""
     outputs = Outputs([], [], [])
-    pixel_values, sizes = preprocess_images(processor, images)
-    for image, pixels, size in zip(images, pixel_values, sizes, strict=True):
-        (features,) = model.encode_images([pixels], [size])
-        input_ids = tokenize(model, processor, QUESTION, [features], Options())
-        embeddings = model.embed_inputs(mx.array([input_ids]), visual_tokens=[features])
-        outputs.features.append(features.astype(mx.float32))
-        outputs.logits.append(
-            model.language_model(None, None, embeddings)[:, -1].astype(mx.float32)
-        )
-        mx.eval(outputs.features[-1], outputs.logits[-1])
+    for image in images:
+        inputs = read_inputs(model, processor, DEFAULT_QUESTION, image, Options())
+        logits = model.language_model(None, None, inputs.embeddings)[:, -1].astype(mx.float32)
+        mx.eval(logits)
         responses = stream_generate(
-            model, processor, QUESTION, image=image, max_tokens=ANSWER_TOKENS
+            model, processor, DEFAULT_QUESTION, image=image, max_tokens=ANSWER_TOKENS
         )
+        outputs.features.append(inputs.visual_tokens[0].astype(mx.float32))
+        outputs.logits.append(logits)
         outputs.tokens.append([response.token for response in responses])
     return outputs
 
@@ -166,7 +163,7 @@ def relative_error(found: Sequence[mx.array], exact: Sequence[mx.array]) -> floa
 
 
 def token_agreement(found: Sequence[list[int]], exact: Sequence[list[int]]) -> float:
-    """Share of the exact tokens that stand in the same place."""
+    """Share of the exact tokens that are found in the same place."""
     same = sum(
         a == b
         for tokens, wanted in zip(found, exact, strict=True)
@@ -175,12 +172,9 @@ def token_agreement(found: Sequence[list[int]], exact: Sequence[list[int]]) -> f
     return same / sum(len(wanted) for wanted in exact)
 
 
-def accuracy(
-    model: FastVLM, processor: Processor, questions: Sequence[dict[str, str]]
-) -> dict[str, float]:
-    """Share of right answers by task."""
-    right: dict[str, list[bool]] = defaultdict(list)
-    for row in questions:
-        found = generate(model, processor, row["question"], image=row["image"], max_tokens=64)
-        right[row["task"]].append(found.strip() == row["answer"].strip())
-    return {task: sum(answers) / len(answers) for task, answers in right.items()}
+def answers(model: FastVLM, processor: Processor, questions: Sequence[dict[str, str]]) -> list[str]:
+    """The model's greedy answer to each question."""
+    return [
+        generate(model, processor, row["question"], image=row["image"], max_tokens=64)
+        for row in questions
+    ]

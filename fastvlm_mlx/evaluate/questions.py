@@ -1,25 +1,26 @@
-"""Questions about images with their answers, read from a file."""
+"""Questions about images: read from a file, and the share of them that is answered right."""
 
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-QUESTION = "Describe the image."
+DEFAULT_QUESTION = "Describe the image."
 FIELDS = ("image", "question", "answer")
 
 
 def read_questions(file: Path, fields: Sequence[str] = FIELDS) -> list[dict[str, str]]:
-    """The lines of a .jsonl file, with images' paths made whole.
+    """The lines of a .jsonl file, in which images' paths are relative to the file.
 
     Args:
-        file: of objects with `fields`, and maybe a `task`.
-        fields: `image` and others that must be there.
+        file: a JSON object per line; `task` is optional, and "all" by default.
+        fields: the names that each object must have, `image` among them.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a line is not such an object.
+        ValueError: a line is not an object with texts in these fields.
     """
     rows = []
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
@@ -34,3 +35,11 @@ def read_questions(file: Path, fields: Sequence[str] = FIELDS) -> list[dict[str,
                 f"{file}, line {number} is not an object with the texts {', '.join(fields)}."
             ) from None
     return rows
+
+
+def accuracy(questions: Sequence[dict[str, str]], answers: Sequence[str]) -> dict[str, float]:
+    """The share of right answers by task; right is what equals the given answer to the letter."""
+    right: dict[str, list[bool]] = defaultdict(list)
+    for row, answer in zip(questions, answers, strict=True):
+        right[row["task"]].append(answer.strip() == row["answer"].strip())
+    return {task: sum(found) / len(found) for task, found in right.items()}

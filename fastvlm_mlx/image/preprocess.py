@@ -45,7 +45,7 @@ def preprocess(
         fast: let the JPEG decoder make a photo 2, 4 or 8 times smaller, as long as it stays 1.5
             times as large as what it is resized to. This halves the time for 12 megapixels at S =
             1024. On photos, the mean error was below 0.5 of 255 and 99.9 % of the values were
-            within 18; `benchmarks/preprocess.py` measures it on yours. Other formats, PIL images
+            within 18; `python -m benchmarks preprocess` measures yours. Other formats, PIL images
             and arrays stay exact.
         dtype: float32, or uint8 for the bytes themselves, from 0 to 255: a quarter of the memory.
 

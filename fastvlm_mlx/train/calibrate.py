@@ -1,8 +1,8 @@
-"""Learned quantization: scales are tuned until the quantized model answers as its source does.
+"""Learned quantization: tune scales until the quantized model answers as its source does.
 
-Distilled weight quantization (DWQ) as mlx_lm has it, on questions about images. It tunes the scales
+This is mlx_lm's distilled weight quantization (DWQ), on questions about images. It tunes the scales
 and biases of the decoder's affine layers below 8 bits, embeddings included; the packed weights, and
-so the size, stay.
+so the size, stay the same.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from ..checkpoint.files import Weights
 from ..checkpoint.load import load_model, load_processor
 from ..checkpoint.names import quantized_linears, unfuse
 from ..checkpoint.quantize import Quantize, part_of
-from ..evaluate.questions import QUESTION, read_questions
+from ..evaluate.questions import DEFAULT_QUESTION, read_questions
 from ..generation.decode import generate_tokens
-from ..generation.inputs import preprocess_images, tokenize
+from ..generation.inputs import Sizes, read_inputs
 from ..generation.options import Options
 from ..model.fastvlm import FastVLM
 from ..processor import Processor
@@ -44,8 +44,8 @@ class Prompt:
 
     Attributes:
         input_ids: with `image_token_index` at each visual token.
-        features: [tiles, n, C] of the encoder.
-        image_size: (width, height) in pixels of the image.
+        features: visual features [tiles, n, C], before the projector, which may be quantized.
+        image_size: (width, height) of the image in pixels.
     """
 
     input_ids: list[int]
@@ -54,16 +54,16 @@ class Prompt:
 
 
 class Answering(nn.Module):
-    """A decoder in the form in which mlx_lm trains one: ids [1, T] → logits [1, T, vocab_size].
+    """A decoder as mlx_lm trains one: ids [1, T] → logits [1, T, vocab_size].
 
-    The first id is the number of a prompt, and the others are its answer; so what is compared are
-    the tokens of the answer alone.
+    The first id is the number of a prompt, and the others are its answer: so only tokens of the
+    answer are compared.
     """
 
     def __init__(self, model: FastVLM, prompts: Sequence[Prompt]):
         super().__init__()
         self.language_model = model.language_model
-        # Functions, since all that mlx_lm finds among a module's fields is trained.
+        # Functions, since mlx_lm trains whatever it finds among a module's fields.
         self.prompt_of = prompts.__getitem__
         self.embed = partial(embed, model)
 
@@ -87,20 +87,20 @@ def calibrate(
     """Quantize a model and tune its decoder on a folder of images.
 
     The source answers a question about each image: those of the folder's `.jsonl` files of
-    {"image", "question"}, or else "Describe the image.". The quantized model learns to give each
-    token of these answers the probability that the source gives it. Of all epochs, and of plain
-    rounding, the one nearest to the source on held-out answers is kept.
+    {"image", "question"}, or "Describe the image." if there are none. The quantized model learns to
+    give each token of these answers the probability that the source gives it. The result is that
+    of the epoch, or of plain rounding, which is nearest to the source on held-out answers.
 
     Args:
         folder: a full-precision model.
         quantize: as `quantize.parse_quantize` takes.
         images: a folder of images.
-        epochs: how often each question is learned from.
+        epochs: passes over the questions.
         learning_rate: of Adam, for scales and biases.
-        progress: show a bar.
+        progress: show a progress bar.
 
     Returns:
-        The tensors of the tuned layers in the mlx-vlm layout, float32 but for packed weights.
+        The tensors of the tuned layers in the mlx-vlm layout: float32, except for packed weights.
 
     Raises:
         FileNotFoundError: there is no such folder, or it holds no images.
@@ -142,14 +142,14 @@ def list_questions(folder: Path) -> list[tuple[Path, str]]:
     questions = [(Path(row["image"]), row["question"]) for row in rows]
     if not questions:
         images = sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES)
-        questions = [(image, QUESTION) for image in images]
+        questions = [(image, DEFAULT_QUESTION) for image in images]
     if not questions:
         raise FileNotFoundError(f"{folder} holds no images to calibrate on.")
     return questions
 
 
 def tunable_layers(model: FastVLM) -> set[str]:
-    """The layers that are tuned, by their names in a checkpoint: affine, below 8 bits."""
+    """Names in a checkpoint of the layers to tune: the decoder's affine ones below 8 bits."""
     quantized = quantized_linears(unfuse(model, folded=True), model.config)
     return {
         name
@@ -160,16 +160,22 @@ def tunable_layers(model: FastVLM) -> set[str]:
 
 
 def read_prompt(model: FastVLM, processor: Processor, image: Path, question: str) -> Prompt:
-    """Encode an image and put its places into the tokens of a question."""
-    (pixel_values,), (size,) = preprocess_images(processor, [image])
-    features = model.vision_tower(pixel_values)
-    visual = model.merge_tiles(model.mm_projector(features), size)
-    mx.eval(features)
-    return Prompt(tokenize(model, processor, question, [visual], Options()), features, size)
+    """Encode an image, and give its visual tokens their places in a question."""
+    features = []
+
+    def encode(
+        model: FastVLM, pixel_values: Sequence[mx.array], image_sizes: Sizes
+    ) -> tuple[list[mx.array], list[bytes]]:
+        features.append(model.vision_tower(pixel_values[0]))
+        mx.eval(features)
+        return [project(model, features[0], image_sizes[0])], []
+
+    inputs = read_inputs(model, processor, question, image, Options(), encode=encode)
+    return Prompt(inputs.input_ids, features[0], inputs.image_sizes[0])
 
 
 def greedy_answer(model: FastVLM, processor: Processor, prompt: Prompt) -> list[int]:
-    """The first tokens of the model's answer, with the one that ends it."""
+    """The first tokens of the model's answer, an end-of-sequence token included."""
     input_ids = prompt.input_ids
     embeddings = embed(model, prompt, mx.array([input_ids]))
     limit = min(ANSWER_TOKENS, processor.max_length - len(input_ids))
@@ -183,9 +189,14 @@ def greedy_answer(model: FastVLM, processor: Processor, prompt: Prompt) -> list[
 
 
 def embed(model: FastVLM, prompt: Prompt, input_ids: mx.array) -> mx.array:
-    """[1, T] ids that begin with the prompt → [1, T, hidden_size] with its visual tokens."""
-    visual = model.merge_tiles(model.mm_projector(prompt.features), prompt.image_size)
+    """[1, T] ids that begin with the prompt → [1, T, hidden_size], visual tokens in place."""
+    visual = project(model, prompt.features, prompt.image_size)
     return model.embed_inputs(input_ids, visual_tokens=[visual])
+
+
+def project(model: FastVLM, features: mx.array, image_size: tuple[int, int]) -> mx.array:
+    """Visual features [tiles, n, C] of an image → its visual tokens [tokens, hidden_size]."""
+    return model.merge_tiles(model.mm_projector(features), image_size)
 
 
 def tune(
@@ -197,14 +208,14 @@ def tune(
     *,
     progress: bool = True,
 ) -> None:
-    """Train the learner's scales and biases, and leave it as good as it was at its best.
+    """Train the learner's scales and biases, and leave them as they were at their best.
 
     Args:
         learner: quantized.
         target: what it learns from.
-        sequences: the number of a prompt and its answer, and mlx_lm's offset, which is 0.
+        sequences: a prompt's number followed by its answer; and mlx_lm's offset, which is 0.
         epochs, learning_rate: as `calibrate` takes.
-        progress: show a bar.
+        progress: show a progress bar.
     """
     from mlx.optimizers import Adam
     from mlx_lm.quant.dwq import dwq_quantize
@@ -223,7 +234,7 @@ def tune(
     best, nearest = learner.parameters(), divergence(learner, target, held_out)
     with progress_bar(epochs * len(trained), "Calibrating", shown=progress) as bar:
         for epoch in range(epochs):
-            # mlx_lm prints as it trains, and has neither a switch for that nor one for epochs.
+            # mlx_lm prints while it trains, and offers neither a switch for that nor epochs.
             with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
                 dwq_quantize(
                     learner,
@@ -245,7 +256,7 @@ def tune(
 
 
 def divergence(learner: Answering, target: Answering, sequences: Sequences) -> float:
-    """Kullback-Leibler divergence of the learner's answers from the target's, in nats a token."""
+    """Kullback-Leibler divergence of the learner's answers from the target's, in nats per token."""
     from mlx_lm.tuner.losses import kl_div_loss
 
     total, count = 0.0, 0

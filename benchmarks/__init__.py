@@ -1,0 +1,1 @@
+"""Measurements of this library, alone and beside others: `python -m benchmarks`."""
