@@ -1,20 +1,18 @@
-"""Answer one question about one image, with the flags of the original's predict.py.
+"""Answer one question about one image, with the flags of the original predict.py.
 
     python examples/predict.py --model-path apple/FastVLM-0.5B --image-file photo.jpg \\
         --prompt "Describe the image."
 
-Without --model-path the bundled nano model answers.
+Without --model-path, the bundled nano model answers.
 """
 
 import argparse
 import sys
 
-import mlx.core as mx
-
 import fastvlm_mlx as fv
 from fastvlm_mlx.generation.beam import beam_search
-from fastvlm_mlx.generation.inputs import encode_images, preprocess_images
-from fastvlm_mlx.text.prompt import build_prompt
+from fastvlm_mlx.generation.inputs import read_inputs
+from fastvlm_mlx.generation.options import Options
 
 
 def parse_args() -> argparse.Namespace:
@@ -24,26 +22,24 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--prompt", default="Describe the image.", help="the question")
     parser.add_argument("--conv-mode", default="qwen_2", help="conversation template")
     parser.add_argument("--temperature", type=float, default=0.2, help="0 is greedy")
-    parser.add_argument("--top_p", type=float, default=1.0, help="sample from this total")
     parser.add_argument(
-        "--num_beams", type=int, default=1, help="above 1: beam search, which does not sample"
+        "--top_p",
+        type=float,
+        default=1.0,
+        help="sample from the likeliest tokens whose probabilities add up to this",
+    )
+    parser.add_argument(
+        "--num_beams", type=int, default=1, help="above 1, search with beams and do not sample"
     )
     return parser.parse_args()
 
 
 def search(model: fv.FastVLM, processor: fv.Processor, args: argparse.Namespace) -> str:
     """The most likely answer that beam search finds."""
-    features = encode_images(model, *preprocess_images(processor, [args.image_file]))
-    input_ids = build_prompt(
-        processor.tokenizer,
-        args.prompt,
-        num_visual_tokens=[len(f) for f in features],
-        image_token_index=model.config.image_token_index,
-        conv_mode=args.conv_mode,
-    )
-    embeddings = model.embed_inputs(mx.array([input_ids]), image_features=features)
+    options = Options(conv_mode=args.conv_mode)
+    inputs = read_inputs(model, processor, args.prompt, args.image_file, options)
     ends = processor.tokenizer.eos_token_ids
-    tokens = beam_search(model, embeddings, ends, num_beams=args.num_beams)
+    tokens = beam_search(model, inputs.embeddings, ends, num_beams=args.num_beams)
     return processor.tokenizer.decode(tokens)
 
 
