@@ -70,7 +70,7 @@ def command(*arguments: str, stdin: str | None = None) -> Result:
     return Result(done.returncode, done.stdout, done.stderr)
 
 
-def test_generate_alone_describes_a_bundled_image() -> None:
+def test_generate_without_arguments_describes_a_bundled_image() -> None:
     result = command("generate")
     assert result.code == 0
     assert result.out == f"{ANSWER}\n"
@@ -192,7 +192,7 @@ def test_ctrl_c_in_a_terminal_stops_the_answer() -> None:
 # generate
 
 
-def test_answers_go_to_stdout_alone(run: Run) -> None:
+def test_only_answers_go_to_stdout(run: Run) -> None:
     result = run("generate", "--image", PENGUINS)
     assert result == (0, f"{ANSWER}\n", "")
     assert run("generate", "--image", PANDA, "--prompt", "What is this?") == (0, "A panda.\n", "")
@@ -728,6 +728,16 @@ def test_flags_are_the_python_names() -> None:
     assert {"--model", "--image", "--prompt", "--json", "--verbose"} <= flags
     chat = {option for p in COMMANDS["chat"].params for option in p.opts}
     assert chat <= flags | {"--help", "-h"}
+
+
+@pytest.mark.parametrize("name", ["generate", "chat"])
+def test_flags_have_the_defaults_of_options(name: str) -> None:
+    defaults = {field.name: field.default for field in fields(Options)}
+    shared = [p for p in COMMANDS[name].params if p.name in defaults]
+    assert len(shared) == (18 if name == "generate" else 9)
+    context = typer.Context(COMMANDS[name])
+    for parameter in shared:
+        assert parameter.get_default(context) == defaults[parameter.name], parameter.name
 
 
 def test_errors_are_one_sentence() -> None:

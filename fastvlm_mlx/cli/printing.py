@@ -7,12 +7,10 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import typer
 
-if TYPE_CHECKING:
-    from ..generation.response import Response
+from ..generation.response import Response
 
 
 def print_answer(responses: Iterator[Response], *, quiet: bool = False) -> tuple[str, Response]:
