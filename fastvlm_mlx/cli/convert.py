@@ -17,6 +17,51 @@ from ..evaluate.precision import COMPARED, Row, precision_report
 from .arguments import Revision
 from .upload import push
 
+SourceDtype = Annotated[
+    str | None,
+    typer.Option(help="float32, float16 or bfloat16. The default is the checkpoint's own."),
+]
+BitsOrPreset = Annotated[
+    str | None,
+    typer.Option(help="Bits per weight (8, 6, 5, 4, 3, 2), or mixed-2-6, -3-4, -3-6, -4-6."),
+]
+GroupSize = Annotated[
+    int | None, typer.Option(help="Number of weights that share a scale: 32, 64 or 128.")
+]
+Mode = Annotated[
+    str | None, typer.Option(help="affine, mxfp4, mxfp8 or nvfp4; the last three fix the bits.")
+]
+VisionBits = Annotated[
+    str | None, typer.Option(help="Bits of the encoder, which otherwise is not quantized.")
+]
+ProjectorBits = Annotated[str | None, typer.Option(help="Bits of the projector, or none.")]
+EmbeddingBits = Annotated[
+    str | None, typer.Option(help="Bits of the embeddings and the output layer, or none.")
+]
+Calibrate = Annotated[
+    Path | None,
+    typer.Option(
+        help="A folder of images, and optionally a .jsonl of images and questions, on which a "
+        "decoder below 8 bits learns to answer as the source does."
+    ),
+]
+Layout = Annotated[
+    str, typer.Option(help="mlx, llava, transformers or apple-export (needs coremltools).")
+]
+Report = Annotated[
+    bool,
+    typer.Option(
+        help="Print the size and error of the chosen precision, or of many if none is chosen."
+    ),
+]
+Questions = Annotated[
+    Path | None,
+    typer.Option("--eval", help="With --report: a .jsonl of image, question, answer and task."),
+]
+UploadRepo = Annotated[
+    str | None, typer.Option(help="Also upload the folder to this repository, user/name.")
+]
+
 
 def convert(
     source: Annotated[str, typer.Argument(help="Folder or Hub id of a checkpoint, in any layout.")],
@@ -24,54 +69,20 @@ def convert(
         Path | None, typer.Argument(help="The folder to write; not needed with --report.")
     ] = None,
     revision: Revision = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(help="float32, float16 or bfloat16. The default is the checkpoint's own."),
-    ] = None,
-    quantize: Annotated[
-        str | None,
-        typer.Option(help="Bits per weight (8, 6, 5, 4, 3, 2), or mixed-2-6, -3-4, -3-6, -4-6."),
-    ] = None,
-    group_size: Annotated[
-        int | None, typer.Option(help="Number of weights that share a scale: 32, 64 or 128.")
-    ] = None,
-    mode: Annotated[
-        str | None, typer.Option(help="affine, mxfp4, mxfp8 or nvfp4; the last three fix the bits.")
-    ] = None,
-    quantize_vision: Annotated[
-        str | None, typer.Option(help="Bits of the encoder, which otherwise is not quantized.")
-    ] = None,
-    quantize_projector: Annotated[
-        str | None, typer.Option(help="Bits of the projector, or none.")
-    ] = None,
-    quantize_embeddings: Annotated[
-        str | None, typer.Option(help="Bits of the embeddings and the output layer, or none.")
-    ] = None,
-    calibrate: Annotated[
-        Path | None,
-        typer.Option(
-            help="A folder of images, and optionally a .jsonl of images and questions, on which a "
-            "decoder below 8 bits learns to answer as the source does."
-        ),
-    ] = None,
-    layout: Annotated[
-        str, typer.Option(help="mlx, llava, transformers or apple-export (needs coremltools).")
-    ] = "mlx",
+    dtype: SourceDtype = None,
+    quantize: BitsOrPreset = None,
+    group_size: GroupSize = None,
+    mode: Mode = None,
+    quantize_vision: VisionBits = None,
+    quantize_projector: ProjectorBits = None,
+    quantize_embeddings: EmbeddingBits = None,
+    calibrate: Calibrate = None,
+    layout: Layout = "mlx",
     overwrite: Annotated[bool, typer.Option(help="Replace the target if it exists.")] = False,
-    report: Annotated[
-        bool,
-        typer.Option(
-            help="Print the size and error of the chosen precision, or of many if none is chosen."
-        ),
-    ] = False,
-    questions: Annotated[
-        Path | None,
-        typer.Option("--eval", help="With --report: a .jsonl of image, question, answer and task."),
-    ] = None,
+    report: Report = False,
+    questions: Questions = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
-    upload_repo: Annotated[
-        str | None, typer.Option(help="Also upload the folder to this repository, user/name.")
-    ] = None,
+    upload_repo: UploadRepo = None,
 ) -> None:
     """Turn a checkpoint in any layout into a folder to load or push, for MLX by default.
 

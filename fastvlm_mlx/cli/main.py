@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from io import TextIOWrapper
 from typing import Annotated
 
 import typer
@@ -49,5 +51,7 @@ def _common(
 
 def main() -> None:
     """Run the command; bad input ends it with a sentence and exit code 2."""
+    if isinstance(sys.stdout, TextIOWrapper):  # a terminal may lack letters of an answer
+        sys.stdout.reconfigure(errors="backslashreplace")
     with errors_as_sentences():
         app()
