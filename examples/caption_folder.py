@@ -1,4 +1,4 @@
-"""Describe every image of a folder, one JSON line each; go on where an earlier run stopped.
+"""Describe every image of a folder, one JSON line per image, and resume an earlier run.
 
 python examples/caption_folder.py photos captions.jsonl --model apple/FastVLM-0.5B
 """
@@ -10,19 +10,18 @@ from pathlib import Path
 from tqdm import tqdm
 
 import fastvlm_mlx as fv
-
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
+from fastvlm_mlx.image.load import IMAGE_SUFFIXES
 
 parser = argparse.ArgumentParser(description="Describe every image of a folder.")
 parser.add_argument("folder", type=Path)
-parser.add_argument("output", type=Path, help="a .jsonl file, appended to")
+parser.add_argument("output", type=Path, help="a .jsonl file; new lines are appended")
 parser.add_argument("--prompt", default="Describe the image.")
 parser.add_argument("--model", help="folder or Hub id; the bundled model by default")
 parser.add_argument("--max-tokens", type=int, default=128)
 parser.add_argument("--image-size", type=int, help="a multiple of 64; smaller is faster")
 args = parser.parse_args()
 
-images = sorted(p for p in args.folder.rglob("*") if p.suffix.lower() in SUFFIXES)
+images = sorted(p for p in args.folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
 lines = args.output.read_text().splitlines() if args.output.exists() else []
 done = {json.loads(line)["image"] for line in lines}
 waiting = [image for image in images if str(image) not in done]

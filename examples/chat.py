@@ -22,4 +22,4 @@ for question in args.questions:
     for response in chat.ask(question, image=image, stream=True):
         print(response.text, end="", flush=True)
     print(f"\n  (first token after {1000 * response.ttft:.0f} ms)")
-    image = None  # the conversation knows it from now on
+    image = None  # from now on the conversation knows it

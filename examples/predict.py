@@ -1,9 +1,9 @@
-"""Answer one question about one image, with the flags of the original's predict.py.
+"""Answer one question about one image, with the flags of the original predict.py.
 
     python examples/predict.py --model-path apple/FastVLM-0.5B --image-file photo.jpg \\
         --prompt "Describe the image."
 
-Without --model-path the bundled nano model answers.
+Without --model-path, the bundled nano model answers.
 """
 
 import argparse
@@ -19,9 +19,14 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--prompt", default="Describe the image.", help="the question")
     parser.add_argument("--conv-mode", default="qwen_2", help="conversation template")
     parser.add_argument("--temperature", type=float, default=0.2, help="0 is greedy")
-    parser.add_argument("--top_p", type=float, default=1.0, help="sample from this total")
     parser.add_argument(
-        "--num_beams", type=int, default=1, help="above 1: beam search, which does not sample"
+        "--top_p",
+        type=float,
+        default=1.0,
+        help="sample from the likeliest tokens whose probabilities add up to this",
+    )
+    parser.add_argument(
+        "--num_beams", type=int, default=1, help="above 1, search with beams and do not sample"
     )
     return parser.parse_args()
 

@@ -1,4 +1,4 @@
-"""Say what the webcam sees, again and again; Ctrl-C ends it. Needs opencv-python.
+"""Say what the webcam sees, again and again, until Ctrl-C. Needs opencv-python.
 
 python examples/webcam.py --model apple/FastVLM-0.5B --prompt "What is the person holding?"
 """
@@ -19,7 +19,7 @@ args = parser.parse_args()
 try:
     import cv2
 except ImportError:
-    sys.exit("The webcam is read with OpenCV: pip install opencv-python")
+    sys.exit("Reading the webcam needs OpenCV: pip install opencv-python")
 
 camera = cv2.VideoCapture(args.camera)
 if not camera.isOpened():

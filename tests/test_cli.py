@@ -1,4 +1,3 @@
-import importlib
 import importlib.metadata
 import io
 import json
@@ -27,7 +26,9 @@ from command import Result, Run
 from PIL import Image
 
 import fastvlm_mlx as fv
-from fastvlm_mlx.cli.main import CHAT_HELP, app, describe
+from fastvlm_mlx.cli.chat import CHAT_HELP
+from fastvlm_mlx.cli.main import app
+from fastvlm_mlx.cli.printing import sentence
 from fastvlm_mlx.generation.chat import Chat
 from fastvlm_mlx.generation.options import Options
 from fastvlm_mlx.hub.resolve import NANO
@@ -38,7 +39,8 @@ from fastvlm_mlx.version import __version__
 PENGUINS = str(NANO / "images" / "penguins.png")
 PANDA = str(NANO / "images" / "panda.png")
 ANSWER = "The image shows 6 penguins."
-MAIN = [sys.executable, "-c", "from fastvlm_mlx.cli.main import main; main()"]
+CLI = "fastvlm_mlx.cli"
+MAIN = [sys.executable, "-m", "fastvlm_mlx"]
 
 
 @pytest.fixture
@@ -68,7 +70,7 @@ def command(*arguments: str, stdin: str | None = None) -> Result:
     return Result(done.returncode, done.stdout, done.stderr)
 
 
-def test_generate_alone_describes_a_bundled_image() -> None:
+def test_generate_without_arguments_describes_a_bundled_image() -> None:
     result = command("generate")
     assert result.code == 0
     assert result.out == f"{ANSWER}\n"
@@ -190,7 +192,7 @@ def test_ctrl_c_in_a_terminal_stops_the_answer() -> None:
 # generate
 
 
-def test_answers_go_to_stdout_alone(run: Run) -> None:
+def test_only_answers_go_to_stdout(run: Run) -> None:
     result = run("generate", "--image", PENGUINS)
     assert result == (0, f"{ANSWER}\n", "")
     assert run("generate", "--image", PANDA, "--prompt", "What is this?") == (0, "A panda.\n", "")
@@ -259,12 +261,8 @@ def test_options_reach_generate(cache: dict, run: Run, monkeypatch: pytest.Monke
     part = fv.Response("Well.", 1, 1, 1, 0.1, 0.1, 0.1, 0.3, 0.0, 0.1, "stop")
     loads: list[Any] = []
     calls: list[Any] = []
-    weights, generate = map(
-        importlib.import_module,
-        ("fastvlm_mlx.checkpoint.load", "fastvlm_mlx.generation.generate"),
-    )
-    monkeypatch.setattr(weights, "load", recorder(loads, ("model", "processor")))
-    monkeypatch.setattr(generate, "stream_generate", recorder(calls, iter([part])))
+    monkeypatch.setattr(f"{CLI}.generate.load", recorder(loads, ("model", "processor")))
+    monkeypatch.setattr(f"{CLI}.generate.stream_generate", recorder(calls, iter([part])))
     options = {**SHARED, **MORE, **cache}
     images = ["--image", "a.png", "--image", "b.png", "--prompt", "What?"]
     flags = as_flags({"model": "user/name", **LOAD, **options})
@@ -282,11 +280,8 @@ def test_options_reach_generate(cache: dict, run: Run, monkeypatch: pytest.Monke
 def test_options_reach_chat(cache: dict, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     loads: list[Any] = []
     chats: list[Any] = []
-    weights, chat = map(
-        importlib.import_module, ("fastvlm_mlx.checkpoint.load", "fastvlm_mlx.generation.chat")
-    )
-    monkeypatch.setattr(weights, "load", recorder(loads, ("model", "processor")))
-    monkeypatch.setattr(chat, "Chat", recorder(chats, None))
+    monkeypatch.setattr(f"{CLI}.chat.load", recorder(loads, ("model", "processor")))
+    monkeypatch.setattr(f"{CLI}.chat.Chat", recorder(chats, None))
     assert run("chat", *as_flags({"model": "user/name", **LOAD, **SHARED, **cache})).code == 0
     assert loads == [(("user/name",), LOAD)]
     ((arguments, given),) = chats
@@ -735,17 +730,27 @@ def test_flags_are_the_python_names() -> None:
     assert chat <= flags | {"--help", "-h"}
 
 
+@pytest.mark.parametrize("name", ["generate", "chat"])
+def test_flags_have_the_defaults_of_options(name: str) -> None:
+    defaults = {field.name: field.default for field in fields(Options)}
+    shared = [p for p in COMMANDS[name].params if p.name in defaults]
+    assert len(shared) == (18 if name == "generate" else 9)
+    context = typer.Context(COMMANDS[name])
+    for parameter in shared:
+        assert parameter.get_default(context) == defaults[parameter.name], parameter.name
+
+
 def test_errors_are_one_sentence() -> None:
-    assert describe(ValueError("What is wrong.")) == "What is wrong."
-    assert describe(MemoryError()) == "MemoryError"
+    assert sentence(ValueError("What is wrong.")) == "What is wrong."
+    assert sentence(MemoryError()) == "MemoryError"
     error = PermissionError(13, "Permission denied", "/folder/file")
-    assert describe(error) == "/folder/file: Permission denied."
+    assert sentence(error) == "/folder/file: Permission denied."
 
 
 def test_errors_of_the_system(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*arguments: Any, **options: Any) -> None:
         raise PermissionError(13, "Permission denied", "/folder/file")
 
-    monkeypatch.setattr(importlib.import_module("fastvlm_mlx.checkpoint.load"), "load", fail)
+    monkeypatch.setattr(f"{CLI}.generate.load", fail)
     result = run("generate", "--image", PENGUINS)
     assert_one_error(result, "/folder/file: Permission denied.")

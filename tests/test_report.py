@@ -6,7 +6,7 @@ import pytest
 
 from fastvlm_mlx.checkpoint.names import quantized_linears
 from fastvlm_mlx.checkpoint.read import read_checkpoint
-from fastvlm_mlx.cli.main import quantize_settings
+from fastvlm_mlx.cli.convert import quantize_flags
 from fastvlm_mlx.evaluate.precision import SAMPLES, precision_report, token_agreement
 from fastvlm_mlx.evaluate.questions import read_questions
 from fastvlm_mlx.hub.resolve import NANO
@@ -70,11 +70,11 @@ def test_agreement_counts_places():
 
 def test_flags_become_settings():
     parts = {"vision": "8", "projector": "none", "embeddings": None}
-    assert quantize_settings("4", 32, None, parts) == {
+    assert quantize_flags("4", 32, None, parts) == {
         "bits": 4,
         "group_size": 32,
         "vision": {"bits": 8, "group_size": 32},
         "projector": False,
     }
-    assert quantize_settings(None, None, "mxfp4", {}) == {"mode": "mxfp4"}
-    assert quantize_settings(None, None, None, {"vision": None}) is None
+    assert quantize_flags(None, None, "mxfp4", {}) == {"mode": "mxfp4"}
+    assert quantize_flags(None, None, None, {"vision": None}) is None

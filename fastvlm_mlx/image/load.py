@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 ImageSource: TypeAlias = (
     "str | os.PathLike[str] | bytes | BinaryIO | PILImage | np.ndarray | mx.array"
 )
+# What counts as an image where a folder is searched for them; a file given by name may be any.
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 
 
 def load_image(

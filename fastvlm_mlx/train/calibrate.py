@@ -25,11 +25,11 @@ from ..evaluate.questions import DEFAULT_QUESTION, read_questions
 from ..generation.decode import generate_tokens
 from ..generation.inputs import Sizes, read_inputs
 from ..generation.options import Options
+from ..image.load import IMAGE_SUFFIXES
 from ..model.fastvlm import FastVLM
 from ..processor import Processor
 from ..progress import progress_bar
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 LEARNING_RATE = 2e-5
 EPOCHS = 5
 TEMPERATURE = 4.0  # divides both models' logits, so that unlikely tokens count too
@@ -141,7 +141,7 @@ def list_questions(folder: Path) -> list[tuple[Path, str]]:
     ]
     questions = [(Path(row["image"]), row["question"]) for row in rows]
     if not questions:
-        images = sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES)
+        images = sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
         questions = [(image, DEFAULT_QUESTION) for image in images]
     if not questions:
         raise FileNotFoundError(f"{folder} holds no images to calibrate on.")

@@ -1,0 +1,64 @@
+"""`fastvlm generate`: one answer."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from typing import Annotated, Any
+
+import typer
+
+from ..checkpoint.load import load
+from ..evaluate.questions import DEFAULT_QUESTION
+from ..generation.generate import stream_generate
+from ..generation.options import Options
+from ..hub.resolve import NANO
+from .arguments import Bits, Dtype, Images, Model, Revision, option_flags
+from .printing import print_answer, print_timings
+
+SAMPLE_IMAGE = NANO / "images" / "penguins.png"
+
+
+@option_flags()
+def generate(
+    model: Model = None,
+    image: Images = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option(
+            help="The question. `<image>` in it marks the place of an image; without marks, images "
+            f'come first. The default is "{DEFAULT_QUESTION}"'
+        ),
+    ] = None,
+    revision: Revision = None,
+    dtype: Dtype = None,
+    quantize: Bits = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the answer and its timings as one JSON object.")
+    ] = False,
+    verbose: Annotated[
+        bool, typer.Option(help="Print a table of timings after the answer.")
+    ] = False,
+    **options: Any,
+) -> None:
+    """Answer a question about images; without arguments, describe a bundled one.
+
+    fastvlm generate --model apple/FastVLM-0.5B --image photo.jpg --prompt "What is this?"
+    """
+    draft_model = options.pop("draft_model")
+    chosen = Options(**options | {"stop": tuple(options["stop"])})
+    loaded = load(model, revision=revision, dtype=dtype, quantize=quantize)
+    if draft_model is not None:
+        chosen = replace(chosen, draft_model=load(draft_model, dtype=dtype))
+    if not image and prompt is None:
+        image = [str(SAMPLE_IMAGE)]
+        typer.echo(f"No --image and no --prompt: describing {SAMPLE_IMAGE}.", err=True)
+    question = DEFAULT_QUESTION if prompt is None else prompt
+    responses = stream_generate(*loaded, question, image=image, **vars(chosen))
+    text, last = print_answer(responses, quiet=as_json)
+    if as_json:
+        result = asdict(last) | {"text": text}
+        del result["token"]
+        typer.echo(json.dumps(result, ensure_ascii=False))
+    elif verbose:
+        print_timings(last)
