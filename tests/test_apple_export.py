@@ -13,12 +13,10 @@ from sources import with_tokenizer
 
 import fastvlm_mlx as fv
 from fastvlm_mlx import config as config_module
-from fastvlm_mlx import convert
 from fastvlm_mlx.checkpoint import fold
 from fastvlm_mlx.checkpoint.files import read_tensors, save_checkpoint
 from fastvlm_mlx.checkpoint.layouts import apple_export
 from fastvlm_mlx.checkpoint.layouts.coreml import program, writer
-from fastvlm_mlx.checkpoint.layouts.coreml import reader as coreml
 from fastvlm_mlx.checkpoint.layouts.coreml.encoder import encode
 from fastvlm_mlx.checkpoint.layouts.coreml.program import VISION, constant
 from fastvlm_mlx.checkpoint.layouts.coreml.reader import Reader
@@ -28,6 +26,7 @@ from fastvlm_mlx.checkpoint.names import HEAD, unfuse
 from fastvlm_mlx.checkpoint.quantize import quantize_checkpoint
 from fastvlm_mlx.checkpoint.read import read_layout
 from fastvlm_mlx.config import CheckpointError, FastVLMConfig, VisionConfig, load_config
+from fastvlm_mlx.convert import export
 
 ct = pytest.importorskip("coremltools")
 
@@ -655,7 +654,7 @@ def test_without_coremltools(
     with pytest.raises(CheckpointError, match=r"pip install 'fastvlm-mlx\[coreml\]'\.$"):
         apple_export.read_encoder(folder, vision)
     with pytest.raises(CheckpointError, match=r"pip install 'fastvlm-mlx\[coreml\]'\.$"):
-        convert.export(folder, tmp_path / "target")
+        export(folder, tmp_path / "target")
 
 
 # --- a folder for the app ---
@@ -670,7 +669,7 @@ def source(small_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 @pytest.fixture(scope="module")
 def exported(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("exported") / "app"
-    assert convert.export(source, target, quantize={"bits": 8, "group_size": 32}) == target
+    assert export(source, target, quantize={"bits": 8, "group_size": 32}) == target
     return target
 
 
@@ -707,15 +706,10 @@ def test_exported_tokenizer_knows_the_image_token(exported: Path) -> None:
     assert settings["added_tokens_decoder"]["259"]["content"] == "<image>"
 
 
-def test_export_at_half_precision(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    precisions = []
-    monkeypatch.setattr(
-        coreml, "write_vision_package", lambda *_, precision: precisions.append(precision)
-    )
-    target = convert.export(source, tmp_path / "app", quantize=None, precision="float16")
-    assert precisions == ["float16"]
+def test_export_at_half_precision(source: Path, vision: VisionConfig, tmp_path: Path) -> None:
+    target = export(source, tmp_path / "app", quantize=None, precision="float16")
+    package = apple_export.read_encoder(target, vision)
+    assert mx.float16 in {tensor.dtype for tensor in package.values()}
     tensors = read_tensors(target)
     assert {tensor.dtype for tensor in tensors.values()} == {mx.float16}
     assert "quantization" not in json.loads((target / "config.json").read_text())
@@ -725,15 +719,15 @@ def test_export_refuses(
     source: Path, folder: Path, exported: Path, small_folder: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match="quantized already; export a full-precision source"):
-        convert.export(folder, tmp_path / "app")
+        export(folder, tmp_path / "app")
     with pytest.raises(FileExistsError, match="--overwrite"):
-        convert.export(source, exported, quantize=None)
+        export(source, exported, quantize=None)
     with pytest.raises(ValueError, match="both the source and the target"):
-        convert.export(source, source)
+        export(source, source)
     with pytest.raises(CheckpointError, match="has no tokenizer"):
-        convert.export(small_folder, tmp_path / "app")
+        export(small_folder, tmp_path / "app")
     with pytest.raises(ValueError, match="bits must be one of"):
-        convert.export(source, tmp_path / "app", quantize=7)
+        export(source, tmp_path / "app", quantize=7)
     assert not (tmp_path / "app").exists()
 
 
@@ -749,7 +743,7 @@ def test_export_needs_a_projector_that_the_app_knows(source: Path, tmp_path: Pat
     config = json.loads((source / "config.json").read_text()) | {"mm_projector_type": "linear"}
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="linear can't be exported: the app"):
-        convert.export(folder, tmp_path / "app")
+        export(folder, tmp_path / "app")
 
 
 def test_export_needs_room_for_the_image_token(source: Path, tmp_path: Path) -> None:
@@ -760,4 +754,4 @@ def test_export_needs_room_for_the_image_token(source: Path, tmp_path: Path) -> 
     bpe.add_special_tokens([f"<|{i}|>" for i in range(320 - bpe.get_vocab_size())])
     bpe.save(str(folder / "tokenizer.json"))
     with pytest.raises(ValueError, match="its vocabulary has no room for <image>"):
-        convert.export(folder, tmp_path / "app")
+        export(folder, tmp_path / "app")

@@ -211,8 +211,7 @@ def test_images_and_prompts(tmp_path: Path) -> None:
     theirs = run_peer(MLX_VLM, "processor", folder, tmp_path, text=TEXT, image=str(image))
     processor = fv.load(folder)[1]
     before, after = (
-        processor.tokenizer.encode(text, allow_special=True)
-        for text in TEXT.split("<image>")
+        processor.tokenizer.encode(text, allow_special=True) for text in TEXT.split("<image>")
     )
     assert theirs["input_ids"].tolist() == [*before, IMAGE, *after]
     pixel_values = np.array(processor.preprocess(image)).transpose(0, 3, 1, 2)

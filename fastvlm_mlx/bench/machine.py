@@ -16,7 +16,6 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 
 from ..model.fastvlm import FastVLM
 from ..ops import QuantizedLinear, on_cpu
@@ -62,6 +61,8 @@ def quantized_product(layer: nn.QuantizedLinear, dtype: mx.Dtype, n: int) -> Cal
 
 def numpy_product(n: int) -> Callable[[], Any]:
     """The same in numpy, in float32."""
+    import numpy as np
+
     a = np.random.default_rng(0).random((n, n), dtype=np.float32)
     return lambda: a @ a
 
@@ -90,6 +91,8 @@ def copy_bandwidth() -> float:
         mx.eval(x, x + 1)
         return 2 * x.nbytes / best_time(lambda: mx.eval(x + 1), RATE_SECONDS)
     cores = os.cpu_count() or 1
+    import numpy as np
+
     source = np.ones((cores, COPY_BYTES // (8 * cores)))
     target = np.ones_like(source)
     with ThreadPoolExecutor(len(source)) as pool:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
-import numpy as np
 
 from ..model.fastvlm import FastVLM
 from ..model.kv_cache import KVCache
@@ -95,9 +94,11 @@ def expand(beams: list[Beam], logits: mx.array, count: int) -> list[tuple[int, B
     likeliest = mx.argpartition(-logprobs, count - 1)[:count]
     likeliest = likeliest[mx.argsort(-logprobs[likeliest])]
     expanded = []
-    for index, logprob in zip(np.array(likeliest), np.array(logprobs[likeliest]), strict=True):
-        parent, token = divmod(int(index), vocab_size)
-        expanded.append((parent, Beam((*beams[parent].tokens, token), float(logprob))))
+    indices: Any = likeliest.tolist()
+    values: Any = logprobs[likeliest].tolist()
+    for index, logprob in zip(indices, values, strict=True):
+        parent, token = divmod(index, vocab_size)
+        expanded.append((parent, Beam((*beams[parent].tokens, token), logprob)))
     return expanded
 
 
