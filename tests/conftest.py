@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from importlib.util import find_spec
 from pathlib import Path
 
 import command
@@ -43,6 +44,13 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         with contextlib.suppress(locale.Error):
             locale.setlocale(locale.LC_CTYPE, name)
             break
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what needs a library that is not installed."""
+    for mark in item.iter_markers("needs"):
+        if find_spec(mark.args[0]) is None:
+            pytest.skip(f"needs {mark.args[0]}")
 
 
 @pytest.fixture(scope="session")
