@@ -64,9 +64,10 @@ class Worker:
         return json.loads(line)
 
     def close(self) -> None:
-        requests, _ = self._pipes()
+        requests, replies = self._pipes()
         requests.close()
         self.process.wait()
+        replies.close()
 
     def _pipes(self) -> tuple[IO[str], IO[str]]:
         assert self.process.stdin and self.process.stdout

@@ -470,7 +470,7 @@ def test_what_keeps_the_rules_breaks_none() -> None:
     texts = {
         "__init__.py": "from .hub.fetch import fetch",
         "config.py": "import os\nfrom .checks import check",
-        "checks.py": f"{LONG.replace('    pass', '', 1)}\nimport torch_like",
+        "checks.py": LONG.removesuffix("    pass\n") + "import torch_like",
         "hub/__init__.py": "",
         "hub/fetch.py": "from ..config import x\nif TYPE_CHECKING:\n    import numpy",
         "hub/read.py": "def f():\n    import torch\n" + "def g(): pass\n" * 9,
