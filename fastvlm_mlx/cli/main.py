@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -601,6 +602,8 @@ def describe(error: BaseException) -> str:
 
 def main() -> None:
     """Run the command; bad input ends it with a sentence and exit code 2."""
+    if isinstance(sys.stdout, TextIOWrapper):  # a terminal may lack letters of an answer
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app()
     except BrokenPipeError:  # nobody reads on, as after `| head`
