@@ -241,6 +241,18 @@ def unittest_imports(package: Package) -> list[str]:
     ]
 
 
+def unnamed_encodings(package: Package) -> list[str]:
+    return [
+        m.at(node.lineno, "names no encoding; without one it depends on the system")
+        for m in package
+        for node in ast.walk(m.tree)
+        if isinstance(node, ast.Call)
+        and getattr(node.func, "attr", "") in ("read_text", "write_text")
+        and len(node.args) == (node.func.attr == "write_text")
+        and all(keyword.arg != "encoding" for keyword in node.keywords)
+    ]
+
+
 def long_files(package: Package) -> list[str]:
     most = MOST_LINES_OF_A_FILE
     lines = ((m, len(m.text.splitlines())) for m in package)
@@ -321,6 +333,10 @@ def test_every_exception_is_still_needed(package: Package) -> None:
 
 def test_the_package_patches_nothing(package: Package) -> None:
     assert_none(unittest_imports(package))
+
+
+def test_text_files_are_read_and_written_in_a_named_encoding(package: Package) -> None:
+    assert_none(unnamed_encodings(package))
 
 
 def test_no_file_is_long(package: Package) -> None:
@@ -446,6 +462,16 @@ BROKEN = {
         {"hub/a.py": "def f():\n    import unittest.mock"},
         "hub/a.py:2",
     ),
+    "text as the system has it": (
+        unnamed_encodings,
+        {"hub/a.py": "x = file.read_text(errors='replace')"},
+        "hub/a.py:1",
+    ),
+    "text written as the system has it": (
+        unnamed_encodings,
+        {"hub/a.py": "(folder / 'a.txt').write_text(text)"},
+        "hub/a.py:1",
+    ),
     "a long file": (long_files, {"hub/a.py": "\n" * (MOST_LINES_OF_A_FILE + 1)}, "hub/a.py:421"),
     "a long function": (long_functions, {"hub/a.py": f"\nasync {LONG}"}, "hub/a.py:2"),
     "a long method": (
@@ -471,7 +497,7 @@ def test_what_keeps_the_rules_breaks_none() -> None:
         "__init__.py": "from .hub.fetch import fetch",
         "config.py": "import os\nfrom .checks import check",
         "checks.py": LONG.removesuffix("    pass\n") + "import torch_like",
-        "hub/__init__.py": "",
+        "hub/__init__.py": "file.write_text(file.read_text('utf-8'), encoding='utf-8')",
         "hub/fetch.py": "from ..config import x\nif TYPE_CHECKING:\n    import numpy",
         "hub/read.py": "def f():\n    import torch\n" + "def g(): pass\n" * 9,
         "cli/main.py": "import typer\ndef f():\n    from ..hub import fetch",

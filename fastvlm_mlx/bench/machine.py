@@ -128,7 +128,9 @@ def cpu_name() -> str:
     """The processor's name, as its system tells it."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
-        names = [x.split(":", 1)[1] for x in cpuinfo.read_text().splitlines() if "model name" in x]
+        names = [
+            x.split(":", 1)[1] for x in cpuinfo.read_text("utf-8").splitlines() if "model name" in x
+        ]
         if names:
             return names[0].strip()
     if sys.platform == "darwin":
