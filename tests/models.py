@@ -3,6 +3,7 @@
 from typing import Any
 
 import mlx.core as mx
+import pytest
 from mlx.utils import tree_map
 
 import fastvlm_mlx as fv
@@ -29,3 +30,15 @@ def random_model(seed: int, **fields: Any) -> fv.FastVLM:
     model.update(tree_map(draw, model.parameters()))
     mx.eval(model.parameters())
     return model
+
+
+def interrupt(target: type, name: str, call: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C in the call of this number of a method."""
+    original, calls = getattr(target, name), iter(range(10**6))
+
+    def interrupted(*arguments: Any) -> Any:
+        if next(calls) == call:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    monkeypatch.setattr(target, name, interrupted)

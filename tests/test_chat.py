@@ -6,7 +6,7 @@ import mlx.core as mx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import PANDA, PENGUINS, Nano, random_model
+from models import PANDA, PENGUINS, Nano, interrupt, random_model
 
 from fastvlm_mlx.checkpoint.load import load_processor
 from fastvlm_mlx.generation.chat import Chat
@@ -374,18 +374,6 @@ def test_bad_options_of_the_chat(options: dict) -> None:
         Chat(*noise, **options)
 
 
-def interrupted_at(call: int, target: type, name: str, patch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C in the call of this number."""
-    original, calls = getattr(target, name), iter(range(10**6))
-
-    def interrupt(*arguments: Any) -> Any:
-        if next(calls) == call:
-            raise KeyboardInterrupt
-        return original(*arguments)
-
-    patch.setattr(target, name, interrupt)
-
-
 @pytest.mark.parametrize(
     "target, name, calls", [(Block, "__call__", 2), (KVCache, "_make_room", 2)]
 )
@@ -397,7 +385,7 @@ def test_an_interrupt_amid_the_layers(target: type, name: str, calls: int, strea
         chat = Chat(*noise, max_tokens=3)
         chat.ask("See", image=pixels[0])
         with pytest.MonkeyPatch.context() as patch:
-            interrupted_at(call, target, name, patch)
+            interrupt(target, name, call, patch)
             with pytest.raises(KeyboardInterrupt):
                 "".join(
                     response.text for response in chat.ask("Go on", stream=True)
@@ -413,7 +401,7 @@ def test_an_interrupt_amid_the_layers(target: type, name: str, calls: int, strea
 def test_an_interrupt_in_the_first_turn(nano: Nano, monkeypatch: pytest.MonkeyPatch) -> None:
     chat = Chat(*nano, image_size=64)
     with monkeypatch.context() as patch:
-        interrupted_at(2, Block, "__call__", patch)
+        interrupt(Block, "__call__", 2, patch)
         with pytest.raises(KeyboardInterrupt):
             chat.ask(ASK, image=PENGUINS)
     turns = [*chat.messages, {"role": "user", "content": ASK}]
