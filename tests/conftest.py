@@ -18,7 +18,7 @@ import pytest
 
 import fastvlm_mlx as fv
 from fastvlm_mlx import ops
-from fastvlm_mlx.hub import registry as zoo
+from fastvlm_mlx.hub import registry
 from fastvlm_mlx.hub.resolve import NANO
 
 # What a person has set for other programs: the Hub, proxies, certificates, the terminal, Python.
@@ -97,7 +97,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[hub_serv
         files = {p.name: p.read_bytes() for p in NANO.iterdir() if p.is_file()}
         server.files[hub_server.REPO] = files
         hub_server.use(server, tmp_path / "home", monkeypatch)
-        monkeypatch.setattr(zoo, "CDN", server.cdn)
+        monkeypatch.setattr(registry, "CDN", server.cdn)
         yield server
 
 
