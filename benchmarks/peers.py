@@ -54,9 +54,10 @@ class Worker:
 
     def close(self) -> None:
         """End the process."""
-        requests, _ = self._pipes()
+        requests, replies = self._pipes()
         requests.close()
         self.process.wait()
+        replies.close()
 
     def _pipes(self) -> tuple[IO[str], IO[str]]:
         assert self.process.stdin and self.process.stdout

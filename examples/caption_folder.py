@@ -22,7 +22,7 @@ parser.add_argument("--image-size", type=int, help="a multiple of 64; smaller is
 args = parser.parse_args()
 
 images = sorted(p for p in args.folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-lines = args.output.read_text().splitlines() if args.output.exists() else []
+lines = args.output.read_text("utf-8").splitlines() if args.output.exists() else []
 done = {json.loads(line)["image"] for line in lines}
 waiting = [image for image in images if str(image) not in done]
 model, processor = fv.load(args.model)

@@ -1,1 +1,3 @@
+"""The version, which setup.py reads too."""
+
 __version__ = "0.1.0"

@@ -1,9 +1,14 @@
 """Fixtures that several test files share."""
 
+import contextlib
+import locale
+import os
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from importlib.util import find_spec
 from pathlib import Path
 
 import command
@@ -16,6 +21,37 @@ from fastvlm_mlx import ops
 from fastvlm_mlx.hub import registry
 from fastvlm_mlx.hub.resolve import NANO
 from fastvlm_mlx.image import preprocess, resize
+
+# What a person has set for other programs: the Hub, proxies, certificates, the terminal, Python.
+FOREIGN = ("HF_", "HUGGING", "TRANSFORMERS_", "MLX_", "SSL_CERT_", "PYTHONIOENCODING")
+FOREIGN += ("COLUMNS", "LINES", "PYTHONWARNINGS", "PYTHONOPTIMIZE")
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Give the tests, and the processes that they start, the same surroundings everywhere.
+
+    This comes before any test file is imported, and with it huggingface_hub, which reads its
+    settings only then. What tests need beyond it they set themselves.
+    """
+    for name in os.environ.copy():
+        if name.upper().startswith(FOREIGN) or name.upper().endswith("_PROXY"):
+            del os.environ[name]
+    caches = tempfile.TemporaryDirectory()
+    session.config.add_cleanup(caches.cleanup)
+    os.environ |= {"HF_HOME": caches.name, "FASTVLM_CACHE": caches.name}
+    os.environ |= {"NO_PROXY": "*", "no_proxy": "*"}  # nor one from the system's settings
+    os.environ |= {"PYTHONUTF8": "1"}
+    for name in ("C.UTF-8", "en_US.UTF-8"):  # what files and pipes have by default in this process
+        with contextlib.suppress(locale.Error):
+            locale.setlocale(locale.LC_CTYPE, name)
+            break
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what needs a library that is not installed."""
+    for mark in item.iter_markers("needs"):
+        if find_spec(mark.args[0]) is None:
+            pytest.skip(f"needs {mark.args[0]}")
 
 
 @pytest.fixture(scope="session")

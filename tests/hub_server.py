@@ -315,10 +315,7 @@ def use(hub: Hub, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setenv("FASTVLM_CACHE", str(home / "archives"))
-    monkeypatch.setenv("NO_PROXY", "*")
-    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
-        monkeypatch.delenv(name, raising=False)
-    close_session()  # which remembers proxies
+    close_session()  # which keeps connections
 
 
 def everything(folder: Path) -> list[str]:

@@ -5,10 +5,18 @@ import shutil
 from pathlib import Path
 
 import mlx.core as mx
+import pytest
 
 from fastvlm_mlx.checkpoint.names import quantized_linears
 from fastvlm_mlx.checkpoint.read import read_checkpoint
+from fastvlm_mlx.convert import WRITTEN
 from fastvlm_mlx.hub.resolve import NANO
+
+# Every layout that is written, as a parameter; one of them needs a library.
+LAYOUTS = [
+    pytest.param(layout, marks=pytest.mark.needs("coremltools")) if "apple" in layout else layout
+    for layout in WRITTEN
+]
 
 
 def write_tokenizer(folder: Path) -> None:

@@ -29,6 +29,7 @@ from fastvlm_mlx.config import CheckpointError, FastVLMConfig, VisionConfig, loa
 from fastvlm_mlx.convert import APPLE, convert
 
 ct = pytest.importorskip("coremltools")
+pytestmark = pytest.mark.needs("coremltools")
 
 TINY = VisionConfig(
     image_size=64,

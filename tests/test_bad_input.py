@@ -1,7 +1,6 @@
 """What goes wrong with models, as the command says it: one sentence, exit code 2, nothing left."""
 
 import errno
-import importlib.util
 import json
 import os
 import shutil
@@ -15,14 +14,13 @@ import mlx.core as mx
 import pytest
 from command import Result, Run
 from hub_server import REPO, TOKEN, Fault, Hub, everything, fill_disk, special, use, zipped
-from sources import full_nano, with_tokenizer
+from sources import LAYOUTS, full_nano, with_tokenizer
 
 from fastvlm_mlx.checkpoint.files import read_tensors, save_checkpoint
 from fastvlm_mlx.checkpoint.layouts.coreml import writer
 from fastvlm_mlx.checkpoint.load import load_model
 from fastvlm_mlx.checkpoint.read import read_checkpoint
 from fastvlm_mlx.config import CheckpointError
-from fastvlm_mlx.convert import WRITTEN
 from fastvlm_mlx.hub import registry as zoo
 from fastvlm_mlx.hub.resolve import NANO, resolve
 
@@ -98,7 +96,7 @@ def test_a_missing_and_a_truncated_shard(run: Run, folder: Path) -> None:
     assert_refused(run, folder, index, shard.name, "download it again")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("coremltools") is None, reason="needs coremltools")
+@pytest.mark.needs("coremltools")
 def test_an_export_without_its_encoder(run: Run, data: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(data / "apple-export-small", tmp_path / "model"))
     shutil.rmtree(folder / "fastvithd.mlpackage")
@@ -165,11 +163,9 @@ main()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="files can't be limited there")
-@pytest.mark.parametrize("layout", WRITTEN)
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_files_that_may_not_grow(folder: Path, tmp_path: Path, layout: str) -> None:
     """In a process of its own, where nothing is simulated but the size of the disk."""
-    if layout == "apple-export":
-        pytest.importorskip("coremltools")
     there = everything(tmp_path)
     command = [sys.executable, "-c", LIMITED, "convert", folder, tmp_path / "target"]
     done = subprocess.run(
@@ -181,8 +177,10 @@ def test_files_that_may_not_grow(folder: Path, tmp_path: Path, layout: str) -> N
     assert everything(tmp_path) == there
 
 
+@pytest.mark.needs("coremltools")
 def test_core_mls_own_error_is_a_sentence(folder: Path, tmp_path: Path, monkeypatch) -> None:
-    ct = pytest.importorskip("coremltools")
+    import coremltools as ct
+
     pass
 
     config, tensors = read_checkpoint(folder)

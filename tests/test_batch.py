@@ -7,16 +7,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from models import Nano
 
-import fastvlm_mlx as fv
 from fastvlm_mlx.generation.batch import BatchError, batch_generate, stream_batch
 from fastvlm_mlx.generation.generate import generate, stream_generate
 from fastvlm_mlx.generation.scheduler import Batch, RequestError, encode_together
 from fastvlm_mlx.hub.resolve import NANO
 from fastvlm_mlx.model.batch_kv_cache import BatchKVCache
 from fastvlm_mlx.model.kv_cache import KVCache
-
-Nano = tuple[fv.FastVLM, fv.Processor]
 
 IMAGES = {path.stem: path for path in (NANO / "images").glob("*.png")}
 # Quick: one visual token and no system prompt

@@ -5,13 +5,11 @@ from itertools import product
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx.utils import tree_map
+from models import PENGUINS
 
 import fastvlm_mlx as fv
-from fastvlm_mlx.config import FastVLMConfig
 from fastvlm_mlx.generation.beam import Beam, beam_search, expand
 from fastvlm_mlx.generation.generate import stream_generate
-from fastvlm_mlx.hub.resolve import NANO
 from fastvlm_mlx.model.fastvlm import FastVLM
 from fastvlm_mlx.text.prompt import build_prompt
 
@@ -21,27 +19,18 @@ Logprobs = Callable[[tuple[int, ...]], np.ndarray]
 
 
 @cache
-def random_model(seed: int) -> FastVLM:
-    config = {
-        "model_type": "llava_qwen2",
-        "mm_projector_type": "linear",
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "intermediate_size": 48,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "vocab_size": VOCAB_SIZE,
-        "tie_word_embeddings": False,
-        "vision_config": {"layers": [1] * 5, "embed_dims": [32] * 5, "image_size": 64},
-    }
-    mx.random.seed(seed)
-    model = FastVLM(FastVLMConfig.from_dict(config))
-
-    def draw(array: mx.array) -> mx.array:
-        return mx.random.normal(array.shape) * (array.shape[-1] ** -0.5 if array.ndim > 1 else 1)
-
-    model.update(tree_map(draw, model.parameters()))
-    return model
+def small_model(seed: int) -> FastVLM:
+    return small_model(
+        seed,
+        hidden_size=32,
+        num_hidden_layers=2,
+        intermediate_size=48,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        vocab_size=VOCAB_SIZE,
+        tie_word_embeddings=False,
+        vision_config={"layers": [1] * 5, "embed_dims": [32] * 5, "image_size": 64},
+    )
 
 
 def prompt_of(model: FastVLM, length: int = 6) -> mx.array:
@@ -103,7 +92,7 @@ def narrow_beam(
 @pytest.mark.parametrize("ends", [{0}, {1, 3}, set()], ids=str)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_wide_beam_finds_the_best_of_all(seed: int, ends: set[int], penalty: float) -> None:
-    model = random_model(seed)
+    model = small_model(seed)
     embeddings = prompt_of(model)
     logprobs = next_logprobs(model, embeddings)
     for max_tokens in (1, 2, 4 if ends else 3):
@@ -113,7 +102,7 @@ def test_a_wide_beam_finds_the_best_of_all(seed: int, ends: set[int], penalty: f
 
 
 def test_the_length_penalty_prefers_longer_answers() -> None:
-    model = random_model(0)
+    model = small_model(0)
     lengths = [
         len(
             beam_search(
@@ -134,7 +123,7 @@ def test_the_length_penalty_prefers_longer_answers() -> None:
 @pytest.mark.parametrize("num_beams", [1, 2, 3])
 def test_a_narrow_beam_equals_one_without_cache(num_beams: int, penalty: float) -> None:
     for seed, length in product(range(4), (1, 7)):
-        model = random_model(seed)
+        model = small_model(seed)
         embeddings = prompt_of(model, length)
         answer = beam_search(
             model,
@@ -150,7 +139,7 @@ def test_a_narrow_beam_equals_one_without_cache(num_beams: int, penalty: float) 
 
 def test_one_beam_is_greedy() -> None:
     for seed in range(6):
-        model = random_model(seed)
+        model = small_model(seed)
         embeddings = prompt_of(model)
         logprobs = next_logprobs(model, embeddings)
         greedy: tuple[int, ...] = ()
@@ -162,7 +151,7 @@ def test_one_beam_is_greedy() -> None:
 
 def test_wider_is_never_less_likely_at_full_length() -> None:
     """Without ends, scores can be compared."""
-    model = random_model(1)
+    model = small_model(1)
     embeddings = prompt_of(model)
     logprobs = next_logprobs(model, embeddings)
 
@@ -199,7 +188,7 @@ def test_expand_takes_the_likeliest_of_all_beams() -> None:
 
 @pytest.mark.parametrize("arguments", [{"num_beams": 0}, {"num_beams": -1}, {"max_tokens": 0}])
 def test_bad_numbers(arguments: dict) -> None:
-    model = random_model(0)
+    model = small_model(0)
     with pytest.raises(ValueError, match=r"(num_beams|max_tokens) must be a whole number from 1"):
         beam_search(model, prompt_of(model), {0}, **{"num_beams": 2, **arguments})
 
@@ -207,12 +196,11 @@ def test_bad_numbers(arguments: dict) -> None:
 @pytest.mark.parametrize("num_beams", [1, 4])
 def test_the_bundled_model(num_beams: int, nano: tuple[fv.FastVLM, fv.Processor]) -> None:
     model, processor = nano
-    image = NANO / "images" / "penguins.png"
-    features = model.encode_images([processor.preprocess(image)])
+    features = model.encode_images([processor.preprocess(PENGUINS)])
     ids = build_prompt(processor.tokenizer, "Describe the image.", num_visual_tokens=[16])
     embeddings = model.embed_inputs(mx.array([ids]), visual_tokens=features)
     ends = processor.tokenizer.eos_token_ids
     answer = beam_search(model, embeddings, ends, num_beams=num_beams, max_tokens=16)
-    greedy = stream_generate(model, processor, "Describe the image.", image=image)
+    greedy = stream_generate(model, processor, "Describe the image.", image=PENGUINS)
     assert answer == [response.token for response in greedy]
     assert processor.tokenizer.decode(answer) == "The image shows 6 penguins."

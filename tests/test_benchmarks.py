@@ -6,7 +6,6 @@ import argparse
 import json
 import re
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -240,7 +239,7 @@ def test_report_without_results(tmp_path: Path) -> None:
         report.read_results(tmp_path)
 
 
-@pytest.mark.skipif(find_spec("matplotlib") is None, reason="needs matplotlib")
+@pytest.mark.needs("matplotlib")
 @pytest.mark.parametrize("result", [comparison(), growing()], ids=["compare", "growth"])
 def test_plots_are_800_pixels_wide(tmp_path: Path, result: dict[str, Any]) -> None:
     from PIL import Image

@@ -6,11 +6,9 @@ import mlx.core as mx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mlx.utils import tree_map
+from models import PANDA, PENGUINS, Nano, interrupt, random_model
 
-import fastvlm_mlx as fv
 from fastvlm_mlx.checkpoint.load import load_processor
-from fastvlm_mlx.config import FastVLMConfig
 from fastvlm_mlx.generation.chat import Chat
 from fastvlm_mlx.generation.generate import generate, stream_generate
 from fastvlm_mlx.hub.resolve import NANO
@@ -20,47 +18,26 @@ from fastvlm_mlx.model.qwen2 import Block, Qwen2
 from fastvlm_mlx.model.vision import FastViTHD
 from fastvlm_mlx.processor import Processor
 
-Nano = tuple[fv.FastVLM, fv.Processor]
-
-PENGUINS = NANO / "images" / "penguins.png"
-PANDA = NANO / "images" / "panda.png"
 ASK = "Describe the image."
 QUESTIONS = ["How many penguins are there?", "What is in the image?", "Read the text.", ASK]
 
 tokenizer = load_processor(NANO).tokenizer
 
 
-def random_model() -> tuple[FastVLM, Processor]:
-    """Two layers that answer nonsense, half characters included: quick, and hard to repeat."""
-    config = {
-        "model_type": "llava_qwen2",
-        "mm_projector_type": "linear",
-        "hidden_size": 64,
-        "num_hidden_layers": 2,
-        "intermediate_size": 96,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "vocab_size": 768,
-        "tie_word_embeddings": False,
-        "vision_config": {
-            "layers": [1] * 5,
-            "embed_dims": [8, 8, 16, 16, 32],
-            "head_dim": 8,
-            "image_size": 64,
-        },
-    }
-    mx.random.seed(1)
-    model = FastVLM(FastVLMConfig.from_dict(config))
-
-    def draw(array: mx.array) -> mx.array:
-        return mx.random.normal(array.shape) * (array.shape[-1] ** -0.5 if array.ndim > 1 else 1)
-
-    model.update(tree_map(draw, model.parameters()))
-    mx.eval(model.parameters())
-    return model, Processor(tokenizer, image_size=64, max_length=2048)
-
-
-noise = random_model()
+# Two layers that answer nonsense, half characters included: quick, and hard to repeat.
+noise = (
+    random_model(
+        1,
+        hidden_size=64,
+        num_hidden_layers=2,
+        intermediate_size=96,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        vocab_size=768,
+        tie_word_embeddings=False,
+    ),
+    Processor(tokenizer, image_size=64, max_length=2048),
+)
 pixels = [mx.random.uniform(shape=(64, 64, 3)) for _ in range(3)]
 
 
@@ -397,18 +374,6 @@ def test_bad_options_of_the_chat(options: dict) -> None:
         Chat(*noise, **options)
 
 
-def interrupted_at(call: int, target: type, name: str, patch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C in the call of this number."""
-    original, calls = getattr(target, name), iter(range(10**6))
-
-    def interrupt(*arguments: Any) -> Any:
-        if next(calls) == call:
-            raise KeyboardInterrupt
-        return original(*arguments)
-
-    patch.setattr(target, name, interrupt)
-
-
 @pytest.mark.parametrize(
     "target, name, calls", [(Block, "__call__", 2), (KVCache, "_make_room", 2)]
 )
@@ -420,7 +385,7 @@ def test_an_interrupt_amid_the_layers(target: type, name: str, calls: int, strea
         chat = Chat(*noise, max_tokens=3)
         chat.ask("See", image=pixels[0])
         with pytest.MonkeyPatch.context() as patch:
-            interrupted_at(call, target, name, patch)
+            interrupt(target, name, call, patch)
             with pytest.raises(KeyboardInterrupt):
                 "".join(
                     response.text for response in chat.ask("Go on", stream=True)
@@ -436,7 +401,7 @@ def test_an_interrupt_amid_the_layers(target: type, name: str, calls: int, strea
 def test_an_interrupt_in_the_first_turn(nano: Nano, monkeypatch: pytest.MonkeyPatch) -> None:
     chat = Chat(*nano, image_size=64)
     with monkeypatch.context() as patch:
-        interrupted_at(2, Block, "__call__", patch)
+        interrupt(Block, "__call__", 2, patch)
         with pytest.raises(KeyboardInterrupt):
             chat.ask(ASK, image=PENGUINS)
     turns = [*chat.messages, {"role": "user", "content": ASK}]

@@ -23,6 +23,7 @@ import mlx.core as mx
 import pytest
 import typer
 from command import Result, Run
+from models import interrupt
 from PIL import Image
 
 import fastvlm_mlx as fv
@@ -509,10 +510,7 @@ def test_malformed_commands(arguments: list[str], run: Run) -> None:
 
 
 def test_ctrl_c_ends_generate_quietly(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(*arguments: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Block, "__call__", interrupt)
+    interrupt(Block, "__call__", 0, monkeypatch)
     result = run("generate", "--image", PENGUINS)
     assert result.code == 130
     assert "Traceback" not in result.err
@@ -643,21 +641,10 @@ def test_options_of_the_chat(run: Run) -> None:
     assert result.out.replace("> ", "").startswith("The image\n")
 
 
-def interrupt_once(target: type, call: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    original, calls = target.__call__, iter(range(10**6))
-
-    def interrupt(*arguments: Any) -> Any:
-        if next(calls) == call:
-            raise KeyboardInterrupt
-        return original(*arguments)
-
-    monkeypatch.setattr(target, "__call__", interrupt)
-
-
 @pytest.mark.parametrize("call", [0, 2, 9])
 def test_ctrl_c_stops_an_answer(call: int, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether it comes while the prompt is read or later, the chat and its images go on."""
-    interrupt_once(Block, call, monkeypatch)
+    interrupt(Block, "__call__", call, monkeypatch)
     stdin = "Describe the image.\nHow many penguins are there?\n"
     result = run("chat", "--image", PENGUINS, stdin=stdin)
     first, second, *_ = result.out.replace("> ", "").split("\n")
@@ -668,7 +655,7 @@ def test_ctrl_c_stops_an_answer(call: int, run: Run, monkeypatch: pytest.MonkeyP
 
 def test_ctrl_c_while_the_image_is_read(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """No turn has begun, so the image waits for the next question."""
-    interrupt_once(FastViTHD, 0, monkeypatch)
+    interrupt(FastViTHD, "__call__", 0, monkeypatch)
     result = run("chat", "--image", PENGUINS, stdin="Read this.\nDescribe the image.\n")
     first, second, *_ = result.out.replace("> ", "").split("\n")
     assert "[stopped]" in first and second == ANSWER

@@ -303,10 +303,9 @@ def test_model_card_of_the_folder_one_is_in(small_folder, tmp_path, monkeypatch)
     assert "Converted from: `llava`" in card
 
 
-def test_model_card_of_a_hub_model(small_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        sys.modules[convert.__module__], "resolve", lambda source, revision=None: small_folder
-    )
+def test_model_card_of_a_hub_model(server, small_folder, tmp_path):
+    files = {file.name: file.read_bytes() for file in small_folder.iterdir()}
+    server.files["apple/FastVLM-0.5B"] = files
     folder = converted("apple/FastVLM-0.5B", tmp_path / "FastVLM-0.5B-fp16", dtype="float16")
     card = (folder / "README.md").read_text()
     header = card.split("---\n")[1].splitlines()

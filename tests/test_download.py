@@ -313,7 +313,6 @@ def test_killed_in_the_middle(
         "HF_ENDPOINT": server.url,
         "HF_HOME": str(home),
         "HF_HUB_DISABLE_XET": "1",
-        "NO_PROXY": "*",
     }
     code = f"from fastvlm_mlx.hub import registry; registry.CDN = {server.cdn!r}; {DOWNLOAD}"
     process = subprocess.Popen(

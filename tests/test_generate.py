@@ -11,6 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from mlx_lm.generate import generate_step
 from mlx_lm.models import cache as mlx_lm_cache
+from models import PANDA, PENGUINS, Nano
 from PIL import Image
 
 import fastvlm_mlx as fv
@@ -28,10 +29,6 @@ from fastvlm_mlx.model.kv_cache import KVCache
 from fastvlm_mlx.processor import Processor
 from fastvlm_mlx.text.prompt import build_prompt
 
-Nano = tuple[fv.FastVLM, fv.Processor]
-
-PENGUINS = NANO / "images" / "penguins.png"
-PANDA = NANO / "images" / "panda.png"
 ASK = "Describe the image."
 ANSWER = "The image shows 6 penguins."
 SMALL = {"image": PENGUINS, "image_size": 64}  # one visual token: quick, and not always right

@@ -80,20 +80,16 @@ def python(code: str, endpoint: str, home: Path, **environment: str) -> Any:
 
     In a process of its own, since huggingface_hub reads its settings when it is imported.
     """
-    kept = {
-        k: v for k, v in os.environ.items() if not k.upper().startswith(("HF_", "HTTP", "ALL_"))
-    }
     settings = {
         "HF_ENDPOINT": endpoint,
         "HF_HOME": str(home),
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HUB_DISABLE_XET": "1",
-        "NO_PROXY": "*",
     }
     done = subprocess.run(
         [sys.executable, "-c", code],
-        env={**kept, **settings, **environment},
+        env={**os.environ, **settings, **environment},
         cwd=home,
         capture_output=True,
         text=True,

@@ -75,7 +75,7 @@ SOURCES: dict[str, Callable[[Path], Any]] = {
 
 @pytest.mark.parametrize("kind", SOURCES)
 def test_every_source_gives_the_same_pixels(kind: str, tmp_path: Path) -> None:
-    path = tmp_path / "a picture & ü#1.png"
+    path = tmp_path / os.fsdecode("a picture & ü#1.png".encode())
     path.write_bytes(saved(NOISE))
     source = SOURCES[kind](path)
     error = 1 if kind == "bfloat16" else 0

@@ -85,6 +85,15 @@ def run_peer(python: str, library: str, folder: Path, scratch: Path, **inputs: A
         return dict(outputs)
 
 
+def run_transformers(
+    what: str, folder: Path, scratch: Path, pixel_values: Any, ids: list[int]
+) -> Arrays:
+    token = json.loads((folder / "config.json").read_text())["image_token_index"]
+    ids = [token if i == IMAGE else i for i in ids]
+    inputs = {"pixel_values": pixel_values, "input_ids": ids, "tokens": TOKENS, "text": TEXT}
+    return run_peer(TRANSFORMERS, what, folder, scratch, **inputs)
+
+
 def run_ours(folder: Path, pixel_values: np.ndarray, input_ids: list[int]) -> Arrays:
     """Features, logits of every place of the prompt, and greedy tokens."""
     model = fv.load_model(folder, dtype="float32")
@@ -248,23 +257,13 @@ def test_transformers(sources: dict[str, Callable[[], Path]], tmp_path: Path, so
     image_size = 64 * int(config["image_seq_length"] ** 0.5)
     pixel_values, ids = random_inputs(image_size, 250)
     ours = run_ours(written, pixel_values, ids)
-    image_token = config["image_token_index"]
-    theirs = run_peer(
-        TRANSFORMERS,
-        "transformers",
-        folder,
-        tmp_path,
-        pixel_values=pixel_values,
-        input_ids=[image_token if i == IMAGE else i for i in ids],
-        tokens=TOKENS,
-        text=TEXT,
-    )
+    theirs = run_transformers("transformers", folder, tmp_path, pixel_values, ids)
     check(ours, theirs)
     before, after = (
         load_processor(written).tokenizer.encode(text, allow_special=True)
         for text in TEXT.split("<image>")
     )
-    assert theirs["text_ids"].tolist() == [*before, image_token, *after]
+    assert theirs["text_ids"].tolist() == [*before, config["image_token_index"], *after]
 
 
 @needs_transformers
@@ -272,18 +271,9 @@ def test_training_form_of_transformers(small_folder: Path, tmp_path: Path) -> No
     """A model that timm itself made of parallel branches."""
     source = with_tokenizer(small_folder, tmp_path / "source")
     folder = convert(source, tmp_path / "folder", layout="transformers", progress=False)
-    image_token = json.loads((folder / "config.json").read_text())["image_token_index"]
     (folder / "model.safetensors.index.json").unlink()
     pixel_values, ids = random_inputs(128, 250)
-    theirs = run_peer(
-        TRANSFORMERS,
-        "training-form",
-        folder,
-        tmp_path,
-        pixel_values=pixel_values,
-        input_ids=[image_token if i == IMAGE else i for i in ids],
-        tokens=TOKENS,
-    )
+    theirs = run_transformers("training-form", folder, tmp_path, pixel_values, ids)
     names = mx.load(str(folder / "model.safetensors")).keys()
     assert any(".conv_kxk." in name for name in names) and not any("reparam" in n for n in names)
     check(run_ours(folder, pixel_values, ids), theirs)

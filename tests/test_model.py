@@ -3,21 +3,19 @@ from itertools import chain
 from typing import Any
 
 import mlx.core as mx
+import models
 import numpy as np
 import pytest
-from mlx.utils import tree_map
 from mlx_lm.models.cache import BatchKVCache
 
 import fastvlm_mlx as fv
-from fastvlm_mlx.config import FastVLMConfig
 from fastvlm_mlx.generation.generate import generate, stream_generate
 from fastvlm_mlx.image.grid import anyres_grid
 from fastvlm_mlx.model.fastvlm import FastVLM, unpad_margins
 from fastvlm_mlx.processor import Processor
 
 V = -200  # a visual token's place
-CONFIG = {
-    "model_type": "llava_qwen2",
+FIELDS = {
     "mm_projector_type": "mlp2x_gelu",
     "hidden_size": 64,
     "num_hidden_layers": 2,
@@ -25,27 +23,13 @@ CONFIG = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "vocab_size": 768,
-    "vision_config": {
-        "layers": [1] * 5,
-        "embed_dims": [8, 8, 16, 16, 32],
-        "head_dim": 8,
-        "image_size": 64,
-    },
 }
 GRID = [[128, 256], [256, 128], [256, 256], [384, 128], [128, 384]]
 SIZES = [(300, 200), (200, 300), (128, 128), (500, 90), (90, 500), (1000, 3), (3, 1000), (257, 256)]
 
 
 def random_model(**fields: Any) -> FastVLM:
-    mx.random.seed(0)
-    model = FastVLM(FastVLMConfig.from_dict({**CONFIG, **fields}))
-
-    def draw(array: mx.array) -> mx.array:
-        return mx.random.normal(array.shape) * (array.shape[-1] ** -0.5 if array.ndim > 1 else 1)
-
-    model.update(tree_map(draw, model.parameters()))
-    mx.eval(model.parameters())
-    return model
+    return models.random_model(0, **FIELDS | fields)
 
 
 def anyres_model(merge_type: str) -> FastVLM:

@@ -6,14 +6,13 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from models import Nano
 from PIL import Image
 
 import fastvlm_mlx as fv
 from fastvlm_mlx.generation.generate import stream_generate
 from fastvlm_mlx.hub.resolve import NANO
 from fastvlm_mlx.text.prompt import build_prompt
-
-Nano = tuple[fv.FastVLM, fv.Processor]
 
 DATA = Path(__file__).parent / "data" / "nano_eval"
 # Computed in float32 from the weights as they were before they were quantized.

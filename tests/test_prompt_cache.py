@@ -6,17 +6,14 @@ from collections.abc import Iterator
 
 import mlx.core as mx
 import pytest
+from models import PANDA, PENGUINS, Nano
 
 import fastvlm_mlx as fv
 from fastvlm_mlx.generation.prefix import common_prefix
 from fastvlm_mlx.generation.prompt_cache import image_key
-from fastvlm_mlx.hub.resolve import NANO
 from fastvlm_mlx.model.fastvlm import FastVLM
 
-PENGUINS, PANDA = (NANO / "images" / f"{name}.png" for name in ("penguins", "panda"))
 COUNT, DESCRIBE = "How many penguins are there?", "Describe the image."
-
-Nano = tuple[FastVLM, fv.Processor]
 
 
 @pytest.fixture

@@ -3,16 +3,15 @@ from typing import Any
 
 import mlx.core as mx
 import mlx_lm.models.qwen2
+import models
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mlx.utils import tree_map
 from mlx_lm.generate import generate_step
 from mlx_lm.models import cache as mlx_lm_cache
 
 from fastvlm_mlx.checkpoint.names import unfuse
-from fastvlm_mlx.config import FastVLMConfig
 from fastvlm_mlx.generation.decode import generate_tokens
 from fastvlm_mlx.generation.options import Options
 from fastvlm_mlx.model.fastvlm import FastVLM
@@ -31,22 +30,12 @@ TEXT = {
     "rope_theta": 10_000.0,
     "tie_word_embeddings": True,
 }
-VISION = {"layers": [1] * 5, "embed_dims": [8, 8, 16, 16, 32], "head_dim": 8, "image_size": 64}
-CONFIG = {"model_type": "llava_qwen2", "mm_projector_type": "linear", "vision_config": VISION}
 
 quick = settings(max_examples=50, deadline=None)
 
 
 def random_model(**text: Any) -> FastVLM:
-    mx.random.seed(2)  # one that does not repeat a single token
-    model = FastVLM(FastVLMConfig.from_dict({**CONFIG, **TEXT, **text}))
-
-    def draw(array: mx.array) -> mx.array:
-        return mx.random.normal(array.shape) * (array.shape[-1] ** -0.5 if array.ndim > 1 else 1)
-
-    model.update(tree_map(draw, model.parameters()))
-    mx.eval(model.parameters())
-    return model
+    return models.random_model(2, **TEXT | text)  # a seed that does not repeat a single token
 
 
 def reference_of(model: FastVLM) -> mlx_lm.models.qwen2.Model:

@@ -8,7 +8,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from sources import full_nano, with_tokenizer
+from sources import LAYOUTS, full_nano, with_tokenizer
 
 from fastvlm_mlx.checkpoint import processor_files
 from fastvlm_mlx.checkpoint.files import read_tensors
@@ -16,10 +16,6 @@ from fastvlm_mlx.checkpoint.layouts import transformers
 from fastvlm_mlx.config import FastVLMConfig
 from fastvlm_mlx.convert import convert
 from fastvlm_mlx.hub.resolve import NANO
-
-needs_coremltools = pytest.mark.skipif(
-    importlib.util.find_spec("coremltools") is None, reason="needs coremltools"
-)
 
 # mlx-swift-lm decodes these, and fails where one is missing or of another kind.
 TEXT = {
@@ -196,9 +192,6 @@ def sources(small_folder: Path, data: Path, tmp_path_factory: pytest.TempPathFac
 def change(file: Path, **fields: Any) -> None:
     old = read(file) if file.is_file() else {}
     file.write_text(json.dumps(old | fields))
-
-
-LAYOUTS = ["mlx", "llava", "transformers", pytest.param("apple-export", marks=needs_coremltools)]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -1,6 +1,5 @@
 """From one layout to another and back: the same tensors and the same outputs."""
 
-import importlib.util
 import json
 import re
 import shutil
@@ -10,7 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from sources import full_nano, with_tokenizer
+from sources import LAYOUTS, full_nano, with_tokenizer
 
 import fastvlm_mlx as fv
 from fastvlm_mlx.checkpoint import fold
@@ -24,13 +23,7 @@ from fastvlm_mlx.config import load_config
 from fastvlm_mlx.convert import WRITTEN, convert
 from fastvlm_mlx.hub.resolve import NANO
 
-needs_coremltools = pytest.mark.skipif(
-    importlib.util.find_spec("coremltools") is None, reason="needs coremltools"
-)
-LAYOUTS = [
-    pytest.param(layout, marks=needs_coremltools if layout == "apple-export" else ())
-    for layout in WRITTEN
-]
+needs_coremltools = pytest.mark.needs("coremltools")
 
 
 def pair_of(first: str, second: str) -> Any:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from models import PANDA, PENGUINS, Nano
 
 import fastvlm_mlx as fv
 from fastvlm_mlx.checkpoint.load import load_processor
@@ -24,10 +25,6 @@ from fastvlm_mlx.generation.speculate import (
 from fastvlm_mlx.hub.resolve import NANO
 from fastvlm_mlx.model.fastvlm import FastVLM
 
-Nano = tuple[fv.FastVLM, fv.Processor]
-
-PENGUINS = NANO / "images" / "penguins.png"
-PANDA = NANO / "images" / "panda.png"
 PROMPT = [5, 9, 2, 7, 7, 1, 3]
 LIMIT = 25
 GREEDY = Options()

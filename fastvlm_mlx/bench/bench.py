@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import mlx.core as mx
-import numpy as np
 
 from ..checkpoint.load import load_model, load_processor
 from ..checks import check_whole_number
@@ -131,6 +130,7 @@ def bench(
 
 def sample_photo(size: tuple[int, int]) -> bytes:
     """A JPEG that costs as much to decode as a photograph: soft colours under grain."""
+    import numpy as np
     from PIL import Image
 
     random = np.random.default_rng(0)
@@ -178,6 +178,8 @@ def time_loads(
 
 def make_prompt(model: FastVLM, visual_tokens: int, text_tokens: int) -> list[int]:
     """Random token ids of a text with one image's places in the middle."""
+    import numpy as np
+
     random = np.random.default_rng(0)
     text = random.integers(0, model.config.text.vocab_size, text_tokens).tolist()
     image = [model.config.image_token_index] * visual_tokens

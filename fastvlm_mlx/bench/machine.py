@@ -19,7 +19,6 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 
 from ..model.fastvlm import FastVLM
 from ..ops import QuantizedLinear, on_cpu
@@ -70,7 +69,9 @@ def cpu_name() -> str:
     """The processor's name as its maker gives it."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
-        names = [x.split(":", 1)[1] for x in cpuinfo.read_text().splitlines() if "model name" in x]
+        names = [
+            x.split(":", 1)[1] for x in cpuinfo.read_text("utf-8").splitlines() if "model name" in x
+        ]
         if names:
             return names[0].strip()
     brand = (
@@ -152,6 +153,8 @@ def quantized_product(layer: nn.QuantizedLinear, dtype: mx.Dtype, n: int) -> Cal
 
 def numpy_product(n: int) -> Callable[[], Any]:
     """The same in numpy, in float32."""
+    import numpy as np
+
     a = np.random.default_rng(0).random((n, n), dtype=np.float32)
     return lambda: a @ a
 
@@ -180,6 +183,8 @@ def copy_bandwidth() -> float:
         mx.eval(x, x + 1)
         return 2 * x.nbytes / best_time(lambda: mx.eval(x + 1), RATE_SECONDS)
     cores = os.cpu_count() or 1
+    import numpy as np
+
     source = np.ones((cores, COPY_BYTES // (8 * cores)))
     target = np.ones_like(source)
     with ThreadPoolExecutor(len(source)) as pool:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
-import numpy as np
 
 from ..checks import check_whole_number
 from ..model.fastvlm import FastVLM
@@ -116,9 +115,11 @@ def expand(beams: list[Beam], logits: mx.array, count: int) -> list[tuple[int, B
     likeliest = mx.argpartition(-logprobs, count - 1)[:count]
     likeliest = likeliest[mx.argsort(-logprobs[likeliest])]
     expanded = []
-    for index, logprob in zip(np.array(likeliest), np.array(logprobs[likeliest]), strict=True):
-        parent, token = divmod(int(index), vocab_size)
-        expanded.append((parent, Beam((*beams[parent].tokens, token), float(logprob))))
+    indices: Any = likeliest.tolist()
+    values: Any = logprobs[likeliest].tolist()
+    for index, logprob in zip(indices, values, strict=True):
+        parent, token = divmod(index, vocab_size)
+        expanded.append((parent, Beam((*beams[parent].tokens, token), logprob)))
     return expanded
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from io import BytesIO, TextIOBase
 from typing import TYPE_CHECKING, BinaryIO, TypeAlias
 
@@ -131,12 +132,12 @@ def _read_all(stream: BinaryIO) -> BinaryIO:
 
 
 def _from_file_url(rest: str, name: str) -> str:
-    from urllib.request import url2pathname
+    from urllib.parse import unquote
 
     path = rest.removeprefix("localhost")
     if not path.startswith("/"):
         raise ValueError(f"Cannot read {name}: a file URL has three slashes before its path.")
-    return url2pathname(path)
+    return unquote(path, sys.getfilesystemencoding(), sys.getfilesystemencodeerrors())
 
 
 def _from_data_url(url: str, name: str) -> bytes:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 
 from ....config import CheckpointError, VisionConfig
 from ... import fold
@@ -61,7 +62,7 @@ class Reader:
         inputs = list(function.inputs.values())
         self._check(len(inputs) == 1, f"it has {len(inputs)} inputs, not only an image")
         self.image = inputs[0]
-        fixed = [size for size in self.image.shape if isinstance(size, (int, np.integer))]
+        fixed = [size for size in self.image.shape if isinstance(size, Integral)]
         self._check(len(fixed) == 4, f"its image has the shape {list(self.image.shape)}")
 
     def conv(self, x: Any, name: str, *, stride: int = 1, grouped: bool = False) -> Any:
@@ -174,7 +175,7 @@ class Reader:
             self._expect("exponent", float(power.y.val), 2.0)
         op, y = self._next(self._channel_mean(squared), "add")
         eps = constant_operand(op)
-        self._check(eps is not None and np.size(eps) == 1, f"{name} adds no epsilon")
+        self._check(eps is not None and math.prod(_shape(eps)) == 1, f"{name} adds no epsilon")
         root, y = self._next(y, "sqrt", "rsqrt")
         return self._combine(centered, y, "real_div" if root.op_type == "sqrt" else "mul"), eps
 
@@ -191,7 +192,7 @@ class Reader:
             op, value = takers[0], constant_operand(takers[0])
             if op.op_type == "batch_norm":
                 factor, term = self._batch_norm(op)
-            elif value is not None and np.shape(value)[-3:] == (channels, 1, 1):
+            elif value is not None and _shape(value)[-3:] == (channels, 1, 1):
                 vector = mx.array(value).flatten().astype(mx.float32)
                 is_scale = op.op_type == "mul"
                 factor, term = (vector, 0 * vector) if is_scale else (0 * vector + 1, vector)
@@ -214,7 +215,7 @@ class Reader:
         """Pass a multiplication by a constant number: (what follows, the number or 1)."""
         takers = consumers(x)
         value = constant_operand(takers[0]) if len(takers) == 1 else None
-        if value is None or takers[0].op_type != "mul" or np.size(value) != 1:
+        if value is None or takers[0].op_type != "mul" or math.prod(_shape(value)) != 1:
             return x, 1.0
         return takers[0].outputs[0], float(value)
 
@@ -267,3 +268,8 @@ class Reader:
             raise CheckpointError(
                 f"{self.package} is not the vision encoder that config.json describes: {problem}."
             )
+
+
+def _shape(constant: Any) -> tuple[int, ...]:
+    """The shape of an array; a number has an empty one."""
+    return tuple(getattr(constant, "shape", ()))

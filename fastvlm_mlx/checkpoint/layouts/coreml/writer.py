@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
-import numpy as np
 
 from ....checks import reason
 from ....config import VisionConfig
@@ -16,6 +15,9 @@ from ...files import Weights
 from ..mlx_vlm import ENCODER
 from .encoder import encode
 from .program import NORM_EPS, import_coremltools
+
+if TYPE_CHECKING:
+    import numpy as np
 
 INPUT, OUTPUT = "images", "image_features"
 
@@ -87,6 +89,8 @@ class Writer:
         return self._conv(x, f"{name}.conv.weight", f"{name}.bn.bias", 1, True)
 
     def channel_norm(self, x: Any, name: str) -> Any:
+        import numpy as np
+
         mb, prefix = self.builder, _identifier(name)
         mean = mb.reduce_mean(x=x, axes=[1], keep_dims=True, name=f"{prefix}_mean")
         centered = mb.sub(x=x, y=mean, name=f"{prefix}_centered")
@@ -106,6 +110,8 @@ class Writer:
         )
 
     def attention(self, x: Any, name: str, head_dim: int) -> Any:
+        import numpy as np
+
         mb = self.builder
         B, C, H, W = x.shape
         y = self._linear(self._flatten(x), f"{name}.qkv")
@@ -142,6 +148,8 @@ class Writer:
         return self.builder.transpose(x=flat, perm=[0, 2, 1], **named)
 
     def _conv(self, x: Any, weight: str, bias: str, stride: int, grouped: bool) -> Any:
+        import numpy as np
+
         kernel = np.ascontiguousarray(self._array(weight).transpose(0, 3, 1, 2))
         return self.builder.conv(
             x=x,
@@ -159,6 +167,8 @@ class Writer:
         return self.builder.linear(x=x, weight=weight, name=_identifier(name), **bias)
 
     def _array(self, name: str) -> np.ndarray:
+        import numpy as np
+
         return np.array(self.get(name).astype(mx.float32))
 
 
