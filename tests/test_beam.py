@@ -5,7 +5,7 @@ from itertools import product
 import mlx.core as mx
 import numpy as np
 import pytest
-from models import PENGUINS
+from models import PENGUINS, random_model
 
 import fastvlm_mlx as fv
 from fastvlm_mlx.generation.beam import Beam, beam_search, expand
@@ -20,7 +20,7 @@ Logprobs = Callable[[tuple[int, ...]], np.ndarray]
 
 @cache
 def small_model(seed: int) -> FastVLM:
-    return small_model(
+    return random_model(
         seed,
         hidden_size=32,
         num_hidden_layers=2,

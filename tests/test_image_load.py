@@ -1,6 +1,7 @@
 import base64
 import io
 import math
+import os
 import subprocess
 import sys
 import warnings

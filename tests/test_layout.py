@@ -37,10 +37,7 @@ DEVICE_QUESTIONS = {"on_cpu", "on_metal"}
 DEVICE_ASKED = {
     "ops/": "the one place where forms are chosen",
     "bench/": "floors and rates are those of the device that is measured",
-    "checkpoint/load.py": "the default dtype and wired memory depend on the device",
-    "checkpoint/names.py": "large float layers stay apart on the CPU, where joining them is slow",
     "generation/scheduler.py": "on the CPU a KV cache is written in place once a step is over",
-    "model/vision.py": "off the CPU a RepMixer block adds biases and residual in other kernels",
 }
 
 MOST_LINES_OF_A_FILE = 420

@@ -100,11 +100,7 @@ def bench(
         del model
         with graph.as_on_gpu():  # other layers are fused there
             model, _ = load()
-    counts = {
-        "encode": graph.count_encode(model, side),
-        "prefill": graph.count_prefill(model, len(input_ids)),
-        "decode": graph.count_decode(model, len(input_ids)),
-    }
+    counts = count_parts(model, side, len(input_ids))
     return {
         "settings": {
             "model": "nano" if source is None else source,
@@ -121,10 +117,20 @@ def bench(
         "machine": describe_machine(),
         "rates": {**rates, "products": products},
         "stages": summarize(samples, needs, rates, tokens),
-        "graph": {
-            name: {"primitives": dict(counted.primitives), "launches": counted.launches}
-            for name, counted in counts.items()
-        },
+        "graph": counts,
+    }
+
+
+def count_parts(model: FastVLM, image_size: int, prompt_tokens: int) -> dict[str, Any]:
+    """The primitives and kernel launches of each part of an answer, as on a GPU."""
+    counts = {
+        "encode": graph.count_encode(model, image_size),
+        "prefill": graph.count_prefill(model, prompt_tokens),
+        "decode": graph.count_decode(model, prompt_tokens),
+    }
+    return {
+        name: {"primitives": dict(found.primitives), "launches": found.launches}
+        for name, found in counts.items()
     }
 
 
