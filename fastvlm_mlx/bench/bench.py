@@ -84,13 +84,10 @@ def bench(
     check_length(input_ids, processor.max_length - tokens)
     images, side = pixel_values.shape[:2]
     del features, pixel_values
-    samples: dict[str, list[float]] = {name: [] for name in STAGES} | {"load": load_times}
-    for i in range(runs + 1):
-        note(f"run {i} of {runs}" if i else "warming up")
-        found = run_once(model, processor, content, image_size, input_ids, tokens)
-        for name, value in found.items() if i else ():
-            samples[name].append(value)
-    activations = dtype_name(model.language_model.norm.weight.dtype)
+    answer = partial(run_once, model, processor, content, image_size, input_ids, tokens)
+    samples = {"load": load_times} | take_samples(answer, runs, note)
+    del answer
+    activations = model.language_model.norm.weight.dtype
     needs = stage_needs(model, (images, side), original, len(input_ids), tokens)
     note("measuring the machine")
     products = product_rates(model)
@@ -100,12 +97,11 @@ def bench(
         del model
         with graph.as_on_gpu():  # other layers are fused there
             model, _ = load()
-    counts = count_parts(model, side, len(input_ids))
     return {
         "settings": {
             "model": "nano" if source is None else source,
             "revision": revision,
-            "dtype": activations,
+            "dtype": dtype_name(activations),
             "quantize": quantize,
             "image": list(original),
             "image_size": side,
@@ -117,8 +113,22 @@ def bench(
         "machine": describe_machine(),
         "rates": {**rates, "products": products},
         "stages": summarize(samples, needs, rates, tokens),
-        "graph": counts,
+        "graph": count_parts(model, side, len(input_ids)),
     }
+
+
+def take_samples(
+    answer: Callable[[], dict[str, float]], runs: int, note: Callable[[str], None]
+) -> dict[str, list[float]]:
+    """What each of some runs gives, by name, after one that does not count."""
+    note("warming up")
+    answer()
+    samples: dict[str, list[float]] = {}
+    for i in range(1, runs + 1):
+        note(f"run {i} of {runs}")
+        for name, value in answer().items():
+            samples.setdefault(name, []).append(value)
+    return samples
 
 
 def count_parts(model: FastVLM, image_size: int, prompt_tokens: int) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -184,6 +183,8 @@ def atomic_folder(target: Path, *, overwrite: bool) -> Iterator[Path]:
     Raises:
         FileExistsError: `target` exists and `overwrite` is not set, or it is a file.
     """
+    import tempfile
+
     target = target.resolve()
     if target.exists() and (not overwrite or not target.is_dir()):
         hint = "is a file" if target.is_file() else "exists; pass --overwrite to replace it"

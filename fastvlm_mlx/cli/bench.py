@@ -8,7 +8,6 @@ from typing import Annotated
 
 import typer
 
-from ..bench.table import differences, print_result, read_result, times_better
 from .arguments import Bits, Dtype, ImageSize, Model, Revision
 
 FLOORS = (
@@ -54,6 +53,7 @@ def bench(
     fastvlm bench --compare before.json
     """
     from ..bench.bench import bench as measure
+    from ..bench.table import differences, print_result, read_result, times_better
 
     earlier = None if compare is None else read_result(compare)
     result = measure(

@@ -6,16 +6,17 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..checkpoint.quantize import parse_quantize
 from ..convert import convert as convert_checkpoint
-from ..evaluate.precision import COMPARED, Row, precision_report
 from .arguments import Revision
 from .upload import push
+
+if TYPE_CHECKING:
+    from ..evaluate.precision import Row
 
 SourceDtype = Annotated[
     str | None,
@@ -88,6 +89,8 @@ def convert(
 
     fastvlm convert apple/FastVLM-0.5B fastvlm-0.5b-4bit --quantize 4 --quantize-vision 8
     """
+    from tempfile import TemporaryDirectory
+
     parts = {
         "vision": quantize_vision,
         "projector": quantize_projector,
@@ -112,7 +115,7 @@ def convert(
             )
         if report:
             name = f"{quantize} bits" if (quantize or "").isdigit() else quantize or "asked for"
-            compared = COMPARED if chosen is None else {name: chosen}
+            compared = None if chosen is None else {name: chosen}
             folders = {f"{name}, calibrated": written} if written and calibrate else {}
             rows = _report_rows(source, revision, compared, folders, questions)
             _print_report(rows, as_json)
@@ -126,7 +129,7 @@ def convert(
 def quantize_flags(
     quantize: str | None, group_size: int | None, mode: str | None, parts: dict[str, str | None]
 ) -> dict[str, Any] | None:
-    """The flags as `quantize.settings` takes them; None if nothing is to be quantized."""
+    """The flags as `parse_quantize` takes them; None if nothing is to be quantized."""
     given = parse_quantize(quantize) if quantize is not None else {}
     if mode is not None:
         given["mode"] = mode
@@ -143,12 +146,15 @@ def quantize_flags(
 def _report_rows(
     source: str,
     revision: str | None,
-    compared: dict[str, Any],
+    compared: dict[str, Any] | None,
     folders: Mapping[str, Path],
     questions: Path | None,
 ) -> list[Row]:
     """The rows of a precision report; each is named on standard error once it is measured."""
+    from ..evaluate.precision import COMPARED, precision_report
+
     rows: list[Row] = []
+    compared = COMPARED if compared is None else compared
     count = 1 + len(compared) + len(folders)
     for row in precision_report(
         source, compared, folders=folders, questions=questions, revision=revision

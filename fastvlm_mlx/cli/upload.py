@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from ..checkpoint.upload import upload as upload_folder
 from .printing import warnings_as_notes
 
 
@@ -25,6 +24,8 @@ def upload(
 
 def push(folder: Path, repo: str, *, private: bool = False) -> None:
     """Upload a folder, and print the notes on it and its page."""
+    from ..checkpoint.upload import upload as upload_folder
+
     with warnings_as_notes():
         url = upload_folder(folder, repo, private=private)
     typer.echo(url)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from hashlib import blake2b
 
 import mlx.core as mx
 
@@ -123,6 +122,8 @@ class PromptCache:
 
 def image_key(pixel_values: mx.array, image_size: tuple[int, int]) -> bytes:
     """A digest that differs where the pixels or the original sizes of two images do."""
+    from hashlib import blake2b
+
     import numpy as np
 
     digest = blake2b(digest_size=16)

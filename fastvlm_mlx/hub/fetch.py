@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import re
 import shutil
 import stat
 import time
-import zipfile
-import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .. import http
 from ..checks import reason
 from ..progress import progress_bar
+
+if TYPE_CHECKING:
+    import zipfile
 
 CHUNK = 2**20
 TIMEOUT = 20  # seconds in which a server must say something
@@ -28,7 +28,6 @@ BUSY = (408, 425, 429, 500, 502, 503, 504)
 MAX_RATIO = 20
 MAX_SMALL = 64 * 2**20
 MAX_FILES = 10_000
-BROKEN = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, UnicodeDecodeError)
 JUNK = ("__MACOSX", ".DS_Store")
 
 
@@ -249,6 +248,8 @@ def _check(url: str, part: Path, size: int | None, sha256: str | None) -> None:
 
 def file_sha256(file: Path) -> str:
     """The SHA-256 of a file, in hexadecimal."""
+    import hashlib
+
     digest = hashlib.sha256()
     with file.open("rb") as stream:
         while chunk := stream.read(CHUNK):
@@ -275,6 +276,10 @@ def unpack(archive: str | Path, target: str | Path, *, progress: bool = True) ->
         FileExistsError: the target exists and is not empty.
         OSError: a file can't be written.
     """
+    import zipfile
+    import zlib
+
+    broken = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, UnicodeDecodeError)
     archive, target = Path(archive), Path(target)
     check_free(target)
     temporary = target.with_name(f".{target.name}.part")
@@ -289,7 +294,7 @@ def unpack(archive: str | Path, target: str | Path, *, progress: bool = True) ->
                 for info, path in members:
                     _extract(whole, info, temporary / path, bar)
         temporary.replace(target)
-    except BROKEN as error:
+    except broken as error:
         raise ValueError(f"{archive} is not a whole zip archive ({error}).") from None
     except OSError as error:
         if error.errno != errno.EINVAL:  # the archive points to before its own beginning
@@ -357,7 +362,7 @@ def _extract(whole: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path, bar: Any
             file.write(chunk)
             bar.update(len(chunk))
     if path.stat().st_size != info.file_size:
-        raise zipfile.BadZipFile(f"{info.filename!r} is cut short")
+        raise EOFError(f"{info.filename!r} is cut short")
 
 
 def check_room(path: Path, needed: int) -> None:
