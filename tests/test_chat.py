@@ -256,14 +256,16 @@ def test_closed_streams(read: int) -> None:
         assert chat.ask("Then") == stateless.ask("Then")
 
 
-def test_a_stream_closed_unread_never_was() -> None:
+def test_a_stream_closed_unread_was_asked() -> None:
     chat, stateless = Chat(*noise, max_tokens=8), Stateless(*noise, max_tokens=8)
     chat.ask("See", image=pixels[0])
     stateless.ask("See", pixels[0])
     for options in ({}, {"kv_bits": 8}, {"max_kv_size": 16}, {"max_kv_size": 16}):
-        chat.ask("Never", image=pixels[1], stream=True, **options).close()
-        assert chat.messages == stateless.turns
         stateless.options = {"max_tokens": 8, **options}
+        chat.ask("Unread", image=pixels[1], stream=True, **options).close()
+        chat.stop()
+        assert stateless.ask("Unread", pixels[1], read=0) == ""
+        assert chat.messages == stateless.turns
         assert chat.ask("Then", **options) == stateless.ask("Then")
 
 
@@ -312,8 +314,7 @@ def test_any_conversation_equals_stateless_answers(actions: list[tuple]) -> None
             stream = chat.ask("Leave", image=pixels[2], stream=True)
             for _ in range(read):
                 next(stream)
-            if read:
-                stateless.ask("Leave", pixels[2], read)
+            stateless.ask("Leave", pixels[2], read)
             if closed:
                 stream.close()
         else:

@@ -80,7 +80,7 @@ def embed(model: FastVLM, prompt: list[int] = PROMPT) -> mx.array:
 
 
 def draft_model(model: FastVLM, num_draft_tokens: int, vocab_size: int = 40) -> DraftModel:
-    return DraftModel(model, embed(model), num_draft_tokens, vocab_size)
+    return DraftModel(model, lambda: embed(model), num_draft_tokens, vocab_size)
 
 
 def plain(model: FastVLM, options: Options = GREEDY, limit: int = LIMIT) -> list[int]:
@@ -236,7 +236,7 @@ def test_a_drafter_with_a_larger_table(model: FastVLM) -> None:
 def test_a_prompt_in_chunks(model: FastVLM) -> None:
     whole = draft_model(model, 5).propose([4], 5)
     for step in (1, 3, len(PROMPT)):
-        drafter = DraftModel(model, embed(model), 5, 40, prefill_step_size=step)
+        drafter = DraftModel(model, lambda: embed(model), 5, 40, prefill_step_size=step)
         assert drafter.propose([4], 5).tolist() == whole.tolist()
 
 
@@ -414,7 +414,7 @@ def test_bad_number_of_draft_tokens(count: Any, nano: Nano) -> None:
     model, _ = nano
     for make in (
         lambda: PromptLookup([1], count),
-        lambda: DraftModel(model, embed(model), count, 40),
+        lambda: DraftModel(model, lambda: embed(model), count, 40),
         lambda: Options(draft_model=nano, num_draft_tokens=count),
         lambda: Options(prompt_lookup=0 if count is None else count),
     ):

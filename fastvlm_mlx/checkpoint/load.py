@@ -88,6 +88,7 @@ def load_model(
         CheckpointError: a file, a field or a tensor is missing, surplus or wrong.
         ValueError: `dtype` or `quantize` is unknown, or the checkpoint is already quantized.
     """
+    ops.check_process()
     folder = Path(folder).expanduser()
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no model folder {folder}.")
@@ -104,6 +105,7 @@ def load_model(
     model.load_weights([(name, cast(value, target)) for name, value in parameters.items()])
     parameters.clear()
     _evaluate(model)
+    ops.note_computation()
     model.eval()
     return model
 

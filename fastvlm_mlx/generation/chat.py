@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from threading import RLock, get_ident
+from threading import enumerate as enumerate_threads
 from typing import Any, Literal, overload
 
 import mlx.core as mx
@@ -21,6 +23,8 @@ class Chat:
     """A conversation about any number of images.
 
     Each answer starts from the KV cache of the previous turns, so only what was added is computed.
+    Threads may share a conversation: a question waits for the answer before it, but a streamed
+    answer that another thread has not read to its end is an error.
 
     Args:
         model, processor: from `load`.
@@ -35,7 +39,10 @@ class Chat:
         self.processor = processor
         self.options = options
         self._chosen({})
-        self._running: Iterator[Response] | None = None
+        self._lock = RLock()  # of a turn, or of a step of a streamed one
+        self._running: Generator[Response, None, None] | None = None
+        self._reader = 0  # the thread that reads the streamed answer
+        self._unread: tuple[list[dict[str, str]], list[mx.array]] | None = None
         self.reset()
 
     def reset(self) -> None:
@@ -76,11 +83,24 @@ class Chat:
 
         Raises:
             ValueError, FileNotFoundError: as `generate`; the conversation is then as before.
+            RuntimeError: another thread has not read its streamed answer to the end.
         """
-        chosen = self._chosen(options)
-        self.stop()
-        self._running = responses = self._answer(prompt, image, chosen)
-        return responses if stream else "".join(response.text for response in responses)
+        with self._lock:
+            chosen = self._chosen(options)
+            if self._running is not None and self._is_read_elsewhere():
+                raise RuntimeError(
+                    "This conversation is still answering in another thread; read that answer to "
+                    "its end, or call stop()."
+                )
+            self.stop()
+            self._running = responses = self._answer(prompt, image, chosen)
+            self._reader = get_ident()
+            if stream:
+                return self._steps(responses)
+            try:
+                return "".join(response.text for response in responses)
+            finally:
+                self.stop()
 
     def _chosen(self, options: dict[str, Any]) -> Options:
         """The options of a turn; ValueError if one is out of range or not for conversations."""
@@ -90,11 +110,37 @@ class Chat:
 
     def stop(self) -> None:
         """End a streamed answer that was not read to its end; it counts as far as it was read."""
-        if self._running is not None:
-            self._running.close()  # type: ignore[attr-defined]
+        with self._lock:
+            if self._running is None:
+                return
+            self._running.close()
             self._running = None
+            if self._unread is not None:  # a generator that never began records nothing
+                self._end_turn(*self._unread, "")
 
-    def _answer(self, prompt: str, image: ImageSources, options: Options) -> Iterator[Response]:
+    def _is_read_elsewhere(self) -> bool:
+        others = (thread.ident for thread in enumerate_threads())
+        return self._reader != get_ident() and self._reader in others
+
+    def _steps(self, responses: Generator[Response, None, None]) -> Iterator[Response]:
+        """The responses of a streamed answer; the conversation is locked for each."""
+        try:
+            while True:
+                with self._lock:
+                    self._reader = get_ident()
+                    response = next(responses, None)
+                if response is None:
+                    return
+                yield response
+        finally:
+            with self._lock:
+                responses.close()
+                if self._running is responses:
+                    self._running = None
+
+    def _answer(
+        self, prompt: str, image: ImageSources, options: Options
+    ) -> Generator[Response, None, None]:
         images = list_images(image)
         check_marks(prompt, len(images))
         marks = "" if IMAGE_MARK in prompt else f"{IMAGE_MARK}\n" * len(images)
@@ -106,6 +152,7 @@ class Chat:
         known = self._rewind(input_ids, options)
         limit = answer_limit(input_ids, options, self.processor)
         unknown = inputs.embeddings[:, known:]
+        mx.eval(unknown)  # another thread may read the answer
         tokens = generate_tokens(self.model, input_ids, unknown, self._cache, options, limit)
         responses = stream_responses(
             self._remember(input_ids, tokens),
@@ -115,6 +162,7 @@ class Chat:
             limit,
             inputs.times,
         )
+        self._unread = messages, visual_tokens
         return self._record(messages, visual_tokens, responses)
 
     def _rewind(self, input_ids: list[int], options: Options) -> int:
@@ -154,7 +202,8 @@ class Chat:
         messages: list[dict[str, str]],
         visual_tokens: list[mx.array],
         responses: Iterator[Response],
-    ) -> Iterator[Response]:
+    ) -> Generator[Response, None, None]:
+        self._unread = None
         answer = ""
         try:
             for response in responses:
@@ -162,5 +211,11 @@ class Chat:
                 yield response
         finally:
             responses.close()  # type: ignore[attr-defined]
-            self.messages = [*messages, {"role": "assistant", "content": answer}]
-            self._visual_tokens = visual_tokens
+            self._end_turn(messages, visual_tokens, answer)
+
+    def _end_turn(
+        self, messages: list[dict[str, str]], visual_tokens: list[mx.array], answer: str
+    ) -> None:
+        self.messages = [*messages, {"role": "assistant", "content": answer}]
+        self._visual_tokens = visual_tokens
+        self._unread = None

@@ -6,11 +6,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import mlx.core as mx
+from mlx.utils import tree_flatten
 
 from ..model.fastvlm import FastVLM
 from ..model.qwen2 import Qwen2
 from .options import Options
-from .sampling import make_logits_processor, make_sampler
+from .sampling import Sampler, make_logits_processor, make_sampler
 
 
 def make_kv_cache(model: FastVLM, options: Options) -> list[Any]:
@@ -53,6 +54,7 @@ def generate_tokens(
     cache: list[Any],
     options: Options,
     limit: int,
+    sampler: Sampler | None = None,
 ) -> Iterator[int]:
     """Prefill, then one token after the other, each computed while the previous one is read.
 
@@ -62,29 +64,52 @@ def generate_tokens(
         cache: updated in place.
         options: see `Options`.
         limit: the most tokens to generate.
+        sampler: what chooses tokens; made from the options by default.
     """
-    if options.seed is not None:
-        mx.random.seed(options.seed)
-    sample = make_sampler(options)
+    sample = make_sampler(options) if sampler is None else sampler
     process = make_logits_processor(options)
     seen = mx.array([i for i in input_ids if i >= 0])
     decoder = model.language_model
 
-    def next_token(hidden_states: mx.array) -> mx.array:
+    def next_token(hidden_states: mx.array, first: bool = False) -> mx.array:
         nonlocal seen
         logits = decoder.logits(hidden_states[:, -1])
+        if first:
+            check_finite(model, logits)
         if process is not None:
             logits = process(seen, logits)
         token = sample(logits)
         if process is not None:
             seen = mx.concatenate([seen, token])
+        mx.async_eval(token, seen)  # nothing is left for another thread that may go on
         return token
 
-    token = next_token(prefill(decoder, embeddings, cache, options.prefill_step_size))
-    mx.async_eval(token)
+    hidden_states = prefill(decoder, embeddings, cache, options.prefill_step_size)
+    token = next_token(hidden_states, first=True)
     for _ in range(limit - 1):
         following = next_token(decoder.hidden_states(token[None], cache))
-        mx.async_eval(following)
         yield int(token)
         token = following
     yield int(token)
+
+
+def check_finite(model: FastVLM, logits: mx.array) -> None:
+    """ValueError if logits are not finite, which says where that comes from."""
+    if mx.isfinite(logits).all():
+        return
+    parameters = dict(tree_flatten(model.parameters()))
+    broken = [
+        name
+        for name, value in parameters.items()
+        if mx.issubdtype(value.dtype, mx.floating) and not mx.isfinite(value).all()
+    ]
+    if broken:
+        more = f" and {len(broken) - 1} more tensors hold" if len(broken) > 1 else " holds"
+        raise ValueError(
+            f"The model can't answer: {broken[0]}{more} NaN or infinite values; download or "
+            "convert the checkpoint again."
+        )
+    raise ValueError(
+        f"The model can't answer: its logits overflow in {logits.dtype}; load it with "
+        'dtype="float32".'
+    )

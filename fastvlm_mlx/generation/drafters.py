@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import mlx.core as mx
 
 from ..checks import check_whole_number
 from ..model.fastvlm import FastVLM
+from .decode import prefill
 from .options import Options
 
 MAX_NGRAM_SIZE = 3
@@ -105,8 +106,8 @@ class DraftModel(Drafter):
 
     Args:
         model: the smaller model.
-        embeddings: [1, T, hidden_size] of the prompt, from the smaller model; computed with the
-            first draft.
+        embed: gives the embeddings [1, T, hidden_size] of the prompt, by the smaller model; called
+            with the first draft.
         num_draft_tokens: the most tokens to propose.
         vocab_size: only ids below are proposed; the models' tables may differ in padding.
         prefill_step_size: prompt tokens processed at a time.
@@ -115,7 +116,7 @@ class DraftModel(Drafter):
     def __init__(
         self,
         model: FastVLM,
-        embeddings: mx.array,
+        embed: Callable[[], mx.array],
         num_draft_tokens: int,
         vocab_size: int,
         prefill_step_size: int = Options.prefill_step_size,
@@ -124,12 +125,19 @@ class DraftModel(Drafter):
         self._decoder = model.language_model
         self._vocab_size = vocab_size
         self._cache = model.make_kv_cache()
+        self._embed = embed
+        self._prefill_step_size = prefill_step_size
+        self._prompt_tokens = 0
+
+    def _read_prompt(self) -> None:
+        embeddings = self._embed()
         self._prompt_tokens = embeddings.shape[1]
-        for start in range(0, self._prompt_tokens, prefill_step_size):
-            chunk = embeddings[:, start : start + prefill_step_size]
-            self._decoder.hidden_states(None, self._cache, chunk)
+        prefill(self._decoder, embeddings, self._cache, self._prefill_step_size)
+        mx.eval([layer.state for layer in self._cache])
 
     def propose(self, answer: list[int], count: int) -> mx.array:
+        if not self._prompt_tokens:
+            self._read_prompt()
         held = self._cache[0].offset - self._prompt_tokens
         kept = min(held, len(answer) - 1)  # of the previous draft, what the model agreed with
         trim(self._cache, held - kept)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import mlx.core as mx
+
 from ..model.fastvlm import FastVLM
 from ..processor import Processor
 from ..text.template import Messages
@@ -69,6 +71,7 @@ def stream_generate(
     else:
         tagged = prompt_cache.tag(input_ids, inputs.visual_tokens, inputs.image_keys)
         inputs.embeddings = inputs.embeddings[:, prompt_cache.fetch(tagged, cache) :]
+        mx.eval(inputs.embeddings, [layer.stored for layer in cache if layer.stored is not None])
         tokens = _answer(model, processor, prompt, inputs, cache, chosen, limit)
         tokens = _store_prompt(prompt_cache, tagged, cache, tokens)
     del inputs  # pixel values and visual tokens, which are needed no more

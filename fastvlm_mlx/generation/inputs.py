@@ -11,6 +11,7 @@ import mlx.core as mx
 
 from ..image.load import ImageSource
 from ..model.fastvlm import FastVLM
+from ..ops import check_process
 from ..processor import Processor
 from ..text.prompt import build_prompt, check_marks
 from ..text.template import Messages
@@ -76,6 +77,7 @@ def read_inputs(
         encode: what gives visual tokens, and a key of each image, instead of
             `compute_visual_tokens`.
     """
+    check_process()
     start = time.perf_counter()
     images = list_images(image)
     check_marks(prompt, len(earlier) + len(images))
@@ -83,6 +85,9 @@ def read_inputs(
         processor, images, options.image_size, fast=options.fast
     )
     preprocessed = time.perf_counter()
+    counts = [len(tokens) for tokens in earlier]
+    counts += map(model.num_visual_tokens, pixel_values, sizes)
+    input_ids = tokenize(model, processor, prompt, counts, options)  # too long? before encoding
     keys: list[bytes] = []
     if encode is None:
         encoded = compute_visual_tokens(model, pixel_values, sizes)
@@ -90,8 +95,8 @@ def read_inputs(
         encoded, keys = encode(model, pixel_values, sizes)
     times = Times(start, preprocessed, time.perf_counter())
     visual_tokens = [*earlier, *encoded]
-    input_ids = tokenize(model, processor, prompt, visual_tokens, options)
     embeddings = model.embed_inputs(mx.array([input_ids]), visual_tokens=visual_tokens)
+    mx.async_eval(embeddings)  # nothing is left for the thread that decodes them
     return Inputs(input_ids, embeddings, visual_tokens, pixel_values, sizes, times, keys)
 
 
@@ -131,10 +136,10 @@ def tokenize(
     model: FastVLM,
     processor: Processor,
     prompt: Messages,
-    visual_tokens: Sequence[mx.array],
+    counts: Sequence[int],
     options: Options,
 ) -> list[int]:
-    """Token ids of a prompt, with a place for each visual token of each image.
+    """Token ids of a prompt, with a place for each visual token; `counts` has those of each image.
 
     Raises:
         ValueError: as `build_prompt`, or the prompt leaves no room for an answer.
@@ -142,7 +147,7 @@ def tokenize(
     input_ids = build_prompt(
         processor.tokenizer,
         prompt,
-        num_visual_tokens=[len(tokens) for tokens in visual_tokens],
+        num_visual_tokens=counts,
         system=options.system,
         image_token_index=model.config.image_token_index,
         conv_mode=options.conv_mode,

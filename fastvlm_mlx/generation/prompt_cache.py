@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from threading import RLock
 
 import mlx.core as mx
 
@@ -24,6 +25,8 @@ MAX_BYTES = 2**30
 class PromptCache:
     """Keeps images and prompts of one model for `generate`; the least recently used are evicted.
 
+    Threads may share it.
+
     Args:
         model: whose visual tokens and KV caches are kept.
         max_bytes: of everything that is kept; at most half of it for visual tokens.
@@ -36,19 +39,22 @@ class PromptCache:
         check_whole_number("max_bytes", max_bytes)
         self.model = model
         self.max_bytes = max_bytes
+        self._lock = RLock()
         self._visual_tokens: OrderedDict[bytes, mx.array] = OrderedDict()
         self._prefixes: list[Prefix] = []
 
     @property
     def nbytes(self) -> int:
         """Bytes of all that is kept."""
-        kept = [array for prefix in self._prefixes for array in prefix.stored]
-        return sum(array.nbytes for array in (*self._visual_tokens.values(), *kept))
+        with self._lock:
+            kept = [array for prefix in self._prefixes for array in prefix.stored]
+            return sum(array.nbytes for array in (*self._visual_tokens.values(), *kept))
 
     def clear(self) -> None:
         """Forget everything."""
-        self._visual_tokens.clear()
-        self._prefixes.clear()
+        with self._lock:
+            self._visual_tokens.clear()
+            self._prefixes.clear()
 
     def encode(
         self,
@@ -73,14 +79,21 @@ class PromptCache:
         visual_tokens, keys = [], []
         for pixels, size in zip(pixel_values, image_sizes, strict=True):
             key = image_key(pixels, size)
-            if key not in self._visual_tokens:
-                (self._visual_tokens[key],) = compute_visual_tokens(model, [pixels], [size])
-            self._visual_tokens.move_to_end(key)
-            visual_tokens.append(self._visual_tokens[key])
+            tokens = self._visual_tokens.get(key)
+            if tokens is None:
+                (tokens,) = compute_visual_tokens(model, [pixels], [size])
+            self._keep(key, tokens)
+            visual_tokens.append(tokens)
             keys.append(key)
-        while sum(tokens.nbytes for tokens in self._visual_tokens.values()) > self.max_bytes // 2:
-            self._visual_tokens.popitem(last=False)
         return visual_tokens, keys
+
+    def _keep(self, key: bytes, tokens: mx.array) -> None:
+        """Make an image the most recently used, and evict others where there is no room."""
+        with self._lock:
+            self._visual_tokens[key] = tokens
+            self._visual_tokens.move_to_end(key)
+            while sum(t.nbytes for t in self._visual_tokens.values()) > self.max_bytes // 2:
+                self._visual_tokens.popitem(last=False)
 
     def tag(
         self, input_ids: Sequence[int], visual_tokens: Sequence[mx.array], keys: Sequence[bytes]
@@ -100,24 +113,26 @@ class PromptCache:
             ids: of the prompt, as `tag` gives them; the last is never taken as known.
             cache: one a layer.
         """
-        found = max(self._prefixes, key=lambda prefix: prefix.shared(ids[:-1]), default=None)
-        known = 0 if found is None else found.shared(ids[:-1])
-        if found is None or not known:
-            return 0
-        self._prefixes.remove(found)
-        self._prefixes.append(found)
+        with self._lock:
+            found = max(self._prefixes, key=lambda prefix: prefix.shared(ids[:-1]), default=None)
+            known = 0 if found is None else found.shared(ids[:-1])
+            if found is None or not known:
+                return 0
+            self._prefixes.remove(found)
+            self._prefixes.append(found)
         found.fill(cache, known)
         return known
 
     def store(self, ids: list[int], cache: Sequence[KVCache]) -> None:
         """Remember a prompt whose keys and values are the first of a cache."""
-        if any(prefix.ids[: len(ids)] == ids for prefix in self._prefixes):
-            return
-        prefix = Prefix.of(ids, cache)
-        self._prefixes = [p for p in self._prefixes if ids[: len(p.ids)] != p.ids]
-        self._prefixes.append(prefix)
-        while self._prefixes and self.nbytes > self.max_bytes:
-            self._prefixes.pop(0)
+        with self._lock:
+            if any(prefix.ids[: len(ids)] == ids for prefix in self._prefixes):
+                return
+            prefix = Prefix.of(ids, cache)
+            self._prefixes = [p for p in self._prefixes if ids[: len(p.ids)] != p.ids]
+            self._prefixes.append(prefix)
+            while self._prefixes and self.nbytes > self.max_bytes:
+                self._prefixes.pop(0)
 
 
 def image_key(pixel_values: mx.array, image_size: tuple[int, int]) -> bytes:

@@ -37,9 +37,10 @@ class PendingRequest:
     visual_tokens: list[mx.array] = field(default_factory=list)
     input_ids: list[int] = field(default_factory=list)
 
-    def tokenize(self, model: FastVLM, processor: Processor) -> None:
-        """Find `input_ids`, now that the visual tokens are known; errors as `inputs.tokenize`."""
-        self.input_ids = tokenize(model, processor, self.prompt, self.visual_tokens, self.options)
+    def tokenize(self, model: FastVLM, processor: Processor, pictures: Sequence[Picture]) -> None:
+        """Find `input_ids`, now that the images are read; errors as `inputs.tokenize`."""
+        counts = [model.num_visual_tokens(*picture) for picture in pictures]
+        self.input_ids = tokenize(model, processor, self.prompt, counts, self.options)
 
 
 class Row:

@@ -10,6 +10,7 @@ from .options import LogitsProcessor, Options
 
 Sampler = Callable[[mx.array], mx.array]
 MIN_TEMPERATURE = 1e-6  # below it float32 has no room for the quotients, and sampling is greedy
+MIN_TOP_P = 1e-7  # below it float32 may round to 0, and no token would be left
 
 
 def is_greedy(options: Options) -> bool:
@@ -18,10 +19,24 @@ def is_greedy(options: Options) -> bool:
 
 
 def make_sampler(options: Options) -> Sampler:
-    """Logits [B, vocab_size] → tokens [B]."""
+    """Logits [B, vocab_size] → tokens [B]; with a seed, each call draws with the next key of it."""
     if is_greedy(options):
         return lambda logits: mx.argmax(logits, axis=-1)
-    return lambda logits: mx.random.categorical(filter_logits(logits, options))
+    key = None if options.seed is None else mx.random.key(options.seed)
+
+    def sample(logits: mx.array) -> mx.array:
+        nonlocal key
+        logits = filter_logits(logits, options)
+        if key is None:
+            tokens = mx.random.categorical(logits)
+            mx.async_eval(mx.random.state)
+        else:
+            key, drawn = mx.random.split(key)
+            tokens = mx.random.categorical(logits, key=drawn)
+            mx.async_eval(key)  # like the state above: another thread may draw next
+        return tokens
+
+    return sample
 
 
 def filter_logits(logits: mx.array, options: Options) -> mx.array:
@@ -45,7 +60,7 @@ def _filter_as_mlx_lm(logits: mx.array, options: Options) -> mx.array:
     logits = logits.astype(mx.float32)
     logits = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
     if options.top_p < 1:
-        logits = apply_top_p(logits, options.top_p)
+        logits = apply_top_p(logits, max(options.top_p, MIN_TOP_P))
     if options.min_p:
         logits = apply_min_p(logits, options.min_p)
     if 0 < options.top_k < logits.shape[-1]:
@@ -59,7 +74,8 @@ def keep_top_p(logits: mx.array, top_p: float) -> mx.array:
     ordered = mx.take_along_axis(logits, order, axis=-1).astype(mx.float32)
     probabilities = mx.softmax(ordered, axis=-1)
     before = mx.cumsum(probabilities, axis=-1) - probabilities
-    kept = mx.put_along_axis(mx.zeros(logits.shape, mx.bool_), order, before < top_p, axis=-1)
+    kept = before < max(top_p, MIN_TOP_P)
+    kept = mx.put_along_axis(mx.zeros(logits.shape, mx.bool_), order, kept, axis=-1)
     return mx.where(kept, logits, -mx.inf)
 
 
@@ -77,7 +93,13 @@ def make_logits_processor(options: Options) -> LogitsProcessor | None:
 
     def process(tokens: mx.array, logits: mx.array) -> mx.array:
         for processor in processors:
-            logits = processor(tokens, logits)
+            processed = processor(tokens, logits)
+            if not isinstance(processed, mx.array) or processed.shape != logits.shape:
+                found = getattr(processed, "shape", type(processed).__name__)
+                raise ValueError(
+                    f"logits_processor must return logits of shape {logits.shape}, found {found}."
+                )
+            logits = processed
         return logits
 
     return process

@@ -17,6 +17,7 @@ import time
 from collections import deque
 from collections.abc import Mapping
 from itertools import islice, takewhile
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -25,10 +26,11 @@ from ..checks import check_whole_number
 from ..model.batch_kv_cache import BatchKVCache
 from ..model.fastvlm import FastVLM
 from ..model.kv_cache import KVCache
-from ..ops import on_cpu
+from ..ops import check_process, on_cpu
 from ..processor import Processor
 from ..text.prompt import check_marks
 from ..text.template import Messages
+from .decode import check_finite
 from .inputs import ImageSources, list_images, preprocess_images
 from .options import CACHE_KINDS, DRAFTS, Options, refuse
 from .prefix import Prefix, common_prefix
@@ -107,6 +109,7 @@ class Batch:
         self.max_batch = max_batch
         self.encode_batch = encode_batch
         self._threads = ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1))
+        self._stepping = Lock()
         self._count = 0
         self._waiting: deque[PendingRequest] = deque()
         self._reading: deque[tuple[PendingRequest, Future[list[Picture]]]] = deque()
@@ -139,6 +142,7 @@ class Batch:
             ValueError: an option is out of range, or marks and images differ in number. What is
                 wrong with an image, or a prompt that is too long, is for `step` to find.
         """
+        check_process()
         chosen = batch_options(options)
         images = list_images(image)
         check_marks(prompt, len(images))
@@ -165,7 +169,16 @@ class Batch:
         Raises:
             RequestError: a request that was to be let in can't be answered and is dropped. The
                 others are not affected and go on with the next call.
+            RuntimeError: another thread is in this call.
         """
+        if not self._stepping.acquire(blocking=False):
+            raise RuntimeError("Another thread is in this batch's step(); call it from one thread.")
+        try:
+            return self._step()
+        finally:
+            self._stepping.release()
+
+    def _step(self) -> list[tuple[int, Response]]:
         self._keep([not row.done for row in self._rows])
         if len(self._rows) < self.max_batch:
             self._let_in()
@@ -178,7 +191,7 @@ class Batch:
         if on_cpu():
             # A step that still runs reads the KV cache, which then could not be written in place.
             mx.eval(tokens)
-        mx.async_eval(self._tokens)
+        mx.async_eval(self._tokens, self._cache.arrays)  # nothing is left for another thread
         values: Any = tokens.tolist()
         return [(row.id, row.read(token)) for row, token in zip(rows, values, strict=True)]
 
@@ -198,26 +211,24 @@ class Batch:
             self._prefill(entering)
 
     def _encode(self) -> None:
-        """Encode the images of the next few requests and tokenize their prompts."""
+        """Tokenize the prompts of the next few requests, and encode their images."""
         found: list[tuple[PendingRequest, list[Picture]]] = []
         for _ in range(min(self.encode_batch, len(self._reading))):
             request, future = self._reading.popleft()
             try:
-                found.append((request, future.result()))
+                pictures = future.result()
+                request.preprocessed = time.perf_counter()
+                request.tokenize(self.model, self.processor, pictures)
+                found.append((request, pictures))
             except (ValueError, OSError) as error:
                 self._failed.append(RequestError(request.id, error))
-            request.preprocessed = time.perf_counter()
         self._read_ahead()
         images = [image for _, images in found for image in images]
         visual_tokens = iter(encode_together(self.model, images, self.encode_batch))
         for request, images in found:
             request.visual_tokens = list(islice(visual_tokens, len(images)))
             request.encoded = time.perf_counter()
-            try:
-                request.tokenize(self.model, self.processor)
-                self._encoded.append(request)
-            except ValueError as error:
-                self._failed.append(RequestError(request.id, error))
+            self._encoded.append(request)
 
     def _prefill(self, requests: list[PendingRequest]) -> None:
         """Start a sequence for each request, up to its first token."""
@@ -233,7 +244,9 @@ class Batch:
         )
         last = [length - known - 1 for length in lengths]
         hidden_states = self._hidden_states_at(last, embeddings[:, known:], caches, step)
-        tokens = self._next_tokens(rows, hidden_states)
+        logits = self.model.language_model.logits(hidden_states)
+        check_finite(self.model, logits)
+        tokens = self._next_tokens(rows, logits)
         mx.async_eval(tokens)
         self._tokens = mx.concatenate([self._tokens, tokens])
         self._rows = self._rows + rows
@@ -288,11 +301,11 @@ class Batch:
             self._tokens[:, None], self._cache.layers
         )
         self._cache.advance()
-        self._tokens = self._next_tokens(self._rows, hidden_states[:, -1])
+        logits = self.model.language_model.logits(hidden_states[:, -1])
+        self._tokens = self._next_tokens(self._rows, logits)
 
-    def _next_tokens(self, rows: list[Row], hidden_states: mx.array) -> mx.array:
-        """[B, hidden_size] → tokens [B]."""
-        logits = self.model.language_model.logits(hidden_states)
+    def _next_tokens(self, rows: list[Row], logits: mx.array) -> mx.array:
+        """[B, vocab_size] → tokens [B]."""
         if any(row.process for row in rows):
             each = [
                 logits[i : i + 1]

@@ -22,7 +22,7 @@ from .decode import generate_tokens
 from .drafters import Drafter, DraftModel, PromptLookup, trim
 from .inputs import Inputs, tokenize
 from .options import Options
-from .sampling import make_logits_processor, make_sampler
+from .sampling import Sampler, make_logits_processor, make_sampler
 
 TOKENS_COMPARED = 1000
 
@@ -53,8 +53,10 @@ def speculate_tokens(
         drafter: for the same prompt, unused so far; it counts its drafts.
     """
     decoder = model.language_model
-    choose = _make_chooser(input_ids, options)
-    answer = list(generate_tokens(model, input_ids, embeddings, cache, options, limit=1))
+    sample = make_sampler(options)
+    choose = _make_chooser(input_ids, options, sample)
+    first = generate_tokens(model, input_ids, embeddings, cache, options, 1, sample)
+    answer = list(first)
     yield answer[0]
     while len(answer) < limit:
         # The model adds one token to those it agrees with, which must not exceed the limit.
@@ -71,10 +73,9 @@ def speculate_tokens(
 
 
 def _make_chooser(
-    input_ids: Sequence[int], options: Options
+    input_ids: Sequence[int], options: Options, sample: Sampler
 ) -> Callable[[list[int], mx.array], Iterable[int]]:
     """A function of the answer so far and the logits [k, vocab_size] after it → k chosen tokens."""
-    sample = make_sampler(options)
     process = make_logits_processor(options)
     if process is None:
         return lambda answer, logits: read(sample(logits))
@@ -125,12 +126,16 @@ def make_drafter(
         return None
     model, draft_processor = options.draft_model
     check_vocabularies(processor.tokenizer, draft_processor.tokenizer)
-    pixel_values = inputs.pixel_values
-    visual_tokens = model.encode_images(pixel_values, inputs.image_sizes) if pixel_values else []
-    draft_ids = tokenize(model, draft_processor, prompt, visual_tokens, options)
-    embeddings = model.embed_inputs(mx.array([draft_ids]), visual_tokens=visual_tokens)
+    pixel_values, sizes = inputs.pixel_values, inputs.image_sizes
+    counts = list(map(model.num_visual_tokens, pixel_values, sizes))
+    draft_ids = tokenize(model, draft_processor, prompt, counts, options)
+
+    def embed() -> mx.array:
+        visual_tokens = model.encode_images(pixel_values, sizes) if pixel_values else []
+        return model.embed_inputs(mx.array([draft_ids]), visual_tokens=visual_tokens)
+
     vocab_size = processor.tokenizer.vocab_size
-    return DraftModel(model, embeddings, options.num_draft_tokens, vocab_size)
+    return DraftModel(model, embed, options.num_draft_tokens, vocab_size)
 
 
 def check_vocabularies(tokenizer: Tokenizer, draft_tokenizer: Tokenizer) -> None:

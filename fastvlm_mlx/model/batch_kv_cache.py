@@ -21,6 +21,11 @@ class BatchKVCache:
         self.layers = [_Layer(self) for _ in range(num_layers)]
         self._resize([])
 
+    @property
+    def arrays(self) -> list[mx.array]:
+        """All keys and values."""
+        return [array for layer in self.layers for array in (layer.keys, layer.values)]
+
     def add(self, caches: Sequence[Any], lengths: Sequence[int]) -> None:
         """Add rows.
 

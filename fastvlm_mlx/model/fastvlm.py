@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import cast
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from ..config import FastVLMConfig
 from ..image.grid import anyres_grid
-from ..ops import gelu
+from ..ops import check_process, gelu
 from .kv_cache import KVCache, LayerCache
 from .qwen2 import Block, Qwen2
 from .vision import FastViTHD
@@ -75,12 +76,14 @@ class FastVLM(nn.Module):
         Returns:
             [B, T, vocab_size] logits.
         """
+        check_process()
         if input_embeddings is None and pixel_values is not None:
             input_embeddings = self.embed_inputs(input_ids, pixel_values, image_sizes)
         return self.language_model(input_ids, cache, input_embeddings)
 
     def encode_image(self, pixel_values: mx.array) -> mx.array:
         """[B, S, S, 3] pixel values in [0, 1] → [B, (S/64)², hidden_size] visual tokens."""
+        check_process()
         return self.mm_projector(self.vision_tower(pixel_values))
 
     def encode_images(
@@ -106,6 +109,32 @@ class FastVLM(nn.Module):
             self.merge_tiles(self.encode_image(tiles), size)
             for tiles, size in zip(pixel_values, sizes, strict=True)
         ]
+
+    def num_visual_tokens(
+        self, pixel_values: mx.array, image_size: tuple[int, int] | None = None
+    ) -> int:
+        """How many visual tokens `encode_images` gives for an image, without encoding it.
+
+        Args:
+            pixel_values: [n, S, S, 3] of one image.
+            image_size: as `merge_tiles` takes.
+        """
+        config, tiles = self.config, len(pixel_values)
+        side = pixel_values.shape[1] // config.vision.patch_size
+        square, merge_type = side * side, config.mm_patch_merge_type
+        has_newline = merge_type == "spatial_unpad"
+        if config.image_aspect_ratio != "anyres" or (merge_type == "flat" and tiles > 1):
+            return tiles * square
+        if tiles == 1 or image_size is None:
+            return square + has_newline
+        across, down = anyres_grid(
+            image_size, config.image_grid_pinpoints, side * config.vision.patch_size
+        )
+        rows, columns = down * side, across * side
+        if has_newline:
+            top, left = unpad_margins((rows, columns), image_size)
+            return square + (rows - 2 * top) * (columns - 2 * left + 1)
+        return square + rows * columns
 
     def merge_tiles(self, tiles: mx.array, image_size: tuple[int, int] | None) -> mx.array:
         """Join the visual tokens of an image's overview and tiles (`llava_arch.py`).
@@ -161,13 +190,17 @@ class FastVLM(nn.Module):
         Raises:
             ValueError: the places and the visual tokens differ in number.
         """
+        check_process()
         places = input_ids == self.config.image_token_index
         embeddings = self.language_model.embed(mx.where(places, 0, input_ids))
         if visual_tokens is None:
             visual_tokens = (
                 [] if pixel_values is None else self.encode_images(pixel_values, image_sizes)
             )
-        expected, found = sum(len(tokens) for tokens in visual_tokens), places.sum().item()
+        # Counted on the host, where ids are, so that nothing waits for a GPU.
+        rows_of_ids = cast("list[list[int]]", input_ids.tolist())
+        found = sum(row.count(self.config.image_token_index) for row in rows_of_ids)
+        expected = sum(len(tokens) for tokens in visual_tokens)
         if expected != found:
             raise ValueError(
                 f"The images give {expected} visual tokens, but input_ids has {found} places "

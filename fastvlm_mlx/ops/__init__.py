@@ -20,6 +20,7 @@ from .linear import (
     split_linear,
 )
 from .norm import RMSNorm
+from .process import check_process, note_computation
 from .rope import RoPE
 
 __all__ = [
@@ -34,11 +35,13 @@ __all__ = [
     "assume",
     "attention",
     "causal_attention",
+    "check_process",
     "fast_dtype",
     "gains_from_fusing",
     "gelu",
     "in_row_bands",
     "linear",
+    "note_computation",
     "on_cpu",
     "on_metal",
     "quantize",
