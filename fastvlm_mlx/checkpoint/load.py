@@ -12,6 +12,7 @@ from mlx.utils import tree_flatten
 
 from .. import ops
 from ..config import load_config, read_json
+from ..fields import token_ids
 from ..hub.resolve import resolve
 from ..model.fastvlm import FastVLM
 from ..processor import Processor
@@ -58,9 +59,9 @@ def load_processor(folder: str | Path) -> Processor:
     config = load_config(folder)
     generation = folder / "generation_config.json"
     eos = read_json(generation).get("eos_token_id") if generation.is_file() else None
-    eos_token_ids = [*config.eos_token_ids, *(eos if isinstance(eos, list) else [eos])]
+    eos_token_ids = [*config.eos_token_ids, *token_ids(eos, str(generation))]
     return Processor(
-        tokenizer=Tokenizer.from_folder(folder, [i for i in eos_token_ids if i is not None]),
+        tokenizer=Tokenizer.from_folder(folder, eos_token_ids),
         image_size=config.vision.image_size,
         mode=config.image_aspect_ratio,
         grid_pinpoints=config.image_grid_pinpoints,
