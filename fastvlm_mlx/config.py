@@ -354,7 +354,7 @@ def _decoder(named: Any) -> str:
     """The kind of decoder that a `model_type` names; those without one have a Qwen2."""
     decoder = str(named or "qwen2").removeprefix("llava_").replace("fastvlm", "qwen2")
     if decoder not in DECODERS:
-        reject("the decoder's model_type", " or ".join(DECODERS), named)
+        reject("text_config.model_type", " or ".join(DECODERS), named)
     return decoder
 
 
