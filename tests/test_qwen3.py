@@ -1,6 +1,7 @@
 """A LLaVA checkpoint with a Qwen3 decoder, beside what transformers and mlx_lm compute of it."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,14 @@ from sources import qwen3_folder, write_tokenizer
 import fastvlm_mlx as fv
 from fastvlm_mlx.checkpoint.files import read_tensors
 from fastvlm_mlx.checkpoint.layouts import transformers
+from fastvlm_mlx.checkpoint.load import load_processor
 from fastvlm_mlx.checkpoint.names import quantized_linears, unfuse
 from fastvlm_mlx.checkpoint.read import read_checkpoint
 from fastvlm_mlx.config import CheckpointError, FastVLMConfig, load_config
 from fastvlm_mlx.convert import convert
 from fastvlm_mlx.model.fastvlm import FastVLM
 from fastvlm_mlx.model.kv_cache import KVCache
+from fastvlm_mlx.text.template import apply_chat_template
 
 IMAGE, PLACES = -200, 4
 VOCAB_SIZE = 100
@@ -352,6 +355,53 @@ def test_batches_drafts_and_conversations_say_what_generate_says(loaded: Any) ->
         {"role": "user", "content": QUESTIONS[1]},
     ]
     assert chat.ask(QUESTIONS[1]) == fv.generate(*loaded, turns, image=image, **OPTIONS)
+
+
+# What matters of Qwen3's: no system prompt of its own, and thoughts that only it had.
+REASONING = """\
+{% for message in messages %}<|im_start|>{{ message.role }}
+{% if message.role == 'assistant' %}<think>
+
+</think>
+
+{% endif %}{{ message.content }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+
+@pytest.mark.parametrize("template, kept", [(REASONING, False), ("{{ messages }}", True)])
+def test_prompts_are_those_of_the_originals_code(
+    template: str, kept: bool, folder: Path, tmp_path: Path
+) -> None:
+    """A checkpoint keeps the base's template, but was trained with ChatML and a system prompt."""
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    (copy / "chat_template.jinja").write_text(template)
+    tokenizer = load_processor(copy).tokenizer
+    assert (tokenizer.chat_template == template) is kept
+    if not kept:
+        assert apply_chat_template(tokenizer, "Hi") == (
+            "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+            "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+        )
+
+
+def test_an_image_of_384_pixels(folder: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    config = json.loads((copy / "config.json").read_text())
+    del config["vision_config"]["image_size"]
+    config["mm_vision_tower"] = "mobileclip_l_384"
+    (copy / "config.json").write_text(json.dumps(config))
+    written = convert(copy, tmp_path / "mlx", progress=False)
+    image = np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8)
+    answers = []
+    for each in (copy, written):
+        model, processor = fv.load(each, dtype="float32")
+        assert processor.preprocess(image).shape == (1, 384, 384, 3)
+        *_, last = fv.stream_generate(model, processor, "?", image=image, **OPTIONS)
+        answers.append(
+            (last.prompt_tokens, fv.generate(model, processor, "?", image=image, **OPTIONS))
+        )
+    assert answers[0] == answers[1] and answers[0][0] > (384 // 64) ** 2
 
 
 def test_all_parameters_are_those_of_the_file(folder: Path, loaded: Any) -> None:
