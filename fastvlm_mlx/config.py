@@ -16,7 +16,9 @@ from .fields import (
     CheckpointError,
     check_positive_ints,
     is_moderate_number,
+    is_odd_square,
     is_positive_int,
+    is_size,
     read_json,
     reject,
     token_ids,
@@ -122,7 +124,7 @@ class VisionConfig:
                 # A grouped convolution with one group per input channel needs it.
                 reject(f"vision_config.embed_dims[{i}]", "a multiple of the stage before", dim)
         for shape in self.pos_embs_shapes:
-            if shape is not None and not _is_odd_square(shape):
+            if shape is not None and not is_odd_square(shape):
                 reject("vision_config.pos_embs_shapes", "null or a square, odd kernel", shape)
         if self.hidden_size % self.embed_dims[-1] or not is_positive_int(self.hidden_size):
             reject("vision_config.cls_ratio", "a whole number", self.cls_ratio)
@@ -200,6 +202,10 @@ class TextConfig:
             reject("head_dim", "even", self.head_dim)
         if self.num_attention_heads % self.num_key_value_heads:
             reject("num_key_value_heads", "a divisor of the heads", self.num_key_value_heads)
+        if self.num_attention_heads * self.head_dim > MAX_SIZE:
+            reject(
+                "num_attention_heads", f"at most {MAX_SIZE} / head_dim", self.num_attention_heads
+            )
 
     def _check_features(self, given: dict[str, Any]) -> None:
         """Refuse what transformers' Qwen2 and Qwen3 may have and this decoder does not."""
@@ -373,14 +379,14 @@ def _grid_pinpoints(value: Any) -> tuple[tuple[int, int], ...]:
         pairs = ast.literal_eval(value) if value and isinstance(value, str) else value or []
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         pairs = None
-    if not isinstance(pairs, (list, tuple)) or not all(_is_size(pair) for pair in pairs):
+    if not isinstance(pairs, (list, tuple)) or not all(is_size(pair) for pair in pairs):
         reject("image_grid_pinpoints", "a list of [width, height]", value)
     return tuple((width, height) for width, height in pairs)
 
 
 def _image_token_index(value: Any) -> int:
     if value is not None and not (is_whole_number(value, -MAX_SIZE) and value <= MAX_SIZE):
-        reject("image_token_index", "an integer of 32 bits", value)
+        reject("image_token_index", f"an integer from -{MAX_SIZE} to {MAX_SIZE}", value)
     return IMAGE_TOKEN_INDEX if value is None else int(value)
 
 
@@ -404,13 +410,3 @@ def _freeze(value: Any, depth: int = 2) -> Any:
     if not depth or not isinstance(value, list):
         return value
     return tuple(_freeze(each, depth - 1) for each in value)
-
-
-def _is_size(pair: Any) -> bool:
-    whole = isinstance(pair, (list, tuple)) and len(pair) == 2
-    return whole and all(is_positive_int(side) for side in pair)
-
-
-def _is_odd_square(shape: Any) -> bool:
-    square = isinstance(shape, tuple) and len(shape) == 2 and shape[0] == shape[1]
-    return square and is_positive_int(shape[0]) and shape[0] % 2 == 1

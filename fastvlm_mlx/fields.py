@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 from .checks import brief, is_number, is_whole_number
 
-MAX_SIZE = 2**31 - 1  # of any dimension
+MAX_SIZE = 2**29  # of any dimension: three of them side by side are less than MLX's limit
 MAX_SHOWN = 80  # characters of a value in an error
 
 
@@ -42,6 +42,17 @@ def read_json(path: Path) -> dict[str, Any]:
 def is_positive_int(value: Any) -> bool:
     """Whether a value may be a dimension."""
     return is_whole_number(value) and value <= MAX_SIZE
+
+
+def is_size(pair: Any) -> bool:
+    """Whether a value is a pair of dimensions."""
+    whole = isinstance(pair, (list, tuple)) and len(pair) == 2
+    return whole and all(is_positive_int(side) for side in pair)
+
+
+def is_odd_square(shape: Any) -> bool:
+    """Whether a value is a pair of the same odd dimension."""
+    return is_size(shape) and shape[0] == shape[1] and shape[0] % 2 == 1
 
 
 def is_moderate_number(value: Any) -> bool:

@@ -128,6 +128,9 @@ MALFORMED = [
     ("hidden_size", True),
     ("hidden_size", [64]),
     ("hidden_size", 10**400),
+    ("hidden_size", 2**31 - 1),
+    ("intermediate_size", 2**31 - 1),  # gate and up are one product
+    ("num_attention_heads", 2**20),
     ("hidden_size", 66),  # 4 heads
     ("hidden_act", "gelu"),
     ("num_hidden_layers", None),
@@ -154,6 +157,7 @@ MALFORMED = [
     ("attention_bias", False),  # transformers' Qwen2 always has it
     ("layer_types", ["full_attention", "sliding_attention"]),
     ("head_dim", 15),
+    ("head_dim", 2**28),
     ("torch_dtype", 16),
     ("torch_dtype", ["float32"]),
     ("use_sliding_window", True),
@@ -435,10 +439,14 @@ def test_any_object_gives_a_config_or_checkpoint_error(config):
 
 
 @quick
-@given(st.lists(st.tuples(st.sampled_from(PATHS), json_values), min_size=1, max_size=3))
-@example([(("vision_config", "downsamples"), [1e308] * 5)])
-def test_any_field_changed_gives_a_config_or_checkpoint_error(changes):
-    config = copy.deepcopy(SMALL)
+@given(
+    st.sampled_from(["llava_qwen2", "llava_qwen3"]),
+    st.lists(st.tuples(st.sampled_from(PATHS), json_values), min_size=1, max_size=3),
+)
+@example("llava_qwen2", [(("vision_config", "downsamples"), [1e308] * 5)])
+@example("llava_qwen3", [(("head_dim",), 2**29)])
+def test_any_field_changed_gives_a_config_or_checkpoint_error(model_type, changes):
+    config = copy.deepcopy(SMALL) | {"model_type": model_type}
     for path, value in changes:
         if len(path) == 1:
             config[path[0]] = value

@@ -20,6 +20,7 @@ from fastvlm_mlx.checkpoint.files import read_tensors
 from fastvlm_mlx.checkpoint.layouts import transformers
 from fastvlm_mlx.checkpoint.load import load_processor
 from fastvlm_mlx.checkpoint.names import quantized_linears, unfuse
+from fastvlm_mlx.checkpoint.processor_files import config_json
 from fastvlm_mlx.checkpoint.read import read_checkpoint
 from fastvlm_mlx.config import CheckpointError, FastVLMConfig, load_config
 from fastvlm_mlx.convert import convert
@@ -135,6 +136,20 @@ def test_logits_and_greedy_tokens_equal_those_of_transformers(
     assert error(found[0], logits) < 1e-4
     assert greedy(model, found, cache, len(tokens)) == tokens
     assert len(set(tokens)) > 4
+
+
+@pytest.mark.parametrize("dtype, limit", [("float16", 8 * 2**-11), ("bfloat16", 8 * 2**-8)])
+def test_half_precision_is_near(
+    dtype: str, limit: float, folder: Path, loaded: Any, assume: Callable[[str], None]
+) -> None:
+    """As on a GPU, where weights keep their dtype; eight roundings of the largest value."""
+    assume("metal")
+    model, ids = fv.load_model(folder, dtype=dtype), random_ids(12)
+    cache = model.make_kv_cache()
+    steps = [model(ids[:, i : i + 1], cache) for i in range(12)]
+    assert model(ids).dtype == steps[0].dtype == getattr(mx, dtype)
+    for found in (model(ids), mx.concatenate(steps, axis=1)):
+        assert error(found.astype(mx.float32), loaded[0](ids)) < limit
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -259,6 +274,16 @@ def test_what_the_decoder_does_not_have_is_refused(name: str, value: Any, folder
     config = json.loads((folder / "config.json").read_text())
     with pytest.raises(CheckpointError, match=rf"{name} must be .*\.$"):
         FastVLMConfig.from_dict(config | {name: value})
+
+
+def test_a_decoder_of_its_own_in_text_config() -> None:
+    for text in (TEXT, TEXT | {"model_type": "qwen3"}):
+        nested = {"model_type": "fastvlm", "vision_config": models.VISION, "text_config": text}
+        config = FastVLMConfig.from_dict(nested)
+        assert (config.text.qk_norm, config.text.head_dim) == (True, 24)
+        written = config_json(config, "float32", {})
+        assert written["model_type"] == "llava_qwen3"
+        assert FastVLMConfig.from_dict(written).text == config.text
 
 
 def test_to_mlx_and_back(folder: Path, tmp_path: Path) -> None:
