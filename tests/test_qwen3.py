@@ -339,8 +339,10 @@ def test_to_transformers_and_back(folder: Path, tmp_path: Path) -> None:
     assert transformers.config_json(load_config(again), "float32", 260)["text_config"] == text
 
 
-@pytest.mark.needs("coremltools")
-def test_the_demo_app_has_no_qwen3(folder: Path, tmp_path: Path) -> None:
+def test_the_demo_app_has_no_qwen3(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(convert.__globals__, "import_coremltools", lambda what: None)
     with pytest.raises(ValueError, match="Qwen2"):
         convert(folder, tmp_path / "app", layout="apple-export", progress=False)
 
