@@ -162,6 +162,8 @@ def _check_exportable(folder: Path, config: FastVLMConfig, weights: Weights) -> 
         raise ValueError(
             f"{folder} can't be exported: the app knows only mlp2x_gelu, without tiles."
         )
+    if config.text.model_type != "qwen2":
+        raise ValueError(f"{folder} can't be exported: the app knows only Qwen2 decoders.")
 
 
 def _card(

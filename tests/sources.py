@@ -7,6 +7,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
+from fastvlm_mlx.checkpoint.layouts import llava
 from fastvlm_mlx.checkpoint.names import quantized_linears
 from fastvlm_mlx.checkpoint.read import read_checkpoint
 from fastvlm_mlx.convert import WRITTEN
@@ -37,6 +38,19 @@ def with_tokenizer(folder: Path, target: Path) -> Path:
     """A copy of a folder, with a tokenizer of bytes."""
     shutil.copytree(folder, target)
     write_tokenizer(target)
+    return target
+
+
+def qwen3_folder(data: Path, target: Path) -> Path:
+    """The small model with a Qwen3 decoder, in the original's layout, without a tokenizer.
+
+    Its encoder is that of `random-small`; see `make.py` in its folder.
+    """
+    encoder = mx.load(str(data / "random-small" / "llava" / "model.safetensors"))
+    tensors = {name: t for name, t in encoder.items() if name.startswith(llava.ENCODER)}
+    tensors |= mx.load(str(data / "qwen3-small" / "model.safetensors"))
+    mx.save_safetensors(str(target / "model.safetensors"), tensors)
+    shutil.copyfile(data / "qwen3-small" / "config.json", target / "config.json")
     return target
 
 

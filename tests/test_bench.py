@@ -2,6 +2,7 @@ import json
 import math
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,7 @@ SMALL_TEXT = TextConfig(
     intermediate_size=160,
     num_attention_heads=4,
     num_key_value_heads=2,
+    head_dim=16,
     vocab_size=320,
 )
 
@@ -96,9 +98,10 @@ def test_weights_are_those_of_the_encoder() -> None:
     assert encoder_work(config, 256).weights == encoder_work(config, 1024).weights
 
 
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3"])
 @pytest.mark.parametrize("tied", [True, False])
-def test_weights_are_those_of_the_decoder(tied: bool) -> None:
-    config = TextConfig(tie_word_embeddings=tied)
+def test_weights_are_those_of_the_decoder(tied: bool, model_type: str) -> None:
+    config = TextConfig(model_type=model_type, tie_word_embeddings=tied)
     decoder = Qwen2(config)
     read = parameters(decoder) - (0 if tied else parameters(decoder.embed_tokens))
     assert decoder_work(config, 5).weights == read
@@ -136,10 +139,14 @@ def test_operations_are_those_of_the_encoder(
         assert products(small.encode_image, mx.zeros((1, size, size, 3))) == expected.flops
 
 
-def test_operations_are_those_of_the_decoder(assume: Callable[[str], None]) -> None:
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3"])
+def test_operations_are_those_of_the_decoder(
+    model_type: str, assume: Callable[[str], None]
+) -> None:
     assume("cuda")
-    decoder = Qwen2(SMALL_TEXT)
-    expected = decoder_work(SMALL_TEXT, 1)
+    config = replace(SMALL_TEXT, model_type=model_type, head_dim=24)
+    decoder = Qwen2(config)
+    expected = decoder_work(config, 1)
     assert products(decoder, mx.zeros((1, 1), mx.int32)) == expected.flops
 
 

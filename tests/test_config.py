@@ -8,6 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 
+from fastvlm_mlx.checkpoint.processor_files import config_json
 from fastvlm_mlx.config import (
     CheckpointError,
     FastVLMConfig,
@@ -61,6 +62,7 @@ SMALL = {
     "max_position_embeddings": 4096,
     "tie_word_embeddings": True,
     "use_sliding_window": False,
+    "sliding_window": 4096,
     "tokenizer_model_max_length": 2048,
     "eos_token_id": 2,
     "torch_dtype": "float32",
@@ -83,7 +85,10 @@ SMALL = {
         "head_dim": 32,
     },
 }
-PATHS = [(name,) for name in SMALL] + [("vision_config", n) for n in SMALL["vision_config"]]
+# What others have as well.
+MORE = ("head_dim", "attention_bias", "layer_types", "rope_parameters", "dtype")
+PATHS = [(name,) for name in (*SMALL, *MORE)]
+PATHS += [("vision_config", name) for name in SMALL["vision_config"]]
 MALFORMED = [
     ("model_type", None),
     ("model_type", "llava"),
@@ -103,8 +108,18 @@ MALFORMED = [
     ("image_grid_pinpoints", [[1, "wide"]]),
     ("image_grid_pinpoints", {"a": 1}),
     ("image_grid_pinpoints", "[(1e999, 2)]"),
+    ("image_grid_pinpoints", [[0, 128]]),
+    ("image_grid_pinpoints", [[128.5, 128]]),
+    ("image_grid_pinpoints", [[True, True]]),
+    ("image_grid_pinpoints", ["12"]),
+    ("image_grid_pinpoints", "(" * 5000),
     ("image_token_index", "last"),
+    ("image_token_index", "5"),
     ("image_token_index", math.inf),
+    ("image_token_index", 2**63),
+    ("image_token_index", 1.5),
+    ("image_token_index", True),
+    ("image_token_index", {}),
     ("hidden_size", None),
     ("hidden_size", 0),
     ("hidden_size", -64),
@@ -112,6 +127,10 @@ MALFORMED = [
     ("hidden_size", "64"),
     ("hidden_size", True),
     ("hidden_size", [64]),
+    ("hidden_size", 10**400),
+    ("hidden_size", 2**31 - 1),
+    ("intermediate_size", 2**31 - 1),  # gate and up are one product
+    ("num_attention_heads", 2**20),
     ("hidden_size", 66),  # 4 heads
     ("hidden_act", "gelu"),
     ("num_hidden_layers", None),
@@ -131,17 +150,39 @@ MALFORMED = [
     ("rope_theta", math.inf),
     ("rope_scaling", "yarn"),
     ("rope_scaling", {"type": "yarn", "factor": 4.0}),
+    ("rope_scaling", {"type": {}}),
+    ("rope_theta", True),
+    ("rope_theta", 10**400),
+    ("tie_word_embeddings", "yes"),
+    ("attention_bias", False),  # transformers' Qwen2 always has it
+    ("layer_types", ["full_attention", "sliding_attention"]),
+    ("head_dim", 15),
+    ("head_dim", 2**28),
+    ("torch_dtype", 16),
+    ("torch_dtype", ["float32"]),
     ("use_sliding_window", True),
     ("tokenizer_model_max_length", "long"),
     ("tokenizer_model_max_length", [2048]),
     ("tokenizer_model_max_length", math.inf),
+    ("tokenizer_model_max_length", 10**400),
+    ("tokenizer_model_max_length", "2048"),
+    ("tokenizer_model_max_length", 0),
+    ("tokenizer_model_max_length", True),
     ("eos_token_id", "end"),
+    ("eos_token_id", {}),
+    ("eos_token_id", [[2]]),
+    ("eos_token_id", True),
+    ("eos_token_id", -1),
+    ("eos_token_id", 2**63),
+    ("eos_token_id", 2.0),
     ("eos_token_id", [2, "end"]),
     ("quantization", 4),
     ("quantization", [4]),
     ("text_config", 5),
     ("text_config", "qwen2"),
+    ("text_config", {"model_type": "llama", "hidden_size": 64}),
     ("vision_config", "fastvithd"),
+    ("vision_config", "x" * 10**6),
     ("vision_config", [1, 2]),
     ("vision_config.image_size", 0),
     ("vision_config.image_size", 128.0),
@@ -195,9 +236,10 @@ scalars = (
     st.none()
     | st.booleans()
     | st.integers(-5, 300)
-    | st.sampled_from([10**6, -(10**400)])
+    | st.sampled_from([10**6, 2**31, 2**63, 10**400, -(10**400)])
     | st.floats()
     | st.text(max_size=5)
+    | st.sampled_from(["\ud800", "a\udfff", "x" * 10_000, "qwen3", "llava_qwen3"])
     | st.sampled_from(["repmixer", "attention", "pad", "anyres", "identity", "mlp3x_gelu", "64"])
     | st.sampled_from(["llava_qwen2", "fastvlm", "fast_vlm", "mobileclip_l_512", "[(1e999, 1)]"])
 )
@@ -235,12 +277,16 @@ def is_small(config: FastVLMConfig) -> bool:
 
 
 def check_total(value: Any) -> None:
-    """A config or CheckpointError comes out, and of a config a model can be made."""
+    """A config or CheckpointError comes out; a config can be written, read and made a model of."""
     try:
         config = FastVLMConfig.from_dict(value)
     except CheckpointError as error:
-        assert str(error).endswith(".")
+        assert is_one_sentence(str(error)) and str(error).isprintable()
         return
+    written = config_json(config, "float32", config.quantization)
+    again = FastVLMConfig.from_dict(json.loads(json.dumps(written)))
+    assert (again.vision, again.text) == (config.vision, config.text)
+    assert again.image_token_index == -200 and again.max_length == config.max_length
     if is_small(config):
         assert all(0 not in array.shape for _, array in tree_flatten(FastVLM(config).parameters()))
 
@@ -371,6 +417,12 @@ def test_a_long_value_is_not_quoted_whole():
     assert is_one_sentence(str(error.value))
 
 
+def test_a_number_that_python_does_not_write():
+    with pytest.raises(CheckpointError, match="hidden_size must be a positive integer") as error:
+        FastVLMConfig.from_dict(with_field("hidden_size", 10**5000))
+    assert is_one_sentence(str(error.value))
+
+
 @pytest.mark.parametrize("name", ["hidden_size", "num_hidden_layers", "vocab_size"])
 def test_a_field_without_default_is_asked_for(name):
     config = {k: v for k, v in SMALL.items() if k != name}
@@ -379,7 +431,7 @@ def test_a_field_without_default_is_asked_for(name):
 
 
 @quick
-@given(st.dictionaries(st.sampled_from([*SMALL, "rope_parameters", "dtype"]), json_values))
+@given(st.dictionaries(st.sampled_from([*SMALL, *MORE]), json_values))
 @example({"model_type": "llava_qwen2"})
 @example({"model_type": "fast_vlm", "vision_config": {"model_args": {"layers": 1}}})
 def test_any_object_gives_a_config_or_checkpoint_error(config):
@@ -387,10 +439,14 @@ def test_any_object_gives_a_config_or_checkpoint_error(config):
 
 
 @quick
-@given(st.lists(st.tuples(st.sampled_from(PATHS), json_values), min_size=1, max_size=3))
-@example([(("vision_config", "downsamples"), [1e308] * 5)])
-def test_any_field_changed_gives_a_config_or_checkpoint_error(changes):
-    config = copy.deepcopy(SMALL)
+@given(
+    st.sampled_from(["llava_qwen2", "llava_qwen3"]),
+    st.lists(st.tuples(st.sampled_from(PATHS), json_values), min_size=1, max_size=3),
+)
+@example("llava_qwen2", [(("vision_config", "downsamples"), [1e308] * 5)])
+@example("llava_qwen3", [(("head_dim",), 2**29)])
+def test_any_field_changed_gives_a_config_or_checkpoint_error(model_type, changes):
+    config = copy.deepcopy(SMALL) | {"model_type": model_type}
     for path, value in changes:
         if len(path) == 1:
             config[path[0]] = value
@@ -418,6 +474,26 @@ def test_a_file_that_is_no_json_object(tmp_path, content, reason):
         load_config(tmp_path)
     assert str(tmp_path / "config.json") in str(error.value)
     assert is_one_sentence(str(error.value))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [rb'{"name": "\ud800"}', rb'{"\uDFFF": 1}', b'{"name": "\xed\xa0\x80"}'],
+    ids=["value", "name", "bytes"],
+)
+def test_half_a_surrogate_pair_is_no_text(tmp_path, content):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"surrogate|utf-8") as error:
+        read_json(tmp_path / "config.json")
+    assert is_one_sentence(str(error.value)) and str(error.value).isprintable()
+    (tmp_path / "config.json").write_bytes(rb'{"name": "\ud83d\udc27 \\ud800"}')
+    assert read_json(tmp_path / "config.json") == {"name": "🐧 \\ud800"}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+def test_a_file_in_any_encoding_of_json(tmp_path, encoding):
+    (tmp_path / "config.json").write_bytes('{"name": "Ärger 🐧"}'.encode(encoding))
+    assert read_json(tmp_path / "config.json") == {"name": "Ärger 🐧"}
 
 
 def test_a_folder_without_config(tmp_path):

@@ -29,7 +29,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from sources import full_nano, with_tokenizer
+from sources import full_nano, qwen3_folder, with_tokenizer
 
 import fastvlm_mlx as fv
 from fastvlm_mlx.checkpoint.load import load_processor
@@ -234,20 +234,25 @@ def test_images_and_prompts(tmp_path: Path) -> None:
 
 @pytest.fixture
 def sources(
-    small_folder: Path, make_checkpoint: Callable[..., Path], tmp_path: Path
+    data: Path, small_folder: Path, make_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> dict[str, Callable[[], Path]]:
     def released() -> Path:
         return with_tokenizer(make_checkpoint(tie_word_embeddings=False), tmp_path / "released")
+
+    def qwen3() -> Path:
+        (tmp_path / "plain").mkdir()
+        return with_tokenizer(qwen3_folder(data, tmp_path / "plain"), tmp_path / "qwen3")
 
     return {
         "nano": lambda: full_nano(tmp_path / "nano"),
         "small": lambda: with_tokenizer(small_folder, tmp_path / "small"),
         "the released encoder, untied": released,
+        "Qwen3": qwen3,
     }
 
 
 @needs_transformers
-@pytest.mark.parametrize("source", ["nano", "small", "the released encoder, untied"])
+@pytest.mark.parametrize("source", ["nano", "small", "the released encoder, untied", "Qwen3"])
 def test_transformers(sources: dict[str, Callable[[], Path]], tmp_path: Path, source: str) -> None:
     written = sources[source]()
     folder = convert(
@@ -264,6 +269,19 @@ def test_transformers(sources: dict[str, Callable[[], Path]], tmp_path: Path, so
         for text in TEXT.split("<image>")
     )
     assert theirs["text_ids"].tolist() == [*before, config["image_token_index"], *after]
+
+
+@needs_transformers
+def test_the_small_qwen3_is_what_transformers_makes(data: Path, tmp_path: Path) -> None:
+    folder = data / "qwen3-small"
+    command = [TRANSFORMERS, str(folder / "make.py"), str(tmp_path)]
+    subprocess.run(command, check=True, capture_output=True)
+    for file in ("config.json", "expected.json"):
+        assert (tmp_path / file).read_text() == (folder / file).read_text()
+    for file in ("model.safetensors", "expected.safetensors"):
+        found, stored = mx.load(str(tmp_path / file)), mx.load(str(folder / file))
+        assert found.keys() == stored.keys()
+        assert all(mx.allclose(found[k], stored[k], rtol=1e-4, atol=1e-4) for k in stored)
 
 
 @needs_transformers

@@ -14,7 +14,7 @@ PACKAGE = "fastvlm_mlx"
 # A room, which is a folder or file at the top of the package, imports from its own level and from
 # those before.
 ORDER = (
-    "version checks progress http",
+    "version checks fields progress http",
     "ops config",
     "image text",
     "processor model",

@@ -185,6 +185,14 @@ def test_settings_of_quantization_that_do_not_exist(small_folder, quantize):
         {"bits": 8, "group_size": 0},
         {"bits": 8, "group_size": None},
         {"bits": [8]},
+        {"bits": 8.0},
+        {"bits": True},
+        {"bits": 10**400},
+        {"bits": "8" * 10**6},
+        {"bits": 8, "group_size": 64.0},
+        {"bits": 8, "group_size": {}},
+        {"bits": 8, "mode": {}},
+        {"bits": 8, "group_size": 32.0, "mode": "mxfp8"},
         {"bits": 8, "mode": "magic"},
         {"bits": 8, "language_model.model.embed_tokens": {"bits": "four"}},
         {"bits": 8, "language_model.model.layers.0.self_attn.q_proj": {"bits": 4}},
@@ -262,6 +270,17 @@ def test_end_tokens_come_from_both_configs(tmp_path):
     (folder / "generation_config.json").write_text('{"eos_token_id": [740, 742]}')
     ids = load_processor(folder).tokenizer.eos_token_ids
     assert {740, 742} <= set(ids)
+
+
+@pytest.mark.parametrize("ends", [{}, [[7]], "end", True, 2**63, -1, 1.5], ids=str)
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+def test_end_tokens_that_are_none(tmp_path, file, ends):
+    folder = Path(shutil.copytree(NANO, tmp_path / "nano"))
+    fields = json.loads((folder / file).read_text()) if (folder / file).exists() else {}
+    (folder / file).write_text(json.dumps(fields | {"eos_token_id": ends}))
+    with pytest.raises(CheckpointError, match="eos_token_id must be") as error:
+        load_processor(folder)
+    assert file in one_sentence(error)
 
 
 def test_load_of_a_name_that_is_nothing(tmp_path):

@@ -128,8 +128,8 @@ def decoder_work(config: TextConfig, tokens: int, offset: int = 0) -> Work:
     """
     width, D = config.hidden_size, config.head_dim
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    layer = Work(weights=2 * width)  # the norms'
-    layer += linear_work(tokens, width, (heads + 2 * kv_heads) * D)
+    layer = Work(weights=2 * width + 2 * D * config.qk_norm)  # the norms'
+    layer += linear_work(tokens, width, (heads + 2 * kv_heads) * D, bias=config.attention_bias)
     layer += attention_work(tokens, offset + tokens, heads, kv_heads, D, causal=True)
     layer += linear_work(tokens, heads * D, width, bias=False)
     layer += linear_work(tokens, width, 2 * config.intermediate_size, bias=False)

@@ -12,6 +12,7 @@ from mlx.utils import tree_flatten
 
 from .. import ops
 from ..config import load_config, read_json
+from ..fields import token_ids
 from ..hub.resolve import resolve
 from ..model.fastvlm import FastVLM
 from ..processor import Processor
@@ -23,6 +24,7 @@ from .quantize import Quantize, quantize_checkpoint
 from .read import read_checkpoint
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+THOUGHT = "<think>"  # in the chat template of a language model that reasons aloud
 READ_AT_ONCE = 10**8  # bytes; enough to read in parallel
 
 
@@ -58,9 +60,12 @@ def load_processor(folder: str | Path) -> Processor:
     config = load_config(folder)
     generation = folder / "generation_config.json"
     eos = read_json(generation).get("eos_token_id") if generation.is_file() else None
-    eos_token_ids = [*config.eos_token_ids, *(eos if isinstance(eos, list) else [eos])]
+    eos_token_ids = [*config.eos_token_ids, *token_ids(eos, str(generation))]
+    tokenizer = Tokenizer.from_folder(folder, eos_token_ids)
+    if config.text.model_type == "qwen3" and THOUGHT in (tokenizer.chat_template or ""):
+        tokenizer.chat_template = None  # Qwen3's own, which LLaVA's training leaves and never uses
     return Processor(
-        tokenizer=Tokenizer.from_folder(folder, [i for i in eos_token_ids if i is not None]),
+        tokenizer=tokenizer,
         image_size=config.vision.image_size,
         mode=config.image_aspect_ratio,
         grid_pinpoints=config.image_grid_pinpoints,

@@ -54,7 +54,7 @@ def config_json(
     written.pop("auto_map", None)  # names code that is not copied
     written |= {
         **asdict(config.text),
-        "model_type": "llava_qwen2",
+        "model_type": f"llava_{config.text.model_type}",
         "torch_dtype": dtype,
         "image_token_index": IMAGE_TOKEN_INDEX,
         "image_aspect_ratio": config.image_aspect_ratio,

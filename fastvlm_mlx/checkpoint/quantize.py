@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 
 import mlx.core as mx
 
+from ..checks import brief
 from ..config import FastVLMConfig
 from . import fold
 from .files import Weights
@@ -64,8 +65,7 @@ def layer_settings(given: Mapping[str, Any]) -> LayerSettings:
         ValueError: bits, group size or mode is unknown, or they don't go together.
     """
     mode = given.get("mode", "affine")
-    if mode not in MODES:
-        raise ValueError(f"quantize: mode must be one of {', '.join(MODES)}, found {mode!r}.")
+    _check_one_of("mode", mode, tuple(MODES))
     group_size, bits = MODES[mode]
     chosen = {
         "group_size": given.get("group_size", group_size),
@@ -74,12 +74,19 @@ def layer_settings(given: Mapping[str, Any]) -> LayerSettings:
     }
     if mode != "affine" and (chosen["group_size"], chosen["bits"]) != (group_size, bits):
         raise ValueError(f"quantize: {mode} is always {bits} bits in groups of {group_size}.")
-    if chosen["bits"] not in BITS:
-        raise ValueError(f"quantize: bits must be one of {BITS}, found {chosen['bits']!r}.")
-    if mode == "affine" and chosen["group_size"] not in GROUP_SIZES:
-        found = chosen["group_size"]
-        raise ValueError(f"quantize: group_size must be one of {GROUP_SIZES}, found {found!r}.")
+    _check_one_of("bits", chosen["bits"], BITS)
+    known = GROUP_SIZES if mode == "affine" else (group_size,)
+    _check_one_of("group_size", chosen["group_size"], known)
     return chosen
+
+
+def _check_one_of(name: str, value: Any, known: tuple[Any, ...]) -> None:
+    """ValueError unless a setting has a known value; 4.0 is none, since MLX takes no floats."""
+    if isinstance(value, float) or value not in known:
+        shown = brief(repr(value))
+        raise ValueError(
+            f"quantize: {name} must be one of {', '.join(map(str, known))}, found {shown}."
+        )
 
 
 def part_of(name: str) -> str:

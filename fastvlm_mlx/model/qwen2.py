@@ -1,4 +1,5 @@
-"""The Qwen2 decoder (Qwen2 technical report, section 2.2).
+"""The Qwen2 decoder (Qwen2 technical report, section 2.2), and Qwen3, which instead of biases on
+queries, keys and values has norms on queries and keys (Qwen3 technical report, section 2).
 
 Docstrings name the modules of transformers' `modeling_qwen2.py`. Shapes: B sequences, T tokens,
 S tokens seen so far, D = head_dim. The caches of `mlx_lm.models.cache` fit wherever a `KVCache`
@@ -30,8 +31,11 @@ class Attention(nn.Module):
         self.num_kv_heads = config.num_key_value_heads
         self.scale = D**-0.5
         width = (self.num_heads + 2 * self.num_kv_heads) * D
-        self.qkv_proj = nn.Linear(config.hidden_size, width, bias=True)
+        self.qkv_proj = nn.Linear(config.hidden_size, width, bias=config.attention_bias)
         self.o_proj = nn.Linear(self.num_heads * D, config.hidden_size, bias=False)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(D, eps=config.rms_norm_eps)
+            self.k_norm = RMSNorm(D, eps=config.rms_norm_eps)
 
     def __call__(
         self, x: mx.array, mask: Mask, cache: LayerCache | None, rope: RoPE, residual: mx.array
@@ -39,6 +43,8 @@ class Attention(nn.Module):
         B, T, _ = x.shape
         heads = self.num_heads + 2 * self.num_kv_heads
         qkv = linear(self.qkv_proj, x).reshape(B, T, heads, -1)
+        if "q_norm" in self:
+            qkv = self._normalise(qkv)
         if _is_step(cache, T):
             qkv = rope(qkv.reshape(B * heads, 1, -1)).reshape(B, heads, 1, -1)
             queries, keys_and_values = mx.split(qkv, [self.num_heads], axis=1)
@@ -52,6 +58,12 @@ class Attention(nn.Module):
                 keys, values = cache.update_and_fetch(keys, values)
         y = ops.causal_attention(queries, keys, values, cache, self.scale, mask)
         return linear(self.o_proj, y.transpose(0, 2, 1, 3).reshape(B, T, -1), residual)
+
+    def _normalise(self, qkv: mx.array) -> mx.array:
+        """[B, T, heads, D] with each head of queries and keys normalised (`Qwen3Attention`)."""
+        ends = [self.num_heads, self.num_heads + self.num_kv_heads]
+        queries, keys, values = mx.split(qkv, ends, axis=2)
+        return mx.concatenate([self.q_norm(queries), self.k_norm(keys), values], axis=2)
 
 
 class MLP(nn.Module):
@@ -83,7 +95,7 @@ class Block(nn.Module):
 
 
 class Qwen2(nn.Module):
-    """Token ids or embeddings in, logits out (`Qwen2ForCausalLM`)."""
+    """Token ids or embeddings in, logits out (`Qwen2ForCausalLM`, `Qwen3ForCausalLM`)."""
 
     def __init__(self, config: TextConfig):
         super().__init__()

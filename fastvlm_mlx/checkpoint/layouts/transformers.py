@@ -123,7 +123,6 @@ def config_json(config: FastVLMConfig, dtype: str, image_token_index: int) -> di
             },
         },
         "text_config": {
-            "model_type": "qwen2",
             "hidden_act": "silu",
             "eos_token_id": eos,
             **asdict(text),
