@@ -21,7 +21,7 @@ def is_number(value: Any) -> bool:
 def check_whole_number(name: str, value: Any, least: int = 1) -> None:
     """ValueError, naming the argument, unless its value is a whole number from `least` on."""
     if not is_whole_number(value, least):
-        raise ValueError(f"{name} must be a whole number from {least}, found {value!r}.")
+        raise ValueError(f"{name} must be a whole number from {least}, found {shown(value)}.")
 
 
 def reason(error: BaseException) -> str:
@@ -31,6 +31,21 @@ def reason(error: BaseException) -> str:
 
 
 def brief(text: str, limit: int = 160) -> str:
-    """`text` on one line of at most `limit` characters."""
-    line = " ".join(text[: 4 * limit].split())
+    """`text` on one line of at most `limit` characters that can be printed anywhere, without the
+    user names and passwords of URLs."""
+    line = " ".join(without_credentials(text)[: 4 * limit].split())
+    line = line.encode(errors="backslashreplace").decode()
     return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
+def shown(value: Any, limit: int = 160) -> str:
+    """A value as Python writes it, in brief."""
+    try:
+        return brief(repr(value), limit)
+    except Exception:  # an int of too many digits, or an object's own mistake
+        return f"a value of type {type(value).__name__}"
+
+
+def without_credentials(text: str) -> str:
+    """`text` without the user names and passwords of the URLs in it."""
+    return re.sub(r"(?<=://)[^/?#\s'\"]*@", "***@", text)

@@ -63,6 +63,7 @@ def body(response: Any) -> Iterator[bytes]:
 
 
 def content_length(response: Any) -> int | None:
-    """How many bytes the body of a response has as it is sent; None if not declared."""
+    """How many bytes the body of a response has as it is sent; None if not declared, or not as a
+    number that a file can have."""
     length = response.headers.get("Content-Length", "")
-    return int(length) if length.isdecimal() else None
+    return int(length) if length.isdecimal() and len(length) < 20 else None
