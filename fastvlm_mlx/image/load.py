@@ -6,6 +6,7 @@ import os
 import shlex
 import stat
 import sys
+from contextlib import suppress
 from inspect import iscoroutinefunction
 from io import BytesIO, TextIOBase
 from pathlib import Path
@@ -126,7 +127,7 @@ def _read_named(source: str, timeout: float, max_bytes: int, purpose: Purpose | 
 
 
 def _read_path(path: str, name: str, purpose: Purpose | None) -> Picture:
-    path = os.path.expanduser(path)
+    path = _expand(path)
     try:
         _check_kind(path, name)
         stream = open(path, "rb")  # noqa: SIM115
@@ -221,7 +222,7 @@ def image_files(folder: str | os.PathLike[str], recursive: bool = False) -> list
     Raises:
         FileNotFoundError: there is no such folder.
     """
-    root = Path(os.path.expanduser(folder))
+    root = Path(_expand(folder))
     if not root.is_dir():
         raise FileNotFoundError(f"There is no folder {shown(os.fspath(folder))} of images.")
     return sorted(
@@ -239,23 +240,32 @@ def dragged_path(text: str) -> str:
     Terminals escape spaces with backslashes or put quotes around, and leave a space behind; file
     managers copy file URLs. Of the possible readings, the first that exists is taken.
     """
-    stripped = text.strip()
-    read = _unquoted(stripped)
+    read = _unquoted(text)
     if read[:7].lower() == "file://":
-        read = _from_file_url(read[7:], shown(read))
-    read = os.path.expanduser(read)
-    return next((path for path in (text, stripped) if _exists(path)), read)
+        with suppress(ValueError):  # it has no path
+            read = _from_file_url(read[7:], shown(read))
+    read = _expand(read)
+    return next((path for path in (text, text.strip()) if _exists(path)), read)
 
 
 def _unquoted(text: str) -> str:
-    """A word of a shell without quotes and backslashes; other texts as they are."""
-    if "://" in text and text[0] not in "'\"":  # a backslash in a URL is its own
-        return text
+    """A word of a shell without quotes and backslashes; another text without space around."""
+    stripped = text.strip()
+    if "://" in text and stripped[0] not in "'\"":  # a backslash in a URL is its own
+        return stripped
     try:
         words = shlex.split(text)
     except ValueError:  # a quote alone
-        return text
-    return words[0] if len(words) == 1 else text
+        return stripped
+    return words[0] if len(words) == 1 else stripped
+
+
+def _expand(path: str | os.PathLike[str]) -> str:
+    """A path with `~` or `~name` as a home directory, if it is one."""
+    try:
+        return os.path.expanduser(os.fspath(path))
+    except ValueError:  # a name with a zero byte or half a character
+        return os.fspath(path)
 
 
 def _exists(path: str) -> bool:
