@@ -291,7 +291,7 @@ def test_limits_of_any_kind(site: str) -> None:
 
 
 def test_lengths_that_no_file_has() -> None:
-    for length, expected in (("9" * 5000, None), ("12", 12), ("", None), ("-1", None)):
+    for length, expected in (("9" * 5000, None), ("12", 12), ("", None), ("-1", None), ("²", None)):
         response = SimpleNamespace(headers={"Content-Length": length})
         assert http.content_length(response) == expected
 

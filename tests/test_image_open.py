@@ -92,6 +92,26 @@ def test_what_follows_the_header_is_not_bounded(monkeypatch: pytest.MonkeyPatch)
         np.testing.assert_array_equal(pixels(saved(large, form)), large)
 
 
+@pytest.mark.parametrize(
+    "form, options",
+    [
+        ("TIFF", {"compression": "tiff_lzw"}),
+        ("JPEG2000", {"irreversible": False}),
+        ("WEBP", {"lossless": True}),
+        ("GIF", {}),
+        ("PCX", {}),
+        ("ICO", {"sizes": [(7, 5)]}),
+    ],
+)
+def test_readers_that_take_the_file_itself(form: str, options: dict, tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    path.write_bytes(saved(NOISE, form, **options))
+    with Image.open(path) as image:
+        expected = np.asarray(image.convert("RGB"))
+    np.testing.assert_array_equal(pixels(path), expected)
+    np.testing.assert_array_equal(pixels(path.read_bytes()), expected)
+
+
 def claiming(width: int, height: int) -> bytes:
     """A PNG whose header alone says how large it is."""
     data = png(8, 0, 1, [b"a"]).replace(struct.pack(">II", 1, 1), struct.pack(">II", width, height))

@@ -104,7 +104,7 @@ def _unpacker(encoding: str, max_bytes: int) -> Callable[[bytes], bytes]:
     if encoding in ("", "identity"):
         return lambda part: part
     if encoding not in ("gzip", "x-gzip", "deflate"):
-        raise OSError(f"the server packs it as {shown(encoding, 40)}, which it was asked not to do")
+        raise OSError(f"the server packs it as {shown(encoding)}, which it was asked not to do")
     packed = zlib.decompressobj(zlib.MAX_WBITS | 32)  # gzip's frame or zlib's
 
     def unpack(part: bytes) -> bytes:
