@@ -66,7 +66,7 @@ def test_endless_headers_are_refused_soon(kind: str) -> None:
     start = time.monotonic()
     with pytest.raises(ValueError, match="image bytes") as caught:
         load_image(data)
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 10  # without a bound, it is minutes
     assert "too long" in str(caught.value)
     assert_one_sentence(caught.value)
 
@@ -83,6 +83,25 @@ def test_endless_headers_are_refused_soon(kind: str) -> None:
 )
 def test_long_headers_are_read(data: bytes) -> None:
     assert pixels(data).shape == NOISE.shape
+
+
+@pytest.mark.parametrize("kind", ["P1", "P2", "P3"])
+def test_comments_of_a_plain_ppm_cost_no_time(kind: str) -> None:
+    values = {"P1": "0 1 1 0", "P2": "3 0 7 7 200", "P3": "7 3 0 1 2 3 200 1 2"}[kind]
+    top = "" if kind == "P1" else "200\n"
+    size = {"P1": "2 2", "P2": "5 1", "P3": "3 1"}[kind]
+    plain = f"{kind}\n{size}\n{top}{values}\n"
+    for comments in (
+        "# a\n",
+        "#\r#b\r\n# c # d\n",
+        "#\n" * 300_000,
+        "#" + "c" * 5_000_000 + "\n",
+    ):
+        for place in (3, plain.index(values), plain.index(values) + 2):
+            start = time.monotonic()
+            found = pixels(f"{plain[:place]}{comments}{plain[place:]}".encode())
+            assert time.monotonic() - start < 10
+            np.testing.assert_array_equal(found, pixels(plain.encode()))
 
 
 def test_what_follows_the_header_is_not_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

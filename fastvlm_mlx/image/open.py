@@ -6,6 +6,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BytesIO
 from threading import RLock
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -18,6 +19,7 @@ HEIC_MARKS = tuple(
     b"ftyp" + brand
     for brand in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 )
+PLAIN_PPM = (b"P1", b"P2", b"P3")
 # How JPEG, PNG, GIF, WebP and HEIC or AVIF files begin in base64.
 BASE64_START = re.compile(rb"(/9j/|iVBORw0KGgo|R0lGOD|UklGR|AAAA..Z0eX)[A-Za-z0-9+/]{16}")
 BASE64_SAID = "an image in base64; decode it, or put data:image/jpeg;base64, before the text"
@@ -42,6 +44,7 @@ def open_image(stream: BinaryIO, name: str) -> PILImage:
     head = stream.read(32)
     if not head:
         raise ValueError(f"Cannot read {name}: it is empty.")
+    stream = _without_comments(stream) if head[:2] in PLAIN_PPM else stream
     header = _Header(stream)
     try:
         with quiet_pil(), process_wide:
@@ -60,6 +63,12 @@ def open_image(stream: BinaryIO, name: str) -> PILImage:
         raise ValueError(f"Cannot read {name}: it is PostScript; save it as PNG first.")
     header.whole = True
     return image
+
+
+def _without_comments(stream: BinaryIO) -> BinaryIO:
+    """A plain PPM as PIL reads it, which takes out each comment with a copy of what follows."""
+    stream.seek(0)
+    return BytesIO(re.sub(rb"#[^\r\n]*[\r\n]?", b"", stream.read()))
 
 
 def _no_image(head: bytes) -> str:
