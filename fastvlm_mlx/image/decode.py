@@ -165,7 +165,7 @@ def _check_shape(shape: list[int]) -> None:
     if len(shape) not in (2, 3) or (len(shape) == 3 and shape[2] not in (1, 3, 4)):
         hint = ""
         if len(shape) == 3 and shape[0] in (1, 3, 4):
-            hint = "; bring its channels last with transpose(1, 2, 0)"
+            hint = "; bring its channels last with transpose(1, 2, 0), in torch permute(1, 2, 0)"
         elif len(shape) == 4:
             hint = "; pass a batch as a list of images"
         raise ValueError(
@@ -182,6 +182,8 @@ def _check_shape(shape: list[int]) -> None:
 def _array_to_bytes(array: np.ndarray) -> np.ndarray:
     import numpy as np
 
+    if array.dtype == np.uint8:
+        return np.ascontiguousarray(array)
     if array.dtype.kind not in "buif":
         raise ValueError(
             f"Cannot read the array: its dtype {array.dtype} is not one of integers (0 to 255, or "
