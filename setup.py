@@ -23,6 +23,8 @@ setup(
         "huggingface-hub>=1.0",
         "safetensors",
         "pillow>=10",
+        # The photos of every iPhone are HEIC.
+        "pillow-heif; sys_platform == 'darwin'",
     ],
     extras_require={
         # MLX's backends on Linux, named as mlx-lm names them; on a Mac none is needed.
@@ -33,6 +35,8 @@ setup(
         "torch": ["torch"],
         # Reads and writes the Core ML package of the Apple silicon checkpoints.
         "coreml": ["coremltools>=8"],
+        # Reads HEIC photos on Linux too.
+        "heic": ["pillow-heif"],
         # Draws the plots of `python -m benchmarks report`.
         "benchmark": ["matplotlib"],
         "test": ["pytest", "hypothesis"],

@@ -10,7 +10,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 import fastvlm_mlx as fv
-from fastvlm_mlx.image.load import IMAGE_SUFFIXES
+from fastvlm_mlx.image.load import image_files
 
 parser = argparse.ArgumentParser(description="Describe every image of a folder.")
 parser.add_argument("folder", type=Path)
@@ -21,7 +21,7 @@ parser.add_argument("--max-tokens", type=int, default=128)
 parser.add_argument("--image-size", type=int, help="a multiple of 64; smaller is faster")
 args = parser.parse_args()
 
-images = sorted(p for p in args.folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+images = image_files(args.folder, recursive=True)
 lines = args.output.read_text("utf-8").splitlines() if args.output.exists() else []
 done = {json.loads(line)["image"] for line in lines}
 waiting = [image for image in images if str(image) not in done]

@@ -7,6 +7,11 @@ import sys
 from typing import Any
 
 
+def masked(text: str) -> str:
+    """`text` without the user names and passwords of the URLs in it."""
+    return re.sub(r"(?<=://)[^/?#\s'\"]*@", "***@", text)
+
+
 def is_whole_number(value: Any, least: int = 1) -> bool:
     """Whether a value is an int from `least` on; True and False are not."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
@@ -19,9 +24,11 @@ def is_number(value: Any) -> bool:
 
 
 def check_whole_number(name: str, value: Any, least: int = 1) -> None:
-    """ValueError, naming the argument, unless its value is a whole number from `least` on."""
+    """ValueError, naming the argument, unless it is a whole number from `least` on, below 2⁶⁴."""
     if not is_whole_number(value, least):
-        raise ValueError(f"{name} must be a whole number from {least}, found {value!r}.")
+        raise ValueError(f"{name} must be a whole number from {least}, found {shown(value)}.")
+    if value >= 2**64:  # more than MLX can count
+        raise ValueError(f"{name} must be a whole number below 2⁶⁴, found {shown(value)}.")
 
 
 def reason(error: BaseException) -> str:
@@ -30,7 +37,16 @@ def reason(error: BaseException) -> str:
     return brief(re.sub(r"^\[Errno -?\d+\] ", "", said.partition("\n")[0])).rstrip(".")
 
 
+def shown(value: Any) -> str:
+    """A value as Python writes it, in brief."""
+    try:
+        return brief(repr(value))
+    except ValueError:  # of Python itself, beyond 4,300 digits
+        return "a number with thousands of digits"
+
+
 def brief(text: str, limit: int = 160) -> str:
-    """`text` on one line of at most `limit` characters."""
-    line = " ".join(text[: 4 * limit].split())
+    """`text` on one line of at most `limit` characters that can be printed anywhere, `masked`."""
+    line = " ".join(masked(text)[: 4 * limit].split())
+    line = line.encode(errors="backslashreplace").decode()
     return line if len(line) <= limit else line[: limit - 1] + "…"

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from .checks import reason
+from .checks import masked, reason
 
 MAX_REDIRECTS = 10
 
@@ -54,6 +54,11 @@ def get(client: Any, url: str, *, headers: Mapping[str, str], timeout: float) ->
     raise OSError(f"it redirects more than {MAX_REDIRECTS} times")
 
 
+def public(url: str) -> str:
+    """A URL as messages show it: without user name and password."""
+    return masked(url)
+
+
 def body(response: Any) -> Iterator[bytes]:
     """The body of a response in parts, as sent; ConnectionError if it breaks off."""
     try:
@@ -64,5 +69,9 @@ def body(response: Any) -> Iterator[bytes]:
 
 def content_length(response: Any) -> int | None:
     """How many bytes the body of a response has as it is sent; None if not declared."""
-    length = response.headers.get("Content-Length", "")
-    return int(length) if length.isdecimal() else None
+    return number(response.headers.get("Content-Length", ""))
+
+
+def number(header: str) -> int | None:
+    """A whole number from 0; None for another text, or one longer than any that is meant."""
+    return int(header) if header.isdecimal() and len(header) < 20 else None

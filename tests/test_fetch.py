@@ -133,6 +133,17 @@ def test_a_busy_server(server: Hub, tmp_path: Path, waits: list[float], status: 
     assert waits == [7, 2]
 
 
+def test_numbers_of_thousands_of_digits_say_nothing(
+    server: Hub, tmp_path: Path, waits: list[float]
+) -> None:
+    server.archives["/a.bin"] = DATA
+    many = "9" * 5000
+    server.faults = [Fault("a.bin", status=503, headers={"Retry-After": many})]
+    server.faults += [Fault("a.bin", status=206, headers={"Content-Range": f"bytes 0-1/{many}"})]
+    fetch(f"{server.cdn}/a.bin", tmp_path / "a.bin")
+    assert (tmp_path / "a.bin").read_bytes() == DATA and many not in map(str, waits)
+
+
 def test_a_server_that_stays_busy(server: Hub, tmp_path: Path, waits: list[float]) -> None:
     server.faults = [Fault("a.bin", times=99, status=429)]
     with pytest.raises(OSError, match="answered 429") as caught:
@@ -185,6 +196,18 @@ def test_wrong_size_and_wrong_hash(server: Hub, tmp_path: Path) -> None:
         fetch(url, target, sha256="0" * 64)
     assert_one_sentence(caught.value, url, SHA256, "download it again")
     assert everything(tmp_path) == []
+
+
+def test_passwords_are_never_shown(
+    server: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, waits: list[float]
+) -> None:
+    address = server.cdn.replace("://", "://me:password@") + "/nowhere"
+    with pytest.raises(FileNotFoundError, match=r"://\*\*\*@") as caught:
+        fetch(address, tmp_path / "x", progress=False)
+    assert "password" not in str(caught.value)
+    with pytest.raises(OSError, match=r"://\*\*\*@") as caught:
+        fetch("http://me:password@127.0.0.1:1/x", tmp_path / "x", progress=False)
+    assert "password" not in str(caught.value)
 
 
 def test_authorization_stays_with_its_host(server: Hub, tmp_path: Path) -> None:

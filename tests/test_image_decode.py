@@ -1,5 +1,6 @@
 import io
 import math
+import struct
 import time
 import warnings
 from typing import Any
@@ -26,7 +27,7 @@ from images import (
 )
 from PIL import Image
 
-from fastvlm_mlx.image import decode
+from fastvlm_mlx.image import decode, flatten
 from fastvlm_mlx.image.load import load_image
 from fastvlm_mlx.image.preprocess import preprocess
 
@@ -200,6 +201,105 @@ def test_16_bit_grey_keeps_its_high_byte(source: Any) -> None:
     np.testing.assert_array_equal(pixels(source), HIGH)
 
 
+def forms_of_grey(values: np.ndarray) -> dict[str, Any]:
+    """The same values, unsigned 16 bits, in whatever holds them."""
+    wide, big = values.astype(np.int32), values.astype(">u2").tobytes()
+    size = (values.shape[1], values.shape[0])
+    return {
+        "PNG": saved(values),
+        "TIFF": saved(values, "TIFF"),
+        "32-bit TIFF": saved(wide, "TIFF"),
+        "compressed TIFF": saved(values, "TIFF", compression="tiff_lzw"),
+        "I;16": Image.fromarray(values),
+        "I;16B": Image.frombytes("I;16B", size, big),
+        "I": Image.fromarray(wide),
+        "uint16": values,
+        "int64": values.astype(np.int64),
+        "int32, MLX": mx.array(wide),
+        "uint64, big-endian": values.astype(">u8"),
+    }
+
+
+@pytest.mark.parametrize("form", forms_of_grey(SIXTEEN))
+@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
+def test_grey_fills_the_fewest_usual_bits_that_hold_it(bits: int, form: str) -> None:
+    values = np.linspace(0, 2**bits - 1, 300).astype(np.uint16).reshape(20, 15)
+    expected = (values >> (bits - 8)).astype(np.uint8)[..., None].repeat(3, 2)
+    np.testing.assert_array_equal(pixels(forms_of_grey(values)[form]), expected)
+    values = np.minimum(values, 1 << (bits - 2))  # too large by one for the bits before
+    expected = (values >> (bits - 8)).astype(np.uint8)
+    np.testing.assert_array_equal(pixels(forms_of_grey(values)[form])[..., 0], expected)
+
+
+@pytest.mark.parametrize("shape", [(9, 7, 1), (9, 7, 3), (9, 7, 4)])
+def test_integers_of_several_channels(shape: tuple[int, ...]) -> None:
+    values = RNG.integers(0, 256, shape)
+    np.testing.assert_array_equal(pixels(values), pixels(values.astype(np.uint8)))
+    values[0, 0, 0] = 200
+    twelve = pixels(values * 16)
+    np.testing.assert_array_equal(twelve, pixels(values.astype(np.uint8)))
+
+
+def tiff_of_12_bits(values: list[int]) -> bytes:
+    """A row of an even number of 12-bit samples, which PIL reads but does not write."""
+    packed = "".join(f"{value:03x}" for value in values)
+    tags = [(256, len(values)), (257, 1), (258, 12), (259, 1), (262, 1), (273, 8)]
+    tags += [(277, 1), (278, 1), (279, len(packed) // 2)]
+    data = bytes.fromhex(packed)
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    start = struct.pack("<2sHI", b"II", 42, 8 + len(data))
+    return start + data + struct.pack("<H", len(tags)) + entries + bytes(4)
+
+
+def test_a_file_may_say_how_many_bits_its_grey_has() -> None:
+    dark = np.array([[0, 16, 99, 200]], np.uint16)
+    twelve, sixteen = grey(*(dark[0] >> 4)), grey(*(dark[0] >> 8))
+    for wide in (dark, dark.astype(np.int32)):
+        for highest, expected in ((4095, twelve), (65535, sixteen), (255, grey(*dark[0]))):
+            data = saved(wide, "TIFF", tiffinfo={281: highest})
+            np.testing.assert_array_equal(pixels(data), expected)
+            np.testing.assert_array_equal(pixels(Image.open(io.BytesIO(data))), expected)
+    np.testing.assert_array_equal(pixels(tiff_of_12_bits([0, 16, 99, 200])), twelve)
+    pgm = b"P5 4 1 4095\n" + dark.astype(">u2").tobytes()
+    np.testing.assert_array_equal(pixels(pgm), twelve)
+    too_low = saved(np.array([[0, 4095]], np.uint16), "TIFF", tiffinfo={281: 7})
+    np.testing.assert_array_equal(pixels(too_low), grey(0, 255))
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        Image.fromarray(RGBA),
+        Image.fromarray(RGBA).convert("LA"),
+        Image.fromarray(RGBA).convert("La"),
+        Image.fromarray(RGBA[..., 0]).convert("P"),
+        Image.fromarray(RGBA[..., 0].astype(np.int32) * 257),
+        Image.fromarray(RGBA[..., 0].astype(np.float32)),
+        Image.fromarray(RGBA[..., 0].astype(np.uint16) * 16),
+    ],
+    ids=lambda image: image.mode,
+)
+@pytest.mark.parametrize("band", [7, 52, 1000])
+def test_bands_change_nothing(
+    image: Image.Image, band: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, wide = pixels(image), pixels(image.transpose(Image.Transpose.ROTATE_90))
+    monkeypatch.setattr(flatten, "BAND", band)
+    np.testing.assert_array_equal(pixels(image), whole)
+    found = pixels(image.transpose(Image.Transpose.ROTATE_90))
+    np.testing.assert_array_equal(found, wide)
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "RGB", "I", "P"])
+def test_bands_change_no_transparent_colour(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = Image.fromarray(RGBA).convert("RGB").convert(mode)
+    image.info["transparency"] = image.getpixel((20, 100))
+    whole = pixels(image)
+    assert (whole == 255).all(-1).any()
+    monkeypatch.setattr(flatten, "BAND", 70)
+    np.testing.assert_array_equal(pixels(image), whole)
+
+
 @pytest.mark.parametrize("colour, channels", [(2, 3), (4, 2), (6, 4)])
 def test_other_16_bit_png(colour: int, channels: int) -> None:
     values = RNG.integers(0, 65536, (1, 9, channels), dtype=np.uint16)
@@ -320,10 +420,10 @@ def test_arrays(array: np.ndarray, expected: Any) -> None:
         (np.zeros((), np.uint8), "[]"),
         (np.zeros(7, np.uint8), "[7]"),
         (np.zeros((0, 5, 3), np.uint8), "0 pixels"),
-        (np.zeros((5, 5), np.int64), "int64"),
-        (np.zeros((5, 5), np.uint16), "uint16"),
+        (np.full((5, 5), -1), "from -1 to -1 are not 0 to 65535"),
+        (np.full((5, 5), 65536), "65536"),
         (np.zeros((5, 5), np.complex64), "complex64"),
-        (np.array([["a"]]), "uint8"),
+        (np.array([["a"]]), "<U1"),
         (np.array([[None]]), "object"),
         (np.array([[0, math.nan]]), "nan"),
         (np.array([[0, math.inf]]), "inf"),
@@ -331,7 +431,7 @@ def test_arrays(array: np.ndarray, expected: Any) -> None:
         (np.array([[-0.5, 1]], np.float16), "-0.5"),
         (mx.zeros((3, 8, 9)), "transpose(1, 2, 0)"),
         (mx.array([[0.0, 2.0]]), "from 0 to 2"),
-        (mx.zeros((2, 2), dtype=mx.int32), "int32"),
+        (mx.array([[-5]], dtype=mx.int32), "-5"),
         (np.broadcast_to(np.uint8(0), (60_000, 60_000, 3)), "3,600,000,000 pixels"),
     ],
 )

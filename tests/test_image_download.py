@@ -1,13 +1,20 @@
+import gzip
+import math
+import re
 import threading
 import time
+import zlib
+from base64 import b64decode
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 from images import NOISE, assert_one_sentence, pixels, saved
 
+from fastvlm_mlx import http
 from fastvlm_mlx.image.load import load_image
 
 
@@ -49,6 +56,27 @@ class Site(BaseHTTPRequestHandler):
         for part in (self.body[:50], self.body[50:]):
             self.wfile.write(b"%x\r\n%s\r\n" % (len(part), part))
         self.wfile.write(b"0\r\n\r\n")
+
+    def page_packed(self, rest: str) -> None:
+        encoding, _, kind = rest.partition("/")
+        packed = {"gzip": gzip.compress, "deflate": zlib.compress}.get(encoding.lower(), bytes)
+        body = packed(bytes(50 * 2**20) if kind == "bomb" else self.body)
+        self.head(200, Content_Encoding=encoding)
+        self.wfile.write({"short": body[:-9], "false": b"not packed"}.get(kind, body))
+
+    def page_part(self, rest: str) -> None:
+        self.head(206, Content_Length=50, Content_Range=f"bytes 0-49/{len(self.body)}")
+        self.wfile.write(self.body[:50])
+
+    def page_length(self, rest: str) -> None:
+        self.head(200, Content_Length=rest * 5000)
+        self.wfile.write(self.body)
+
+    def page_secret(self, rest: str) -> None:
+        user = b64decode(self.headers.get("Authorization", "Basic ").partition(" ")[2]).decode()
+        if user == "me:pass@word":
+            return self.page_ok(rest)
+        self.head(401)
 
     def page_open(self, rest: str) -> None:
         self.page_ok(rest)
@@ -146,6 +174,10 @@ def site(server: str, monkeypatch: pytest.MonkeyPatch) -> str:
         "ok.png/with space/ünï",
         "undeclared",
         "chunked",
+        "packed/gzip",
+        "packed/GZIP",
+        "packed/deflate",
+        "packed/identity",
         "open",
         "redirect/0",
         "redirect/9",
@@ -190,6 +222,15 @@ def test_the_switches_of_the_hub_do_not_concern_images(
         ("status/599", OSError, "599"),
         ("status/304", OSError, "304"),
         ("status/302", OSError, "302"),
+        ("part", OSError, "206 Partial Content"),
+        ("status/204", OSError, "204 No Content"),
+        ("packed/br", OSError, "packs it as 'br'"),
+        ("packed/gzip+br", OSError, "packs it as 'gzip+br'"),
+        ("packed/gzip/short", OSError, "not whole"),
+        ("packed/gzip/false", OSError, "incorrect header"),
+        ("packed/gzip/bomb", OSError, "max_bytes"),
+        ("packed/deflate/bomb", OSError, "max_bytes"),
+        ("length/9", OSError, "/length/9"),
         ("redirect/10", OSError, "more than 10 times"),
         ("away/file:///etc/passwd", OSError, "other than http"),
         ("away/ftp://example.org/x.png", OSError, "other than http"),
@@ -208,6 +249,51 @@ def test_url_errors(site: str, page: str, kind: type, said: str) -> None:
     assert said in str(caught.value) and f"{site}/{page}" in str(caught.value)
     assert not isinstance(caught.value, TimeoutError)
     assert_one_sentence(caught.value)
+
+
+def test_user_and_password_are_sent_and_never_shown(site: str) -> None:
+    address = site.replace("://", "://me:pass%40word@")
+    np.testing.assert_array_equal(pixels(f"{address}/secret"), NOISE)
+    assert "me:" not in Site.seen[-1]
+    for given in ("me:pass%40word", "me:pass@word", "me:" + "w" * 1000, "tok-en"):
+        for page in ("secret/x", "status/404", "text", "garbage", "never"):
+            address = f"{site.replace('://', f'://{given}@')}/{page}"
+            with pytest.raises((OSError, ValueError)) as caught:
+                load_image(address.replace("secret/x", "status/401"), timeout=0.3)
+            said = str(caught.value)
+            assert "://***@" in said and not re.search("pass|word|www|me:|tok-en", said), said
+            assert_one_sentence(caught.value)
+
+
+@pytest.mark.parametrize("source", ["ftp://me:word@a/x", "me://you:word@x"])
+def test_passwords_elsewhere(source: Any) -> None:
+    with pytest.raises((OSError, ValueError)) as caught:
+        load_image(source)
+    assert "word" not in str(caught.value)
+
+
+LIMITS = [0, -1, math.nan, math.inf, 10**400, 10**5000, "5", None, True, [1]]
+
+
+@pytest.mark.parametrize("limit", LIMITS, ids=lambda limit: f"{type(limit).__name__}")
+@pytest.mark.parametrize("name", ["timeout", "max_bytes"])
+def test_limits_that_are_none(name: str, limit: Any) -> None:
+    if (name, limit) == ("timeout", None):  # the default
+        return
+    with pytest.raises(ValueError, match=f"^{name} must be a number") as caught:
+        load_image("http://127.0.0.1:1/x.png", **{name: limit})
+    assert_one_sentence(caught.value)
+
+
+def test_limits_of_any_kind(site: str) -> None:
+    for options in ({"timeout": 86_400}, {"max_bytes": 1e9}, {"timeout": np.float64(5)}):
+        np.testing.assert_array_equal(pixels(f"{site}/packed/gzip", **options), NOISE)
+
+
+def test_lengths_that_no_file_has() -> None:
+    for length, expected in (("9" * 5000, None), ("12", 12), ("", None), ("-1", None), ("²", None)):
+        response = SimpleNamespace(headers={"Content-Length": length})
+        assert http.content_length(response) == expected
 
 
 @pytest.mark.parametrize("page", ["never", "drip", "headers"])

@@ -227,8 +227,8 @@ def test_fast_is_close(mode: str, grid: Any, orientation: int) -> None:
 def test_fast_decodes_no_smaller_than_it_may(longest: int, decoded: int) -> None:
     for size in ((longest, 60), (60, longest)):
         data = saved(Image.new("RGB", size, (9, 99, 200)), "JPEG")
-        _, reduction = resize.choose_resize(64, "pad", None)
-        picture = load.read_picture(data, reduction=reduction)
+        _, purpose = resize.choose_resize(64, "pad", None)
+        picture = load.read_picture(data, purpose=purpose)
         assert max(picture.size) == decoded and picture.full_size == size
 
 

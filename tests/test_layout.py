@@ -29,7 +29,7 @@ LEVELS = {room: level for level, rooms in enumerate(ORDER) for room in rooms.spl
 
 # Imported only where they are needed: what is slow to import, and what need not be installed.
 SLOW = {"mlx_lm", "transformers", "huggingface_hub", "tokenizers", "jinja2", "PIL", "numpy"}
-OPTIONAL = {"torch", "coremltools", "fastapi", "av", "matplotlib"}
+OPTIONAL = {"torch", "coremltools", "fastapi", "av", "matplotlib", "pillow_heif"}
 HEAVY = SLOW | OPTIONAL | {"rich", "tqdm", "typer"}
 HEAVY_ALLOWED = {"cli/": {"typer"}}
 

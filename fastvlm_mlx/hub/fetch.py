@@ -119,7 +119,8 @@ def _complete(url: str, part: Path, size: int | None, headers: Mapping[str, str]
             if failures == TRIES or not reached:
                 kept = _length(part)
                 hint = f"{kept:,} bytes are kept: try again to go on" if kept else "try again later"
-                raise OSError(f"Can't download {url} ({problem}); {hint}.") from None
+                address = http.public(url)
+                raise OSError(f"Can't download {address} ({problem}); {hint}.") from None
             wait = problem.wait if isinstance(problem, _BusyError) else None
             time.sleep(2 ** (failures - 1) if wait is None else wait)
 
@@ -143,7 +144,7 @@ def _continue(url: str, part: Path, size: int | None, headers: Mapping[str, str]
             _discard(part)
             raise ConnectionError("the file has changed on the server")
         if size is not None and total not in (None, size):
-            raise OSError(f"{url} has {total:,} bytes where {size:,} are expected.")
+            raise OSError(f"{http.public(url)} has {total:,} bytes where {size:,} are expected.")
         check_room(part.with_suffix(""), (total or 0) - first)
         bar.total, bar.n = total, first
         bar.refresh()
@@ -164,7 +165,7 @@ def _open(url: str, headers: Mapping[str, str]) -> Any:
     try:
         return http.get(http.hub_client(), url, headers=headers, timeout=TIMEOUT)
     except OfflineModeIsEnabled:
-        raise OSError(f"Can't download {url}: HF_HUB_OFFLINE is set.") from None
+        raise OSError(f"Can't download {http.public(url)}: HF_HUB_OFFLINE is set.") from None
     except Exception as error:  # the HTTP client has types of its own
         raise _UnreachableError(reason(error)) from None
 
@@ -175,16 +176,21 @@ def _refuse(url: str, response: Any) -> None:
     if status in (200, 206, 416):
         return
     if status in BUSY:
-        wait = response.headers.get("Retry-After", "")
-        seconds = int(wait) if wait.isdecimal() else None
+        seconds = http.number(response.headers.get("Retry-After", ""))
         if seconds is not None and seconds > MAX_WAIT:
-            raise OSError(f"{url}: the server answered {status}; try again in {seconds} seconds.")
+            raise OSError(
+                f"{http.public(url)}: the server answered {status}; try again in {seconds} seconds."
+            )
         raise _BusyError(f"the server answered {status}", seconds)
     if status in (404, 410):
-        raise FileNotFoundError(f"There is no file at {url} (the server answered {status}).")
+        raise FileNotFoundError(
+            f"There is no file at {http.public(url)} (the server answered {status})."
+        )
     if status in (401, 403):
-        raise PermissionError(f"You may not download {url} (the server answered {status}).")
-    raise OSError(f"Can't download {url}: the server answered {status}.")
+        raise PermissionError(
+            f"You may not download {http.public(url)} (the server answered {status})."
+        )
+    raise OSError(f"Can't download {http.public(url)}: the server answered {status}.")
 
 
 def _range(response: Any) -> tuple[int, int | None]:
@@ -193,7 +199,7 @@ def _range(response: Any) -> tuple[int, int | None]:
         packed = response.headers.get("Content-Encoding")
         return 0, None if packed else http.content_length(response)
     said = re.fullmatch(
-        r"bytes (?:(\d+)-\d+|\*)/(\d+|\*)", response.headers.get("Content-Range", "")
+        r"bytes (?:(\d{1,19})-\d+|\*)/(\d{1,19}|\*)", response.headers.get("Content-Range", "")
     )
     if not said:
         return -1, None
@@ -243,7 +249,9 @@ def _check(url: str, part: Path, size: int | None, sha256: str | None) -> None:
     else:
         return
     _discard(part)
-    raise OSError(f"{url} arrived damaged and was removed ({wrong}); download it again.")
+    raise OSError(
+        f"{http.public(url)} arrived damaged and was removed ({wrong}); download it again."
+    )
 
 
 def file_sha256(file: Path) -> str:

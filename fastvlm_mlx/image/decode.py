@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from threading import Lock, RLock
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple, TypeAlias
+from contextlib import contextmanager, suppress
+from threading import Lock
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TypeAlias
 
 import mlx.core as mx
 
 from ..checks import reason
+from .flatten import flatten, samples_to_bytes, transparent_colour
+from .open import open_image, quiet_pil
 
 if TYPE_CHECKING:
     import numpy as np
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 
 MAX_PIXELS = 178_956_970  # above it, PIL's own default speaks of a decompression bomb
 FAST_MARGIN = 1.5  # a reduced image stays at least this much larger than its resized one
-HEIC_MARKS = (b"ftypheic", b"ftypheix", b"ftyphevc", b"ftypmif1", b"ftypmsf1")
 # What PIL calls the turn that each EXIF orientation asks for; from 5 on, width becomes height.
 TURNS = {
     2: "FLIP_LEFT_RIGHT",
@@ -33,6 +33,8 @@ FROM_THE_RIGHT, FROM_THE_BOTTOM = (2, 3, 6, 7), (3, 4, 7, 8)
 
 # How many times smaller an image of this upright (width, height) may be decoded.
 Reduction: TypeAlias = Callable[[tuple[int, int]], float]
+
+_one_at_a_time = Lock()
 
 
 class Picture(NamedTuple):
@@ -87,6 +89,18 @@ class Picture(NamedTuple):
         return image.transpose(Transpose[TURNS[self.orientation]])
 
 
+class Purpose(NamedTuple):
+    """What an image is decoded for.
+
+    Attributes:
+        check: ValueError for a picture of an unsuitable size; asked before it is decoded, too.
+        reduction: how much smaller a JPEG may be decoded; None for not at all.
+    """
+
+    check: Callable[[Picture], None]
+    reduction: Reduction | None = None
+
+
 def crop(image: PILImage, left: int, top: int, right: int, bottom: int) -> PILImage:
     """A part of an RGB image, black beyond its edges."""
     from PIL import Image
@@ -103,45 +117,31 @@ def _upright(size: tuple[int, int], orientation: int) -> tuple[int, int]:
 # Where a picture comes from
 
 
-def from_file(stream: BinaryIO, name: str, reduction: Reduction | None = None) -> Picture:
-    """The image in a seekable file, read from where the file stands.
+def from_file(stream: BinaryIO, name: str, purpose: Purpose | None = None) -> Picture:
+    """The image in a seekable file.
 
     Args:
         stream: the file.
         name: what errors call it.
-        reduction: how much smaller a JPEG may be decoded; None for not at all.
+        purpose: what the image is decoded for; None for itself.
 
     Raises:
-        ValueError: not an image, a damaged one, or one of more than `MAX_PIXELS`.
+        ValueError: not an image, a damaged one, one of more than `MAX_PIXELS`, or one that does not
+            suit the purpose.
     """
-    from PIL import Image
-
-    head = stream.read(12)
-    if not head:
-        raise ValueError(f"Cannot read {name}: it is empty.")
-    try:
-        with _quiet_pil(), _process_wide:
-            image = Image.open(stream)
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"Cannot read {name}: {reason(error).partition(',')[0]}.") from None
-    except Exception:  # PIL's readers raise whatever bad bytes lead them to
-        what = "not an image in PNG, JPEG, WebP, AVIF, GIF, BMP, TIFF or another format PIL knows"
-        if head[4:] in HEIC_MARKS:
-            what = "a HEIC photo; save it as JPEG or PNG first"
-        raise ValueError(f"Cannot read {name}: it is {what}.") from None
-    if image.format == "EPS":  # to decode it, PIL would run Ghostscript
-        raise ValueError(f"Cannot read {name}: it is PostScript; save it as PNG first.")
-    return _to_rgb(image, name, reduction)
+    image = open_image(stream, name)
+    return _to_picture(image, name, purpose, purpose.reduction if purpose else None)
 
 
-def from_pil(image: PILImage) -> Picture:
+def from_pil(image: PILImage, purpose: Purpose | None = None) -> Picture:
     """A PIL image of any mode, decoded or not; ValueError as in `from_file`."""
     with _one_at_a_time:  # it may be the same for two threads
-        return _to_rgb(image, "the PIL image")
+        return _to_picture(image, "the PIL image", purpose)
 
 
-def from_array(array: np.ndarray | mx.array) -> Picture:
-    """An array [H, W], [H, W, 1], [H, W, 3] or [H, W, 4]: uint8, bool, or float in [0, 1].
+def from_array(array: Any, purpose: Purpose | None = None) -> Picture:
+    """An array of any library, [H, W], [H, W, 1], [H, W, 3] or [H, W, 4]: integers from 0, bool,
+    or float in [0, 1].
 
     Raises:
         ValueError: another shape, dtype or range of values, or more than `MAX_PIXELS`.
@@ -151,18 +151,21 @@ def from_array(array: np.ndarray | mx.array) -> Picture:
 
     if isinstance(array, mx.array) and array.dtype == mx.bfloat16:  # numpy has no bfloat16
         array = array.astype(mx.float32)
-    array = np.asarray(array)
+    try:
+        array = np.asarray(array)
+    except Exception as error:  # a tensor on a GPU, or one that needs gradients
+        raise ValueError(f"Cannot read the array: {reason(error)}.") from None
     _check_shape(list(array.shape))
     samples = _array_to_bytes(array)
     image = Image.fromarray(samples[..., 0] if samples.shape[2:] == (1,) else samples)
-    return _to_rgb(image, "the array")
+    return _to_picture(image, "the array", purpose)
 
 
 def _check_shape(shape: list[int]) -> None:
     if len(shape) not in (2, 3) or (len(shape) == 3 and shape[2] not in (1, 3, 4)):
         hint = ""
         if len(shape) == 3 and shape[0] in (1, 3, 4):
-            hint = "; bring its channels last with transpose(1, 2, 0)"
+            hint = "; bring its channels last with transpose(1, 2, 0), in torch permute(1, 2, 0)"
         elif len(shape) == 4:
             hint = "; pass a batch as a list of images"
         raise ValueError(
@@ -179,14 +182,15 @@ def _check_shape(shape: list[int]) -> None:
 def _array_to_bytes(array: np.ndarray) -> np.ndarray:
     import numpy as np
 
-    kind = array.dtype.kind
-    if array.dtype != np.uint8 and kind not in "bf":
+    if array.dtype == np.uint8:
+        return np.ascontiguousarray(array)
+    if array.dtype.kind not in "buif":
         raise ValueError(
-            f"Cannot read the array: its dtype {array.dtype} is not uint8 (0 to 255), float (0 to "
-            "1) or bool."
+            f"Cannot read the array: its dtype {array.dtype} is not one of integers (0 to 255, or "
+            "to 65535), float (0 to 1) or bool."
         )
+    kind, low, high = array.dtype.kind, array.min(), array.max()
     if kind == "f":
-        low, high = array.min(), array.max()
         if not (low >= 0 and high <= 1):  # NaN fails too
             raise ValueError(
                 f"Cannot read the array: its floats run from {low:g} to {high:g}, not from 0 to 1."
@@ -194,30 +198,58 @@ def _array_to_bytes(array: np.ndarray) -> np.ndarray:
         array = np.rint(array * np.float32(255))
     elif kind == "b":
         array = array * np.uint8(255)
+    else:
+        try:
+            array = samples_to_bytes(array, low, high)
+        except ValueError as error:
+            raise ValueError(f"Cannot read the array: {reason(error)}.") from None
     return np.ascontiguousarray(array, dtype=np.uint8)
 
 
-# Any PIL image → RGB on white
+# Any PIL image → a picture
 
 
-def _to_rgb(image: PILImage, name: str, reduction: Reduction | None = None) -> Picture:
+def _to_picture(
+    image: PILImage, name: str, purpose: Purpose | None, reduction: Reduction | None = None
+) -> Picture:
     width, height = image.size
     if not 0 < width * height <= MAX_PIXELS:
         raise ValueError(
             f"Cannot read {name}: it has {width} × {height} pixels, not 1 to {MAX_PIXELS:,}."
         )
+    with _decoding(name):
+        shrink = _draft(image, reduction) if reduction is not None else 1
+        key = transparent_colour(image)
+    if purpose:
+        _check_undecoded(Picture(image, 1, (width, height), shrink), purpose)
+    with _decoding(name):
+        image.load()
+        rgb = flatten(image, key)
+        orientation = _orientation(image)
+    full_size = (width, height) if shrink > 1 else image.size  # some headers are a little off
+    picture = Picture(rgb, orientation, _upright(full_size, orientation), shrink)
+    if purpose:
+        purpose.check(picture)
+    return picture
+
+
+@contextmanager
+def _decoding(name: str) -> Iterator[None]:
     try:
-        with _quiet_pil():
-            shrink = _draft(image, reduction) if reduction is not None else 1
-            key = _transparent_colour(image)
-            image.load()
-            rgb = _flatten(image, key)
-            orientation = _orientation(image)
-    except Exception as error:  # as in from_file
+        with quiet_pil():
+            yield
+    except Exception as error:  # as in open_image
         raise ValueError(
             f"Cannot read {name}: its pixels cannot be decoded: {reason(error)}."
         ) from None
-    return Picture(rgb, orientation, _upright((width, height), orientation), shrink)
+
+
+def _check_undecoded(picture: Picture, purpose: Purpose) -> None:
+    """Refuse an image that does not suit, turned or not: how it is turned may stand at its end."""
+    turned = picture._replace(orientation=6, full_size=picture.full_size[::-1])
+    with suppress(ValueError):
+        return purpose.check(turned)
+    purpose.check(picture)
 
 
 def _draft(image: PILImage, reduction: Reduction) -> int:
@@ -237,87 +269,3 @@ def _orientation(image: PILImage) -> int:
     except Exception:  # broken metadata on a sound image
         return 1
     return found if found in TURNS else 1
-
-
-def _transparent_colour(image: PILImage) -> int | tuple[int, ...] | None:
-    """The colour that means transparent (PNG's tRNS chunk), in the scale of the decoded samples.
-
-    PIL gives it in the file's scale, but stretches grey samples of 2 or 4 bits to 8, and cuts RGB
-    ones of 16 bits to 8. How the samples are packed is known only until they are decoded.
-    """
-    key = image.info.get("transparency")
-    tiles = getattr(image, "tile", None)
-    packing = tiles[0][3] if tiles else None
-    if image.mode == "RGB" and isinstance(key, tuple) and len(key) == 3:
-        return tuple(value >> 8 for value in key) if packing == "RGB;16B" else key
-    if image.mode in ("1", "L", "I;16", "I") and isinstance(key, int):
-        return key * (85 if packing == "L;2" else 17 if packing == "L;4" else 1)
-    return None
-
-
-def _flatten(image: PILImage, key: int | tuple[int, ...] | None) -> PILImage:
-    """The image, or a copy, in RGB, white where it is transparent or has the colour `key`."""
-    import numpy as np
-    from PIL import Image
-
-    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa", "P"):
-        rgba = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
-        rgb = Image.new("RGB", image.size, "white")
-        rgb.paste(rgba, mask=rgba)
-        return rgb
-    if key is None and image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
-        return image if image.mode == "RGB" else image.convert("RGB")
-    samples = np.asarray(image.convert("L") if image.mode == "1" else image)
-    rgb = Image.fromarray(_samples_to_bytes(samples)).convert("RGB")
-    if key is not None:
-        same = samples == np.array(key)
-        rgb.paste("white", mask=Image.fromarray(same.all(-1) if same.ndim == 3 else same))
-    return rgb
-
-
-def _samples_to_bytes(samples: np.ndarray) -> np.ndarray:
-    """PIL's samples as uint8: the high byte of 16 bits (which PIL may hold in an int32), and floats
-    stretched from [0, 1] unless they go to 255."""
-    import numpy as np
-
-    if samples.dtype == np.uint8:
-        return samples
-    low, high = samples.min(), samples.max()
-    if samples.dtype.kind == "f":
-        if not (low >= 0 and high <= 255):  # NaN fails too
-            raise ValueError(f"values from {low:g} to {high:g} are neither 0 to 1 nor 0 to 255")
-        return np.rint(samples * (255 if high <= 1 else 1)).astype(np.uint8)
-    if low < 0 or high > 65535:
-        raise ValueError(f"values from {low} to {high} are not 0 to 65535")
-    return (samples >> 8).astype(np.uint8)
-
-
-# PIL in several threads
-
-_one_at_a_time = Lock()
-_process_wide = RLock()  # for PIL's list of formats and the warning filters
-_quiet_threads = 0
-_quiet = warnings.catch_warnings()
-
-
-@contextmanager
-def _quiet_pil() -> Iterator[None]:
-    """Silence PIL's warnings: an image is read, or an error says why not.
-
-    The filters belong to the process, so the first of several threads sets them and the last
-    restores them.
-    """
-    global _quiet, _quiet_threads
-    with _process_wide:
-        if _quiet_threads == 0:
-            _quiet = warnings.catch_warnings()
-            _quiet.__enter__()
-            warnings.filterwarnings("ignore", module=r"PIL\.")
-        _quiet_threads += 1
-    try:
-        yield
-    finally:
-        with _process_wide:
-            _quiet_threads -= 1
-            if _quiet_threads == 0:
-                _quiet.__exit__(None, None, None)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from .decode import Reduction
+from .decode import Purpose
 from .load import ImageSource, read_picture
 from .resize import Resize, choose_resize
 
@@ -94,8 +94,9 @@ def preprocess_each(
         raise ValueError(f"image_size must be a positive multiple of 64, not {image_size!r}.")
     if not isinstance(dtype, mx.Dtype) or dtype not in (mx.float32, mx.uint8):
         raise ValueError(f"dtype must be mlx.core.float32 or uint8, not {dtype!r}.")
-    resize, reduction = choose_resize(image_size, mode, grid_pinpoints)
-    work = partial(_read_and_resize, resize=resize, reduction=reduction if fast else None)
+    resize, purpose = choose_resize(image_size, mode, grid_pinpoints)
+    purpose = purpose if fast else purpose._replace(reduction=None)
+    work = partial(_read_and_resize, resize=resize, purpose=purpose)
     # MLX arrays are computed on the thread that made them.
     mx.eval([image for image in images if isinstance(image, mx.array)])
     found = _ahead(work, images)
@@ -106,12 +107,12 @@ def _read_and_resize(
     source: ImageSource,
     threads: int,
     resize: Resize,
-    reduction: Reduction | None,
+    purpose: Purpose,
 ) -> tuple[np.ndarray, tuple[int, int]]:
     """Pixel values, uint8 [N, S, S, 3], and the (width, height) of the upright image."""
     import numpy as np
 
-    picture = read_picture(source, reduction=reduction)
+    picture = read_picture(source, purpose=purpose)
     pixels = [np.asarray(image) for image in resize(picture, threads)]
     return np.stack(pixels), picture.full_size
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
-from .decode import MAX_PIXELS, Picture, Reduction, crop
+from .decode import MAX_PIXELS, Picture, Purpose, crop
 from .grid import best_size, parse_pinpoints
 
 if TYPE_CHECKING:
@@ -23,8 +23,8 @@ Resize: TypeAlias = Callable[[Picture, int], "list[PILImage]"]
 
 def choose_resize(
     side: int, mode: str | None, grid_pinpoints: str | Sequence[Sequence[int]] | None
-) -> tuple[Resize, Reduction]:
-    """How a mode resizes a picture, and how much smaller it lets the picture be decoded.
+) -> tuple[Resize, Purpose]:
+    """How a mode resizes a picture, and what it asks of one.
 
     Args:
         side: of the squares, in pixels.
@@ -34,9 +34,11 @@ def choose_resize(
         ValueError: an unknown mode, or a bad grid.
     """
     if mode == "pad":
-        return partial(_resize_padded, side), lambda size: max(size) / side
+        check = partial(_check_padded, side)
+        return partial(_resize_padded, side), Purpose(check, lambda size: max(size) / side)
     if mode in ("square", "none", "", None):
-        return partial(_resize_cropped, side), lambda size: min(size) / side
+        check = partial(_check_cropped, side)
+        return partial(_resize_cropped, side), Purpose(check, lambda size: min(size) / side)
     if mode != "anyres":
         raise ValueError(f'mode must be "pad", "square" or "anyres", not {mode!r}.')
     if grid_pinpoints is None:
@@ -47,7 +49,8 @@ def choose_resize(
         across, down = best_size(size, pinpoints)
         return min(max(size[0] / across, size[1] / down), min(size) / side)
 
-    return partial(_resize_tiled, side, pinpoints), reduction
+    check = partial(_check_tiled, side, pinpoints)
+    return partial(_resize_tiled, side, pinpoints), Purpose(check, reduction)
 
 
 def _check_resized(size: tuple[int, int], width: int, height: int, limit: int = MAX_PIXELS) -> None:
@@ -77,6 +80,12 @@ def expand_to_square(image: PILImage, fill: tuple[int, int, int] = (0, 0, 0)) ->
     return square
 
 
+def _check_padded(side: int, picture: Picture) -> None:
+    longest = max(picture.size)
+    _check_resized(picture.size, side, max(side, longest))
+    _check_resized(picture.size, longest, picture.size[1], MAX_PADDED_PIXELS)
+
+
 def _resize_padded(side: int, picture: Picture, threads: int) -> list[PILImage]:
     """`expand_to_square` and a resize, without making the square.
 
@@ -87,9 +96,6 @@ def _resize_padded(side: int, picture: Picture, threads: int) -> list[PILImage]:
     from PIL import Image
 
     width, height = picture.size
-    longest = max(width, height)
-    _check_resized(picture.size, side, max(side, longest))
-    _check_resized(picture.size, longest, height, MAX_PADDED_PIXELS)
     columns = _padded_span(picture, 0, side)
     rows = _padded_span(picture, 1, side)
     narrow = Image.new("RGB", (columns.size, height))
@@ -139,7 +145,7 @@ def _padded_span(picture: Picture, axis: int, side: int) -> _Span:
     weighs, from a box in single precision. Where the square divided by `side` is a binary fraction,
     as it always is for 256, 512 and 1024, all these numbers are exact wherever one starts to count,
     and a part comes out as it does in the whole; otherwise the whole is resized. The box of every
-    16th pixel has no more than 24 binary digits, since `_check_resized` keeps the square times
+    16th pixel has no more than 24 binary digits, since `_check_padded` keeps the square times
     `side` below 2²⁸.
     """
     edge, full = picture.full_size[axis], max(picture.full_size)
@@ -177,19 +183,34 @@ def _in_bands(work: Callable[[int, int], None], length: int, threads: int) -> No
 # "square"
 
 
+def _check_cropped(side: int, picture: Picture) -> None:
+    longest = max(*_size_to_crop(side, picture), *picture.full_size)
+    _check_resized(picture.full_size, side, longest)
+
+
+def _size_to_crop(side: int, picture: Picture) -> tuple[int, int]:
+    """(width, height) with `side` as the shorter one."""
+    width, height = picture.full_size
+    short = min(width, height)
+    return int(side * width / short), int(side * height / short)
+
+
 def _resize_cropped(side: int, picture: Picture, threads: int) -> list[PILImage]:
     """Resize the short side to `side`, the long one in proportion, and keep the centre."""
     from PIL import Image
 
-    short = min(picture.full_size)
-    width, height = (int(side * edge / short) for edge in picture.full_size)
-    _check_resized(picture.full_size, side, max(width, height, *picture.full_size))
+    width, height = _size_to_crop(side, picture)
     left, top = (width - side) // 2, (height - side) // 2
     image = picture.upright().resize((width, height), Image.Resampling.BICUBIC, picture.box)
     return [image.crop((left, top, left + side, top + side))]
 
 
 # "anyres"
+
+
+def _check_tiled(side: int, pinpoints: list[tuple[int, int]], picture: Picture) -> None:
+    largest = max(side, *best_size(picture.full_size, pinpoints))
+    _check_resized(picture.full_size, largest, max(picture.full_size))
 
 
 def _resize_tiled(
@@ -200,7 +221,6 @@ def _resize_tiled(
 
     width, height = picture.full_size
     across, down = best_size(picture.full_size, pinpoints)
-    _check_resized(picture.full_size, max(side, across, down), max(width, height))
     if across / width < down / height:
         fitted = across, min(math.ceil(height * (across / width)), down)
     else:

@@ -7,6 +7,7 @@ so the size, stay the same.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from ..evaluate.questions import DEFAULT_QUESTION, read_questions
 from ..generation.decode import generate_tokens
 from ..generation.inputs import Sizes, read_inputs
 from ..generation.options import Options
-from ..image.load import IMAGE_SUFFIXES
+from ..image.load import image_files
 from ..model.fastvlm import FastVLM
 from ..processor import Processor
 from ..progress import progress_bar
@@ -131,18 +132,17 @@ def calibrate(
 
 def list_questions(folder: Path) -> list[tuple[Path, str]]:
     """(image, question) pairs of a folder; errors as `calibrate`."""
-    folder = Path(folder).expanduser()
+    folder = Path(os.path.expanduser(folder))
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {folder} of images to calibrate on.")
     rows = [
         row
-        for file in sorted(folder.glob("*.jsonl"))
+        for file in sorted(folder.glob("[!.]*.jsonl"))
         for row in read_questions(file, ("image", "question"))
     ]
     questions = [(Path(row["image"]), row["question"]) for row in rows]
     if not questions:
-        images = sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
-        questions = [(image, DEFAULT_QUESTION) for image in images]
+        questions = [(image, DEFAULT_QUESTION) for image in image_files(folder)]
     if not questions:
         raise FileNotFoundError(f"{folder} holds no images to calibrate on.")
     return questions
