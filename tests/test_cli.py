@@ -39,6 +39,7 @@ from fastvlm_mlx.version import __version__
 
 PENGUINS = str(NANO / "images" / "penguins.png")
 PANDA = str(NANO / "images" / "panda.png")
+ASK = "Describe the image."
 ANSWER = "The image shows 6 penguins."
 CLI = "fastvlm_mlx.cli"
 MAIN = [sys.executable, "-m", "fastvlm_mlx"]
@@ -220,6 +221,31 @@ def test_verbose(run: Run) -> None:
 def test_without_image_but_with_prompt(run: Run, nano: tuple) -> None:
     result = run("generate", "--prompt", "How are you?")
     assert result == (0, fv.generate(*nano, "How are you?") + "\n", "")
+
+
+def test_messages_from_a_file(run: Run, tmp_path: Path) -> None:
+    parts = [{"type": "image_url", "image_url": {"url": PENGUINS}}, {"type": "text", "text": ASK}]
+    path, messages = tmp_path / "messages.json", [{"role": "user", "content": parts}]
+    for content in (messages, {"model": "any", "messages": messages}):
+        path.write_text(json.dumps(content))
+        assert run("generate", "--messages", path) == (0, f"{ANSWER}\n", "")
+    path.write_text(json.dumps([{"role": "user", "content": [{"type": "image"}, parts[1]]}]))
+    assert run("generate", "--messages", path, "--image", PENGUINS).out == f"{ANSWER}\n"
+    assert_one_error(run("generate", "--messages", path), "first in turn 1", "0 image")
+    assert_one_error(run("generate", "--messages", path, "--prompt", "A"), "--prompt or --messages")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [("[", "not valid JSON"), ("[" * 100_000, "not valid JSON"), ("5", "found int")],
+    ids=("half", "deep", "number"),
+)
+def test_malformed_files_of_messages(content: str, said: str, run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "messages.json"
+    path.write_text(content)
+    assert_one_error(run("generate", "--messages", path), str(path), said)
+    path.unlink()
+    assert_one_error(run("generate", "--messages", path), str(path))
 
 
 LOAD = {"revision": "v2", "dtype": "float16", "quantize": 4}

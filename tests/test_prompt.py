@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from fastvlm_mlx import processor as processor_module
 from fastvlm_mlx.config import IMAGE_TOKEN_INDEX, CheckpointError
 from fastvlm_mlx.processor import Processor
-from fastvlm_mlx.text.prompt import IMAGE_MARK, build_prompt
+from fastvlm_mlx.text.messages import IMAGE_MARK
+from fastvlm_mlx.text.prompt import build_prompt
 from fastvlm_mlx.text.template import CONV_MODES, DEFAULT_SYSTEM, apply_chat_template
 from fastvlm_mlx.text.tokenizer import QWEN2_SPLIT, Detokenizer, Tokenizer
 

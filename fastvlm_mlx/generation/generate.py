@@ -7,7 +7,7 @@ from typing import Any
 
 from ..model.fastvlm import FastVLM
 from ..processor import Processor
-from ..text.template import Messages
+from ..text.messages import Messages
 from .beam import search_tokens
 from .decode import generate_tokens, make_kv_cache
 from .inputs import ImageSources, Inputs, answer_limit, read_inputs
@@ -21,8 +21,8 @@ def generate(
     model: FastVLM,
     processor: Processor,
     prompt: Messages,
-    *,
     image: ImageSources = None,
+    *,
     prompt_cache: PromptCache | None = None,
     **options: Any,
 ) -> str:
@@ -30,8 +30,11 @@ def generate(
 
     Args:
         model, processor: from `load`.
-        prompt: a question, in which `<image>` may mark the images' places, or a chat as a list of
-            {"role", "content"}.
+        prompt: a question, in which `<image>` may mark the images' places; or a chat as a list of
+            {"role", "content"}, whose contents are texts or lists of parts as OpenAI, transformers
+            and mlx-vlm write them: {"type": "text", "text": …}, {"type": "image", "image": …} (or
+            "url", "path"), {"type": "image_url", "image_url": {"url": …}}. {"type": "image"} by
+            itself is the next of `image`. A text that a ChatML template wrote is taken as it is.
         image: one image or several: path, URL, bytes, PIL image or array.
         prompt_cache: what earlier calls computed, so that an image asked about again is neither
             encoded nor read by the decoder again.
@@ -52,8 +55,8 @@ def stream_generate(
     model: FastVLM,
     processor: Processor,
     prompt: Messages,
-    *,
     image: ImageSources = None,
+    *,
     prompt_cache: PromptCache | None = None,
     **options: Any,
 ) -> Iterator[Response]:

@@ -12,8 +12,8 @@ import mlx.core as mx
 from ..image.load import ImageSource
 from ..model.fastvlm import FastVLM
 from ..processor import Processor
-from ..text.prompt import build_prompt, check_marks
-from ..text.template import Messages
+from ..text.messages import Messages, collect_images
+from ..text.prompt import build_prompt
 from .options import Options
 
 # What a person gives as images: one, several or none
@@ -77,8 +77,7 @@ def read_inputs(
             `compute_visual_tokens`.
     """
     start = time.perf_counter()
-    images = list_images(image)
-    check_marks(prompt, len(earlier) + len(images))
+    images = collect_images(prompt, [*earlier, *list_images(image)])[len(earlier) :]
     pixel_values, sizes = preprocess_images(
         processor, images, options.image_size, fast=options.fast
     )

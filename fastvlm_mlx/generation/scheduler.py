@@ -27,8 +27,7 @@ from ..model.fastvlm import FastVLM
 from ..model.kv_cache import KVCache
 from ..ops import on_cpu
 from ..processor import Processor
-from ..text.prompt import check_marks
-from ..text.template import Messages
+from ..text.messages import Messages, collect_images
 from .inputs import ImageSources, list_images, preprocess_images
 from .options import CACHE_KINDS, DRAFTS, Options, refuse
 from .prefix import Prefix, common_prefix
@@ -140,8 +139,7 @@ class Batch:
                 wrong with an image, or a prompt that is too long, is for `step` to find.
         """
         chosen = batch_options(options)
-        images = list_images(image)
-        check_marks(prompt, len(images))
+        images = collect_images(prompt, list_images(image))
         self.processor.num_visual_tokens(chosen.image_size)
         mx.eval([image for image in images if isinstance(image, mx.array)])  # for another thread
         id, self._count = self._count, self._count + 1
