@@ -19,15 +19,25 @@ def is_number(value: Any) -> bool:
 
 
 def check_whole_number(name: str, value: Any, least: int = 1) -> None:
-    """ValueError, naming the argument, unless its value is a whole number from `least` on."""
+    """ValueError, naming the argument, unless it is a whole number from `least` on, below 2⁶⁴."""
     if not is_whole_number(value, least):
-        raise ValueError(f"{name} must be a whole number from {least}, found {value!r}.")
+        raise ValueError(f"{name} must be a whole number from {least}, found {shown(value)}.")
+    if value >= 2**64:  # more than MLX can count
+        raise ValueError(f"{name} must be a whole number below 2⁶⁴, found {shown(value)}.")
 
 
 def reason(error: BaseException) -> str:
     """The first line of what an exception says, in brief, without error number or full stop."""
     said = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
     return brief(re.sub(r"^\[Errno -?\d+\] ", "", said.partition("\n")[0])).rstrip(".")
+
+
+def shown(value: Any) -> str:
+    """A value as Python writes it, in brief."""
+    try:
+        return brief(repr(value))
+    except ValueError:  # of Python itself, beyond 4,300 digits
+        return "a number with thousands of digits"
 
 
 def brief(text: str, limit: int = 160) -> str:

@@ -85,7 +85,7 @@ class Chat:
 
     def _chosen(self, options: dict[str, Any]) -> Options:
         """The options of a turn; ValueError if one is out of range or not for conversations."""
-        chosen = Options(**{**self.options, **options})
+        chosen = Options.of({**self.options, **options})
         refuse(chosen, "a conversation", *DRAFTS, "num_beams")
         return chosen
 

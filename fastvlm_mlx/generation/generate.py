@@ -44,6 +44,7 @@ def generate(
         ValueError: an option is out of range, an image can't be read, marks and images differ in
             number, or the prompt is longer than the model's limit.
         FileNotFoundError: no such image.
+        TypeError: there is no such option.
     """
     responses = stream_generate(
         model, processor, prompt, image=image, prompt_cache=prompt_cache, **options
@@ -61,7 +62,7 @@ def stream_generate(
     **options: Any,
 ) -> Iterator[Response]:
     """As `generate`, piece by piece; bad arguments raise on the call, not on the first piece."""
-    chosen = Options(**options)
+    chosen = Options.of(options)
     encode = None if prompt_cache is None else prompt_cache.encode
     inputs = read_inputs(model, processor, prompt, image, chosen, encode=encode)
     input_ids, times = inputs.input_ids, inputs.times

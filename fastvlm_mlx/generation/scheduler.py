@@ -59,7 +59,7 @@ class RequestError(ValueError):
 
 def batch_options(options: Mapping[str, Any]) -> Options:
     """The options of a request in a batch; ValueError if one is out of range or not for batches."""
-    chosen = Options(**options)
+    chosen = Options.of(options)
     refuse(chosen, "a batch", *CACHE_KINDS, *DRAFTS, "num_beams")
     return chosen
 
