@@ -635,7 +635,7 @@ def test_errors_in_the_chat_do_not_end_it(run: Run, images: Path) -> None:
         "/image",
         f"/image {images / 'nothing.png'}",
         f"/image {images / 'text.png'}",
-        "/images",
+        "/pictures",
         "<image> without one",
         "word " * 5000,
         f"/image {PENGUINS}",
@@ -649,7 +649,7 @@ def test_errors_in_the_chat_do_not_end_it(run: Run, images: Path) -> None:
         "Name an image: /image PATH.",
         "no such file",
         "not an image",
-        "There is no command /images",
+        "There is no command /pictures",
         "1 <image> mark(s)",
         "limit is 4096",
         "2 <image> mark(s)",
@@ -657,6 +657,53 @@ def test_errors_in_the_chat_do_not_end_it(run: Run, images: Path) -> None:
     errors = result.err.splitlines()[1:]
     assert len(errors) == len(said)
     assert all(text in error for text, error in zip(said, errors, strict=True))
+
+
+DRAGGED = {
+    "escaped": lambda path: re.sub(r"([ ()'&])", r"\\\1", path),
+    "double quotes": '"{}"'.format,
+    "single quotes": "'{}'".format,
+    "trailing space": "{} ".format,
+    "plain": str,
+    "url": lambda path: Path(path).as_uri(),
+}
+
+
+@pytest.mark.parametrize("way", DRAGGED)
+def test_paths_dragged_into_the_terminal(way: str, run: Run, tmp_path: Path) -> None:
+    name = "my (best) photo.png" if way == "single quotes" else "Ann's (best) photo & more.png"
+    path = shutil.copyfile(PENGUINS, tmp_path / name)
+    dragged = DRAGGED[way](str(path))
+    assert run("generate", "--image", dragged).out == f"{ANSWER}\n"
+    result = run("chat", stdin=f"/image {dragged}\n{ASK}\n")
+    assert result.out.replace("> ", "").split("\n")[0] == ANSWER, result.err
+    assert run("chat", "--image", dragged, stdin="/images\n").out.count("1. ") == 1
+
+
+def test_a_backslash_may_be_part_of_a_name(run: Run, tmp_path: Path) -> None:
+    odd = shutil.copyfile(PENGUINS, tmp_path / "a\\ b'.png")
+    assert run("generate", "--image", odd).out == f"{ANSWER}\n"
+
+
+def test_images_that_the_conversation_knows(run: Run) -> None:
+    lines = ["/images", ASK, f"/image {PANDA}", "/images", "What?", "/reset", "/images"]
+    result = run("chat", "--image", PENGUINS, "--max-tokens", "1", stdin="\n".join(lines))
+    listed = [line for line in result.out.replace("> ", "").split("\n") if "mage" in line]
+    assert listed == [
+        f"1. {PENGUINS} (256 × 256 pixels), shown with the next question",
+        f"1. {PENGUINS} (256 × 256 pixels)",
+        f"2. {PANDA} (256 × 256 pixels), shown with the next question",
+        "No image yet: /image PATH shows one.",
+    ]
+
+
+def test_bytes_of_another_encoding_do_not_end_the_chat(tmp_path: Path) -> None:
+    path = os.fsencode(shutil.copyfile(PENGUINS, os.fsencode(tmp_path) + b"/caf\xe9.png"))
+    lines = b"/image " + path + b"\nWas ist das f\xfcr ein Bild?\n/image \xff\n" + ASK.encode()
+    done = subprocess.run([*MAIN, "chat"], input=lines, capture_output=True, timeout=60)
+    assert done.returncode == 0 and b"Traceback" not in done.stderr
+    assert done.stderr.count(b"Error: ") == 1 and b"no such file" in done.stderr
+    assert done.stdout.count(b"\n") == 3 and b"penguins" in done.stdout
 
 
 def test_options_of_the_chat(run: Run) -> None:

@@ -17,6 +17,7 @@ from ..generation.options import Options
 from ..hub.resolve import NANO
 from ..text.messages import Messages
 from .arguments import Bits, Dtype, Images, Model, Revision, option_flags
+from .images import dragged_path
 from .printing import print_answer, print_timings
 
 SAMPLE_IMAGE = NANO / "images" / "penguins.png"
@@ -64,7 +65,8 @@ def generate(
     if not image and prompt is None and messages is None:
         image = [str(SAMPLE_IMAGE)]
         typer.echo(f"No --image and no --prompt: describing {SAMPLE_IMAGE}.", err=True)
-    responses = stream_generate(*loaded, question, image=image, **vars(chosen))
+    images = [dragged_path(path) for path in image or []]
+    responses = stream_generate(*loaded, question, image=images, **vars(chosen))
     text, last = print_answer(responses, quiet=as_json)
     if as_json:
         result = asdict(last) | {"text": text}

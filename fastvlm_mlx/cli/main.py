@@ -53,5 +53,7 @@ def main() -> None:
     """Run the command; bad input ends it with a sentence and exit code 2."""
     if isinstance(sys.stdout, TextIOWrapper):  # a terminal may lack letters of an answer
         sys.stdout.reconfigure(errors="backslashreplace")
+    if isinstance(sys.stdin, TextIOWrapper):  # bytes of another encoding may be part of a path
+        sys.stdin.reconfigure(errors="surrogateescape")
     with errors_as_sentences():
         app()
