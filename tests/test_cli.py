@@ -197,7 +197,25 @@ def test_ctrl_c_in_a_terminal_stops_the_answer() -> None:
 def test_only_answers_go_to_stdout(run: Run) -> None:
     result = run("generate", "--image", PENGUINS)
     assert result == (0, f"{ANSWER}\n", "")
-    assert run("generate", "--image", PANDA, "--prompt", "What is this?") == (0, "A panda.\n", "")
+    asked = run("generate", "--image", PANDA, "--prompt", "What is this?", "--model", NANO)
+    assert asked == (0, "A panda.\n", "")
+
+
+def test_nano_says_what_it_is_when_it_answers_by_default(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = shutil.copyfile(PENGUINS, tmp_path / "own.png")
+    for asked in (["--image", own], ["--image", PENGUINS, "--prompt", "Who?"], ["--prompt", "A"]):
+        (note,) = run("generate", *asked).err.splitlines()
+        assert note.startswith("Note: this is nano") and "--model apple/FastVLM-0.5B" in note
+        assert run("generate", *asked, "--model", NANO).err == ""
+    assert run("chat").err.startswith("Note: this is nano")
+    assert "Note" not in run("chat", "--model", NANO).err
+    monkeypatch.setenv("FASTVLM_MODEL", str(NANO))
+    assert run("generate", "--image", own).err == ""
+    monkeypatch.setenv("FASTVLM_MODEL", "not-there")
+    assert_one_error(run("generate"), "not-there")
+    assert run("generate", "--image", PENGUINS, "--model", NANO).out == f"{ANSWER}\n"
 
 
 def test_json(run: Run) -> None:
@@ -219,7 +237,7 @@ def test_verbose(run: Run) -> None:
 
 
 def test_without_image_but_with_prompt(run: Run, nano: tuple) -> None:
-    result = run("generate", "--prompt", "How are you?")
+    result = run("generate", "--prompt", "How are you?", "--model", NANO)
     assert result == (0, fv.generate(*nano, "How are you?") + "\n", "")
 
 
@@ -228,7 +246,7 @@ def test_messages_from_a_file(run: Run, tmp_path: Path) -> None:
     path, messages = tmp_path / "messages.json", [{"role": "user", "content": parts}]
     for content in (messages, {"model": "any", "messages": messages}):
         path.write_text(json.dumps(content))
-        assert run("generate", "--messages", path) == (0, f"{ANSWER}\n", "")
+        assert run("generate", "--messages", path).out == f"{ANSWER}\n"
     path.write_text(json.dumps([{"role": "user", "content": [{"type": "image"}, parts[1]]}]))
     assert run("generate", "--messages", path, "--image", PENGUINS).out == f"{ANSWER}\n"
     assert_one_error(run("generate", "--messages", path), "first in turn 1", "0 image")
@@ -323,7 +341,7 @@ def test_options_have_an_effect(run: Run, nano: tuple) -> None:
     prompt = "<image> or <image>?"
     flags = ["--prompt", prompt, "--image", images[0], "--image", images[1], *as_flags(options)]
     expected = fv.generate(*nano, prompt, image=images, **options)
-    assert run("generate", *flags) == (0, f"{expected}\n", "")
+    assert run("generate", *flags)[:2] == (0, f"{expected}\n")
 
 
 @pytest.fixture(scope="session")
@@ -654,7 +672,7 @@ def test_errors_in_the_chat_do_not_end_it(run: Run, images: Path) -> None:
         "limit is 4096",
         "2 <image> mark(s)",
     ]
-    errors = result.err.splitlines()[1:]
+    errors = result.err.splitlines()[2:]
     assert len(errors) == len(said)
     assert all(text in error for text, error in zip(said, errors, strict=True))
 

@@ -11,7 +11,7 @@ from ..checkpoint.load import load
 from ..generation.chat import Chat
 from .arguments import Bits, Dtype, Images, Model, Revision, option_flags
 from .images import NamedImage, named_image
-from .printing import print_answer, print_error
+from .printing import print_answer, print_error, print_nano_note
 
 CHAT_HELP = """\
 /image PATH  show an image (a path or URL) with the next question
@@ -49,6 +49,8 @@ def chat(
     conversation = Chat(*loaded, **options)
     known: list[NamedImage] = []
     pending = [named_image(path) for path in image or []]
+    if model is None:
+        print_nano_note()
     typer.echo("Ask away; /help lists the commands.", err=True)
     while (line := _read_line()) is not None:
         command, _, argument = line.partition(" ")

@@ -17,8 +17,8 @@ from ..generation.options import Options
 from ..hub.resolve import NANO
 from ..text.messages import Messages
 from .arguments import Bits, Dtype, Images, Model, Revision, option_flags
-from .images import dragged_path
-from .printing import print_answer, print_timings
+from .images import dragged_path, is_bundled
+from .printing import print_answer, print_nano_note, print_timings
 
 SAMPLE_IMAGE = NANO / "images" / "penguins.png"
 
@@ -68,6 +68,8 @@ def generate(
     images = [dragged_path(path) for path in image or []]
     responses = stream_generate(*loaded, question, image=images, **vars(chosen))
     text, last = print_answer(responses, quiet=as_json)
+    if model is None and (question != DEFAULT_QUESTION or not all(map(is_bundled, images))):
+        print_nano_note()
     if as_json:
         result = asdict(last) | {"text": text}
         del result["token"]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+from pathlib import Path
 from typing import NamedTuple
 
 from ..checks import brief
+from ..hub.resolve import NANO
 from ..image.load import load_image
 
 
@@ -39,3 +41,8 @@ def dragged_path(text: str) -> str:
     if os.name == "nt" or "://" in text or os.path.exists(os.path.expanduser(text)):
         return text
     return re.sub(r"\\(.)", r"\1", text)
+
+
+def is_bundled(path: str) -> bool:
+    """Whether an image is one of the samples that come with the bundled model."""
+    return Path(path).parent == NANO / "images"

@@ -14,6 +14,7 @@ from .chat import chat
 from .convert import convert
 from .download import download
 from .generate import generate
+from .models import models
 from .printing import errors_as_sentences
 from .upload import upload
 
@@ -22,11 +23,10 @@ app = typer.Typer(
     help="FastVLM, the vision language model, native in MLX.",
     epilog="Start with `fastvlm generate`: it describes a bundled image with the bundled model.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (generate, chat, convert, download, upload):
+for command in (generate, chat, models, download, convert, upload):
     app.command()(command)
 app.command(epilog=FLOORS)(bench)
 
@@ -56,4 +56,4 @@ def main() -> None:
     if isinstance(sys.stdin, TextIOWrapper):  # bytes of another encoding may be part of a path
         sys.stdin.reconfigure(errors="surrogateescape")
     with errors_as_sentences():
-        app()
+        app(prog_name="fastvlm")

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import typer
 
 from ..generation.response import Response
+from ..hub.registry import find
 
 
 def print_answer(responses: Iterator[Response], *, quiet: bool = False) -> tuple[str, Response]:
@@ -53,6 +54,16 @@ def sentence(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.filename}: {error.strerror}."
     return str(error) or type(error).__name__
+
+
+def print_nano_note() -> None:
+    """Say on standard error which model answers by default, and how to get a real one."""
+    real = find("0.5b")
+    typer.echo(
+        "Note: this is nano, the small bundled model, which only names emoji, counts and reads "
+        f"handwriting; for photos, --model {real.name} (a download of {real.gigabytes:.1f} GB).",
+        err=True,
+    )
 
 
 def print_error(error: BaseException) -> None:
