@@ -93,6 +93,51 @@ def test_chat_over_a_pipe() -> None:
     assert "Traceback" not in result.err
 
 
+CLOSED = {
+    "output": ("generate >&-", 2, "Standard output is closed"),
+    "output of the help": ("--help >&-", 2, "Standard output is closed"),
+    "all of them": ("generate <&- >&- 2>&-", 2, ""),
+    "input of the chat": ("chat <&-", 2, "Standard input is closed"),
+    "full disk": ("generate >/dev/full", 2, "No space left on device"),
+    "nobody reads": ("models | exit 0", 1, ""),
+}
+
+
+@pytest.mark.parametrize("case", CLOSED)
+def test_closed_streams(case: str) -> None:
+    line, code, said = CLOSED[case]
+    shell = f'set -o pipefail; "{sys.executable}" -m fastvlm_mlx {line}'
+    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (code, "")
+    assert "Traceback" not in done.stderr and "Exception" not in done.stderr
+    assert said in done.stderr and done.stderr.count("Error: ") == (1 if said else 0)
+
+
+@pytest.mark.parametrize("closed", ["<&-", "2>&-"])
+def test_answering_needs_only_standard_output(closed: str) -> None:
+    shell = f'"{sys.executable}" -m fastvlm_mlx generate --image {PENGUINS} {closed}'
+    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, f"{ANSWER}\n"), done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["generate", "--temperature", "1e400"],
+        ["generate", "--max-tokens", "9" * 30],
+        ["generate", "--seed", "9" * 5000],
+        ["bench", "--tokens", "1" + "0" * 11],
+        ["bench", "--prompt-tokens", "1" + "0" * 11],
+        ["bench", "--runs", "9" * 30],
+    ],
+    ids=lambda arguments: arguments[1],
+)
+def test_huge_numbers(arguments: list[str], run: Run) -> None:
+    result = run(*arguments)
+    assert (result.code, result.out) == (2, "") and "Traceback" not in result.err
+    assert len(result.err) < 1000
+
+
 def test_entry_point() -> None:
     scripts = importlib.metadata.entry_points(group="console_scripts", name="fastvlm")
     assert [script.value for script in scripts] == ["fastvlm_mlx.cli.main:main"]

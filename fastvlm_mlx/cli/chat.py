@@ -45,6 +45,8 @@ def chat(
     Commands in the chat: /image PATH, /images, /reset, /help, /quit. Ctrl-C stops an answer,
     Ctrl-D leaves.
     """
+    if sys.stdin is None:
+        raise ValueError("Standard input is closed: questions are read from there.")
     loaded = load(model, revision=revision, dtype=dtype, quantize=quantize)
     conversation = Chat(*loaded, **options)
     known: list[NamedImage] = []

@@ -51,8 +51,9 @@ def print_timings(response: Response) -> None:
 
 def sentence(error: BaseException) -> str:
     """An error as one sentence; the system's own errors name their file."""
-    if isinstance(error, OSError) and error.strerror and error.filename:
-        return f"{error.filename}: {error.strerror}."
+    if isinstance(error, OSError) and error.strerror:
+        place = f"{error.filename}: " if error.filename else ""
+        return f"{place}{error.strerror}."
     return str(error) or type(error).__name__
 
 
