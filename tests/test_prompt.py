@@ -385,6 +385,8 @@ def test_template_environment(tmp_path):
         ("{% if %}", "chat template"),
         ("{{ ''.__class__.__mro__ }}", "unsafe"),
         ("{{ 1 + 'a' }}", "chat template"),
+        ("{{ raise_exception('a' * 10000) }}", "a…$"),
+        ("{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}", "steps"),
     ],
 )
 def test_failing_template(tmp_path, template, message):

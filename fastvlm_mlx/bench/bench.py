@@ -80,12 +80,7 @@ def bench(
     load_times, model, processor = time_loads(load, runs)
     (pixel_values,), (original,) = preprocess_images(processor, [content], image_size)
     (features,) = compute_visual_tokens(model, [pixel_values], [original])
-    positions = len(features) + prompt_tokens + tokens
-    if positions >= processor.max_length:
-        raise ValueError(
-            f"prompt_tokens and tokens take {positions} positions with the image, "
-            f"and the model's limit is {processor.max_length}."
-        )
+    check_positions(len(features) + prompt_tokens + tokens, processor.max_length)
     input_ids = make_prompt(model, len(features), prompt_tokens)
     images, side = pixel_values.shape[:2]
     del features, pixel_values
@@ -195,6 +190,15 @@ def time_loads(
         seconds.append(time.perf_counter() - start)
     assert loaded is not None
     return seconds[1:] or seconds, *loaded
+
+
+def check_positions(positions: int, limit: int) -> None:
+    """ValueError if the model has no positions for the image, the prompt and the answer."""
+    if positions >= limit:
+        raise ValueError(
+            f"prompt_tokens and tokens take {positions} positions with the image, "
+            f"and the model's limit is {limit}."
+        )
 
 
 def make_prompt(model: FastVLM, visual_tokens: int, text_tokens: int) -> list[int]:

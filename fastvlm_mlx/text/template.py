@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from typing import TYPE_CHECKING, Any
 
+from ..checks import brief
 from .messages import IMAGE_MARK, IMAGE_PLACE, ROLES, Messages, Turn, read_messages
+from .sandbox import render
 from .tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    import jinja2
 
 DEFAULT_SYSTEM = "You are a helpful assistant."
 # Lone surrogates, which no text has: around edges of control tokens, and for any content.
@@ -112,7 +108,8 @@ def render_turns(
 
 def _render(tokenizer: Tokenizer, messages: list[Turn], add_generation_prompt: bool) -> str:
     try:
-        return _compiled(tokenizer.chat_template or "").render(
+        return render(
+            tokenizer.chat_template or "",
             messages=messages,
             add_generation_prompt=add_generation_prompt,
             tools=None,
@@ -120,27 +117,6 @@ def _render(tokenizer: Tokenizer, messages: list[Turn], add_generation_prompt: b
             **tokenizer.special_tokens,
         )
     except Exception as error:  # a template is a program and may fail in any way
-        raise ValueError(f"The chat template fails on these messages: {error}") from None
-
-
-@cache
-def _compiled(template: str) -> jinja2.Template:
-    """A chat template in the environment that transformers gives it."""
-    from datetime import datetime
-
-    from jinja2 import TemplateError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    def raise_exception(message: str) -> None:
-        raise TemplateError(message)
-
-    def to_json(value: Any, **options: Any) -> str:
-        return json.dumps(value, **{"ensure_ascii": False, **options})
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = to_json
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return environment.from_string(template)
+        raise ValueError(
+            f"The chat template fails on these messages: {brief(str(error))}"
+        ) from None
