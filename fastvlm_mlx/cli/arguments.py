@@ -50,7 +50,7 @@ Bits = Annotated[
 ]
 Images = Annotated[
     list[str] | None,
-    typer.Option(help="Path, URL or data: URI. Repeat it for several images."),
+    typer.Option(help="Path, URL or data: URI, also as dragged in. Repeat it for several images."),
 ]
 ImageSize = Annotated[
     int | None,
