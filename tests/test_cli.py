@@ -39,6 +39,7 @@ from fastvlm_mlx.version import __version__
 
 PENGUINS = str(NANO / "images" / "penguins.png")
 PANDA = str(NANO / "images" / "panda.png")
+ASK = "Describe the image."
 ANSWER = "The image shows 6 penguins."
 CLI = "fastvlm_mlx.cli"
 MAIN = [sys.executable, "-m", "fastvlm_mlx"]
@@ -90,6 +91,51 @@ def test_chat_over_a_pipe() -> None:
     assert (result.code, first) == (0, ANSWER)
     assert "6" in second
     assert "Traceback" not in result.err
+
+
+CLOSED = {
+    "output": ("generate >&-", 2, "Standard output is closed"),
+    "output of the help": ("--help >&-", 2, "Standard output is closed"),
+    "all of them": ("generate <&- >&- 2>&-", 2, ""),
+    "input of the chat": ("chat <&-", 2, "Standard input is closed"),
+    "full disk": ("generate >/dev/full", 2, "No space left on device"),
+    "nobody reads": ("models | exit 0", 1, ""),
+}
+
+
+@pytest.mark.parametrize("case", CLOSED)
+def test_closed_streams(case: str) -> None:
+    line, code, said = CLOSED[case]
+    shell = f'set -o pipefail; "{sys.executable}" -m fastvlm_mlx {line}'
+    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (code, "")
+    assert "Traceback" not in done.stderr and "Exception" not in done.stderr
+    assert said in done.stderr and done.stderr.count("Error: ") == (1 if said else 0)
+
+
+@pytest.mark.parametrize("closed", ["<&-", "2>&-"])
+def test_answering_needs_only_standard_output(closed: str) -> None:
+    shell = f'"{sys.executable}" -m fastvlm_mlx generate --image {PENGUINS} {closed}'
+    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, f"{ANSWER}\n"), done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["generate", "--temperature", "1e400"],
+        ["generate", "--max-tokens", "9" * 30],
+        ["generate", "--seed", "9" * 5000],
+        ["bench", "--tokens", "1" + "0" * 11],
+        ["bench", "--prompt-tokens", "1" + "0" * 11],
+        ["bench", "--runs", "9" * 30],
+    ],
+    ids=lambda arguments: arguments[1],
+)
+def test_huge_numbers(arguments: list[str], run: Run) -> None:
+    result = run(*arguments)
+    assert (result.code, result.out) == (2, "") and "Traceback" not in result.err
+    assert len(result.err) < 1000
 
 
 def test_entry_point() -> None:
@@ -196,7 +242,25 @@ def test_ctrl_c_in_a_terminal_stops_the_answer() -> None:
 def test_only_answers_go_to_stdout(run: Run) -> None:
     result = run("generate", "--image", PENGUINS)
     assert result == (0, f"{ANSWER}\n", "")
-    assert run("generate", "--image", PANDA, "--prompt", "What is this?") == (0, "A panda.\n", "")
+    asked = run("generate", "--image", PANDA, "--prompt", "What is this?", "--model", NANO)
+    assert asked == (0, "A panda.\n", "")
+
+
+def test_nano_says_what_it_is_when_it_answers_by_default(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = shutil.copyfile(PENGUINS, tmp_path / "own.png")
+    for asked in (["--image", own], ["--image", PENGUINS, "--prompt", "Who?"], ["--prompt", "A"]):
+        (note,) = run("generate", *asked).err.splitlines()
+        assert note.startswith("Note: this is nano") and "--model apple/FastVLM-0.5B" in note
+        assert run("generate", *asked, "--model", NANO).err == ""
+    assert run("chat").err.startswith("Note: this is nano")
+    assert "Note" not in run("chat", "--model", NANO).err
+    monkeypatch.setenv("FASTVLM_MODEL", str(NANO))
+    assert run("generate", "--image", own).err == ""
+    monkeypatch.setenv("FASTVLM_MODEL", "not-there")
+    assert_one_error(run("generate"), "not-there")
+    assert run("generate", "--image", PENGUINS, "--model", NANO).out == f"{ANSWER}\n"
 
 
 def test_json(run: Run) -> None:
@@ -218,8 +282,33 @@ def test_verbose(run: Run) -> None:
 
 
 def test_without_image_but_with_prompt(run: Run, nano: tuple) -> None:
-    result = run("generate", "--prompt", "How are you?")
+    result = run("generate", "--prompt", "How are you?", "--model", NANO)
     assert result == (0, fv.generate(*nano, "How are you?") + "\n", "")
+
+
+def test_messages_from_a_file(run: Run, tmp_path: Path) -> None:
+    parts = [{"type": "image_url", "image_url": {"url": PENGUINS}}, {"type": "text", "text": ASK}]
+    path, messages = tmp_path / "messages.json", [{"role": "user", "content": parts}]
+    for content in (messages, {"model": "any", "messages": messages}):
+        path.write_text(json.dumps(content))
+        assert run("generate", "--messages", path).out == f"{ANSWER}\n"
+    path.write_text(json.dumps([{"role": "user", "content": [{"type": "image"}, parts[1]]}]))
+    assert run("generate", "--messages", path, "--image", PENGUINS).out == f"{ANSWER}\n"
+    assert_one_error(run("generate", "--messages", path), "first in turn 1", "0 image")
+    assert_one_error(run("generate", "--messages", path, "--prompt", "A"), "--prompt or --messages")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [("[", "not valid JSON"), ("[" * 100_000, "not valid JSON"), ("5", "found int")],
+    ids=("half", "deep", "number"),
+)
+def test_malformed_files_of_messages(content: str, said: str, run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "messages.json"
+    path.write_text(content)
+    assert_one_error(run("generate", "--messages", path), str(path), said)
+    path.unlink()
+    assert_one_error(run("generate", "--messages", path), str(path))
 
 
 LOAD = {"revision": "v2", "dtype": "float16", "quantize": 4}
@@ -297,7 +386,7 @@ def test_options_have_an_effect(run: Run, nano: tuple) -> None:
     prompt = "<image> or <image>?"
     flags = ["--prompt", prompt, "--image", images[0], "--image", images[1], *as_flags(options)]
     expected = fv.generate(*nano, prompt, image=images, **options)
-    assert run("generate", *flags) == (0, f"{expected}\n", "")
+    assert run("generate", *flags)[:2] == (0, f"{expected}\n")
 
 
 @pytest.fixture(scope="session")
@@ -609,7 +698,7 @@ def test_errors_in_the_chat_do_not_end_it(run: Run, images: Path) -> None:
         "/image",
         f"/image {images / 'nothing.png'}",
         f"/image {images / 'text.png'}",
-        "/images",
+        "/pictures",
         "<image> without one",
         "word " * 5000,
         f"/image {PENGUINS}",
@@ -623,14 +712,61 @@ def test_errors_in_the_chat_do_not_end_it(run: Run, images: Path) -> None:
         "Name an image: /image PATH.",
         "no such file",
         "not an image",
-        "There is no command /images",
+        "There is no command /pictures",
         "1 <image> mark(s)",
         "limit is 4096",
         "2 <image> mark(s)",
     ]
-    errors = result.err.splitlines()[1:]
+    errors = result.err.splitlines()[2:]
     assert len(errors) == len(said)
     assert all(text in error for text, error in zip(said, errors, strict=True))
+
+
+DRAGGED = {
+    "escaped": lambda path: re.sub(r"([ ()'&])", r"\\\1", path),
+    "double quotes": '"{}"'.format,
+    "single quotes": "'{}'".format,
+    "trailing space": "{} ".format,
+    "plain": str,
+    "url": lambda path: Path(path).as_uri(),
+}
+
+
+@pytest.mark.parametrize("way", DRAGGED)
+def test_paths_dragged_into_the_terminal(way: str, run: Run, tmp_path: Path) -> None:
+    name = "my (best) photo.png" if way == "single quotes" else "Ann's (best) photo & more.png"
+    path = shutil.copyfile(PENGUINS, tmp_path / name)
+    dragged = DRAGGED[way](str(path))
+    assert run("generate", "--image", dragged).out == f"{ANSWER}\n"
+    result = run("chat", stdin=f"/image {dragged}\n{ASK}\n")
+    assert result.out.replace("> ", "").split("\n")[0] == ANSWER, result.err
+    assert run("chat", "--image", dragged, stdin="/images\n").out.count("1. ") == 1
+
+
+def test_a_backslash_may_be_part_of_a_name(run: Run, tmp_path: Path) -> None:
+    odd = shutil.copyfile(PENGUINS, tmp_path / "a\\ b'.png")
+    assert run("generate", "--image", odd).out == f"{ANSWER}\n"
+
+
+def test_images_that_the_conversation_knows(run: Run) -> None:
+    lines = ["/images", ASK, f"/image {PANDA}", "/images", "What?", "/reset", "/images"]
+    result = run("chat", "--image", PENGUINS, "--max-tokens", "1", stdin="\n".join(lines))
+    listed = [line for line in result.out.replace("> ", "").split("\n") if "mage" in line]
+    assert listed == [
+        f"1. {PENGUINS} (256 × 256 pixels), shown with the next question",
+        f"1. {PENGUINS} (256 × 256 pixels)",
+        f"2. {PANDA} (256 × 256 pixels), shown with the next question",
+        "No image yet: /image PATH shows one.",
+    ]
+
+
+def test_bytes_of_another_encoding_do_not_end_the_chat(tmp_path: Path) -> None:
+    path = os.fsencode(shutil.copyfile(PENGUINS, os.fsencode(tmp_path) + b"/caf\xe9.png"))
+    lines = b"/image " + path + b"\nWas ist das f\xfcr ein Bild?\n/image \xff\n" + ASK.encode()
+    done = subprocess.run([*MAIN, "chat"], input=lines, capture_output=True, timeout=60)
+    assert done.returncode == 0 and b"Traceback" not in done.stderr
+    assert done.stderr.count(b"Error: ") == 1 and b"no such file" in done.stderr
+    assert done.stdout.count(b"\n") == 3 and b"penguins" in done.stdout
 
 
 def test_options_of_the_chat(run: Run) -> None:

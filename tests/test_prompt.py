@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from fastvlm_mlx import processor as processor_module
 from fastvlm_mlx.config import IMAGE_TOKEN_INDEX, CheckpointError
 from fastvlm_mlx.processor import Processor
-from fastvlm_mlx.text.prompt import IMAGE_MARK, build_prompt
+from fastvlm_mlx.text.messages import IMAGE_MARK
+from fastvlm_mlx.text.prompt import build_prompt
 from fastvlm_mlx.text.template import CONV_MODES, DEFAULT_SYSTEM, apply_chat_template
 from fastvlm_mlx.text.tokenizer import QWEN2_SPLIT, Detokenizer, Tokenizer
 
@@ -384,6 +385,8 @@ def test_template_environment(tmp_path):
         ("{% if %}", "chat template"),
         ("{{ ''.__class__.__mro__ }}", "unsafe"),
         ("{{ 1 + 'a' }}", "chat template"),
+        ("{{ raise_exception('a' * 10000) }}", "a…$"),
+        ("{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}", "steps"),
     ],
 )
 def test_failing_template(tmp_path, template, message):

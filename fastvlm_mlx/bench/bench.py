@@ -20,7 +20,7 @@ import mlx.core as mx
 from ..checkpoint.load import load_model, load_processor
 from ..checks import check_whole_number
 from ..generation.decode import generate_tokens, make_kv_cache
-from ..generation.inputs import check_length, compute_visual_tokens, preprocess_images
+from ..generation.inputs import compute_visual_tokens, preprocess_images
 from ..generation.options import Options
 from ..hub.resolve import resolve
 from ..model.fastvlm import FastVLM
@@ -80,8 +80,8 @@ def bench(
     load_times, model, processor = time_loads(load, runs)
     (pixel_values,), (original,) = preprocess_images(processor, [content], image_size)
     (features,) = compute_visual_tokens(model, [pixel_values], [original])
+    check_positions(len(features) + prompt_tokens + tokens, processor.max_length)
     input_ids = make_prompt(model, len(features), prompt_tokens)
-    check_length(input_ids, processor.max_length - tokens)
     images, side = pixel_values.shape[:2]
     del features, pixel_values
     answer = partial(run_once, model, processor, content, image_size, input_ids, tokens)
@@ -190,6 +190,15 @@ def time_loads(
         seconds.append(time.perf_counter() - start)
     assert loaded is not None
     return seconds[1:] or seconds, *loaded
+
+
+def check_positions(positions: int, limit: int) -> None:
+    """ValueError if the model has no positions for the image, the prompt and the answer."""
+    if positions >= limit:
+        raise ValueError(
+            f"prompt_tokens and tokens take {positions} positions with the image, "
+            f"and the model's limit is {limit}."
+        )
 
 
 def make_prompt(model: FastVLM, visual_tokens: int, text_tokens: int) -> list[int]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import IMAGE_TOKEN_INDEX, FastVLMConfig, load_config, read_json
-from ..text.prompt import IMAGE_MARK
+from ..text.messages import IMAGE_MARK
 from ..text.tokenizer import Tokenizer
 from .files import write_json
 

@@ -5,21 +5,36 @@ A command takes those as `**options` under `option_flags`, which makes a flag of
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import fields
+from glob import escape, glob
 from inspect import Parameter, Signature, signature
 from typing import Annotated, Any
 
 import typer
 
 from ..generation.options import Options
+from ..hub.cached import names_in_cache
+from ..hub.registry import ENTRIES, SIZES
+
+
+def complete_model(incomplete: str) -> list[str]:
+    """Names for --model that begin so: published ones, those in the Hub's cache, and folders."""
+    known = [*SIZES, *(entry.name for entry in ENTRIES if entry.on_hub), *names_in_cache()]
+    folders = [path for path in glob(f"{escape(incomplete)}*/") if os.path.isdir(path)]
+    names = [name for name in dict.fromkeys(known) if name.startswith(incomplete)]
+    return [*names, *sorted(folders)]
+
 
 Model = Annotated[
     str | None,
     typer.Option(
+        envvar="FASTVLM_MODEL",
+        autocompletion=complete_model,
         help="Folder, Hub id, or 0.5b, 1.5b or 7b for Apple's models. "
         "The default is the bundled nano model, which only names emoji, counts and reads "
-        "handwriting."
+        "handwriting.",
     ),
 ]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")]
@@ -35,7 +50,7 @@ Bits = Annotated[
 ]
 Images = Annotated[
     list[str] | None,
-    typer.Option(help="Path, URL or data: URI. Repeat it for several images."),
+    typer.Option(help="Path, URL or data: URI, also as dragged in. Repeat it for several images."),
 ]
 ImageSize = Annotated[
     int | None,

@@ -9,12 +9,13 @@ import typer
 
 from ..checkpoint.load import load
 from ..generation.chat import Chat
-from ..image.load import load_image
 from .arguments import Bits, Dtype, Images, Model, Revision, option_flags
-from .printing import print_answer, print_error
+from .images import NamedImage, named_image
+from .printing import print_answer, print_error, print_nano_note
 
 CHAT_HELP = """\
 /image PATH  show an image (a path or URL) with the next question
+/images      list the images that the conversation knows
 /reset       forget the conversation
 /help        list these commands
 /quit        leave, as Ctrl-D does; Ctrl-C stops an answer"""
@@ -41,11 +42,17 @@ def chat(
 ) -> None:
     """Talk about images, turn by turn.
 
-    Commands in the chat: /image PATH, /reset, /help, /quit. Ctrl-C stops an answer, Ctrl-D leaves.
+    Commands in the chat: /image PATH, /images, /reset, /help, /quit. Ctrl-C stops an answer,
+    Ctrl-D leaves.
     """
+    if sys.stdin is None:
+        raise ValueError("Standard input is closed: questions are read from there.")
     loaded = load(model, revision=revision, dtype=dtype, quantize=quantize)
     conversation = Chat(*loaded, **options)
-    pending = [_checked(path) for path in image or []]
+    known: list[NamedImage] = []
+    pending = [named_image(path) for path in image or []]
+    if model is None:
+        print_nano_note()
     typer.echo("Ask away; /help lists the commands.", err=True)
     while (line := _read_line()) is not None:
         command, _, argument = line.partition(" ")
@@ -55,13 +62,16 @@ def chat(
             typer.echo(CHAT_HELP)
         elif command == "/reset":
             conversation.reset()
+            known.clear()
             pending.clear()
+        elif command == "/images":
+            _list_images(known, pending)
         elif command == "/image":
             _add_image(pending, argument.strip())
         elif line.startswith("/"):
             typer.echo(f"There is no command {command}; /help lists the commands.", err=True)
         elif line:
-            _answer(conversation, line, pending)
+            known += _answer(conversation, line, pending)
 
 
 def _read_line() -> str | None:
@@ -76,28 +86,31 @@ def _read_line() -> str | None:
             typer.echo("\nCtrl-D or /quit leaves.", err=True)
 
 
-def _checked(path: str) -> str:
-    """The path itself, if an image can be read there; otherwise the error that says why not."""
-    load_image(path)
-    return path
+def _list_images(known: list[NamedImage], pending: list[NamedImage]) -> None:
+    """Print what has been shown, and what waits for the next question."""
+    for number, image in enumerate([*known, *pending], 1):
+        waits = ", shown with the next question" if number > len(known) else ""
+        typer.echo(f"{number}. {image}{waits}")
+    if not known and not pending:
+        typer.echo("No image yet: /image PATH shows one.")
 
 
-def _add_image(pending: list[str], path: str) -> None:
+def _add_image(pending: list[NamedImage], path: str) -> None:
     """Put an image before the next question, or say why it can't be."""
     if not path:
         typer.echo("Name an image: /image PATH.", err=True)
         return
     try:
-        pending.append(_checked(path))
+        pending.append(named_image(path))
     except (ValueError, OSError) as error:
         print_error(error)
 
 
-def _answer(conversation: Chat, question: str, pending: list[str]) -> None:
-    """Print the answer to a question about the pending images, which are then used up."""
-    turns = len(conversation.messages)
+def _answer(conversation: Chat, question: str, pending: list[NamedImage]) -> list[NamedImage]:
+    """Print the answer to a question about the pending images, and return those now known."""
+    turns, paths = len(conversation.messages), [image.path for image in pending]
     try:
-        print_answer(conversation.ask(question, image=list(pending), stream=True))
+        print_answer(conversation.ask(question, image=paths, stream=True))
     except KeyboardInterrupt:
         typer.echo(" [stopped]")
         conversation.stop()
@@ -105,5 +118,8 @@ def _answer(conversation: Chat, question: str, pending: list[str]) -> None:
         raise
     except (ValueError, OSError) as error:
         print_error(error)
-    if len(conversation.messages) > turns:
-        pending.clear()
+    if len(conversation.messages) == turns:
+        return []
+    shown = list(pending)
+    pending.clear()
+    return shown

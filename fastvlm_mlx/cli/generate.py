@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from ..checkpoint.load import load
+from ..checks import reason
 from ..evaluate.questions import DEFAULT_QUESTION
 from ..generation.generate import stream_generate
 from ..generation.options import Options
 from ..hub.resolve import NANO
+from ..text.messages import Messages
 from .arguments import Bits, Dtype, Images, Model, Revision, option_flags
-from .printing import print_answer, print_timings
+from .images import dragged_path, is_bundled
+from .printing import print_answer, print_nano_note, print_timings
 
 SAMPLE_IMAGE = NANO / "images" / "penguins.png"
 
@@ -28,6 +32,13 @@ def generate(
         typer.Option(
             help="The question. `<image>` in it marks the place of an image; without marks, images "
             f'come first. The default is "{DEFAULT_QUESTION}"'
+        ),
+    ] = None,
+    messages: Annotated[
+        Path | None,
+        typer.Option(
+            help="A JSON file with a list of messages, as OpenAI and transformers write them, "
+            "instead of --prompt. Images may stand in their parts."
         ),
     ] = None,
     revision: Revision = None,
@@ -47,18 +58,38 @@ def generate(
     """
     draft_model = options.pop("draft_model")
     chosen = Options(**options | {"stop": tuple(options["stop"])})
+    question = _question(prompt, messages)
     loaded = load(model, revision=revision, dtype=dtype, quantize=quantize)
     if draft_model is not None:
         chosen = replace(chosen, draft_model=load(draft_model, dtype=dtype))
-    if not image and prompt is None:
+    if not image and prompt is None and messages is None:
         image = [str(SAMPLE_IMAGE)]
         typer.echo(f"No --image and no --prompt: describing {SAMPLE_IMAGE}.", err=True)
-    question = DEFAULT_QUESTION if prompt is None else prompt
-    responses = stream_generate(*loaded, question, image=image, **vars(chosen))
+    images = [dragged_path(path) for path in image or []]
+    responses = stream_generate(*loaded, question, image=images, **vars(chosen))
     text, last = print_answer(responses, quiet=as_json)
+    if model is None and (question != DEFAULT_QUESTION or not all(map(is_bundled, images))):
+        print_nano_note()
     if as_json:
         result = asdict(last) | {"text": text}
         del result["token"]
         typer.echo(json.dumps(result, ensure_ascii=False))
     elif verbose:
         print_timings(last)
+
+
+def _question(prompt: str | None, messages: Path | None) -> Messages:
+    """What is asked: a prompt, a file of messages, or by default for a description."""
+    if messages is None:
+        return DEFAULT_QUESTION if prompt is None else prompt
+    if prompt is not None:
+        raise ValueError("Give --prompt or --messages, not both.")
+    try:
+        found = json.loads(messages.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{messages} is not valid JSON ({reason(error)}).") from None
+    if isinstance(found, dict) and "messages" in found:  # the body of a request
+        found = found["messages"]
+    if not isinstance(found, list):
+        raise ValueError(f"{messages} must hold a list of messages, found {type(found).__name__}.")
+    return found

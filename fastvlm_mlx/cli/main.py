@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from io import TextIOWrapper
 from typing import Annotated
@@ -14,6 +15,7 @@ from .chat import chat
 from .convert import convert
 from .download import download
 from .generate import generate
+from .models import models
 from .printing import errors_as_sentences
 from .upload import upload
 
@@ -22,11 +24,10 @@ app = typer.Typer(
     help="FastVLM, the vision language model, native in MLX.",
     epilog="Start with `fastvlm generate`: it describes a bundled image with the bundled model.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (generate, chat, convert, download, upload):
+for command in (generate, chat, models, download, convert, upload):
     app.command()(command)
 app.command(epilog=FLOORS)(bench)
 
@@ -49,9 +50,23 @@ def _common(
     pass
 
 
+def _fill_closed_streams() -> None:
+    """Keep the numbers of closed streams from other files, since MLX reads no file numbered 0."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # which takes the lowest free number
+
+
 def main() -> None:
     """Run the command; bad input ends it with a sentence and exit code 2."""
+    _fill_closed_streams()
     if isinstance(sys.stdout, TextIOWrapper):  # a terminal may lack letters of an answer
         sys.stdout.reconfigure(errors="backslashreplace")
+    if isinstance(sys.stdin, TextIOWrapper):  # bytes of another encoding may be part of a path
+        sys.stdin.reconfigure(errors="surrogateescape")
     with errors_as_sentences():
-        app()
+        if sys.stdout is None:
+            raise ValueError("Standard output is closed: there is nowhere to write to.")
+        app(prog_name="fastvlm")

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import typer
 
 from ..generation.response import Response
+from ..hub.registry import find
 
 
 def print_answer(responses: Iterator[Response], *, quiet: bool = False) -> tuple[str, Response]:
@@ -50,9 +51,20 @@ def print_timings(response: Response) -> None:
 
 def sentence(error: BaseException) -> str:
     """An error as one sentence; the system's own errors name their file."""
-    if isinstance(error, OSError) and error.strerror and error.filename:
-        return f"{error.filename}: {error.strerror}."
+    if isinstance(error, OSError) and error.strerror:
+        place = f"{error.filename}: " if error.filename else ""
+        return f"{place}{error.strerror}."
     return str(error) or type(error).__name__
+
+
+def print_nano_note() -> None:
+    """Say on standard error which model answers by default, and how to get a real one."""
+    real = find("0.5b")
+    typer.echo(
+        "Note: this is nano, the small bundled model, which only names emoji, counts and reads "
+        f"handwriting; for photos, --model {real.name} (a download of {real.gigabytes:.1f} GB).",
+        err=True,
+    )
 
 
 def print_error(error: BaseException) -> None:

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 from ..model.fastvlm import FastVLM
 from ..processor import Processor
-from ..text.template import Messages
+from ..text.messages import Messages
 from .inputs import ImageSources
 from .response import Response
 from .scheduler import MAX_BATCH, Batch, RequestError, batch_options

@@ -11,7 +11,7 @@ import mlx.core as mx
 
 from ..model.fastvlm import FastVLM
 from ..processor import Processor
-from ..text.prompt import IMAGE_MARK, check_marks
+from ..text.messages import Messages, read_question
 from .decode import generate_tokens, make_kv_cache
 from .inputs import ImageSources, answer_limit, list_images, read_inputs
 from .options import DRAFTS, Options, refuse
@@ -31,7 +31,7 @@ class Chat:
         **options: fields of `Options`, for every turn; drafts and beams are not for conversations.
 
     Attributes:
-        messages: the turns so far, as {"role", "content"}.
+        messages: the turns so far, as {"role", "content"}; of images only the places are kept.
     """
 
     def __init__(self, model: FastVLM, processor: Processor, **options: Any):
@@ -42,13 +42,13 @@ class Chat:
         self._lock = RLock()  # of a turn, or of a step of a streamed one
         self._running: Generator[Response, None, None] | None = None
         self._reader = 0  # the thread that reads the streamed answer
-        self._unread: tuple[list[dict[str, str]], list[mx.array]] | None = None
+        self._unread: tuple[list[dict[str, Any]], list[mx.array]] | None = None
         self.reset()
 
     def reset(self) -> None:
         """Forget all turns and images."""
         self.stop()
-        self.messages: list[dict[str, str]] = []
+        self.messages: list[dict[str, Any]] = []
         self._visual_tokens: list[mx.array] = []
         self._cached_ids: list[int] = []
         self._cache: list[Any] = []
@@ -57,7 +57,7 @@ class Chat:
     @overload
     def ask(
         self,
-        prompt: str,
+        prompt: Messages,
         *,
         image: ImageSources = None,
         stream: Literal[False] = False,
@@ -66,16 +66,17 @@ class Chat:
 
     @overload
     def ask(
-        self, prompt: str, *, image: ImageSources = None, stream: Literal[True], **options: Any
+        self, prompt: Messages, *, image: ImageSources = None, stream: Literal[True], **options: Any
     ) -> Iterator[Response]: ...
 
     def ask(
-        self, prompt: str, *, image: ImageSources = None, stream: bool = False, **options: Any
+        self, prompt: Messages, *, image: ImageSources = None, stream: bool = False, **options: Any
     ) -> str | Iterator[Response]:
         """Answer the next question.
 
         Args:
-            prompt: the question; `<image>` in it marks the places of this turn's images.
+            prompt: the question, a text or a list of parts; `<image>` in the text marks the places
+                of this turn's images.
             image: images that are new in this turn.
             stream: yield a `Response` per token instead of returning the whole text. An answer that
                 is not read to its end before the next question counts as far as it was read.
@@ -104,7 +105,7 @@ class Chat:
 
     def _chosen(self, options: dict[str, Any]) -> Options:
         """The options of a turn; ValueError if one is out of range or not for conversations."""
-        chosen = Options(**{**self.options, **options})
+        chosen = Options.of({**self.options, **options})
         refuse(chosen, "a conversation", *DRAFTS, "num_beams")
         return chosen
 
@@ -139,12 +140,10 @@ class Chat:
                     self._running = None
 
     def _answer(
-        self, prompt: str, image: ImageSources, options: Options
+        self, prompt: Messages, image: ImageSources, options: Options
     ) -> Generator[Response, None, None]:
-        images = list_images(image)
-        check_marks(prompt, len(images))
-        marks = "" if IMAGE_MARK in prompt else f"{IMAGE_MARK}\n" * len(images)
-        messages = [*self.messages, {"role": "user", "content": marks + prompt}]
+        content, images = read_question(prompt, list_images(image))
+        messages = [*self.messages, {"role": "user", "content": content}]
         inputs = read_inputs(
             self.model, self.processor, messages, images, options, earlier=self._visual_tokens
         )
@@ -199,7 +198,7 @@ class Chat:
 
     def _record(
         self,
-        messages: list[dict[str, str]],
+        messages: list[dict[str, Any]],
         visual_tokens: list[mx.array],
         responses: Iterator[Response],
     ) -> Generator[Response, None, None]:
@@ -214,7 +213,7 @@ class Chat:
             self._end_turn(messages, visual_tokens, answer)
 
     def _end_turn(
-        self, messages: list[dict[str, str]], visual_tokens: list[mx.array], answer: str
+        self, messages: list[dict[str, Any]], visual_tokens: list[mx.array], answer: str
     ) -> None:
         self.messages = [*messages, {"role": "assistant", "content": answer}]
         self._visual_tokens = visual_tokens

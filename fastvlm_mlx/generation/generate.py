@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from ..model.fastvlm import FastVLM
 from ..processor import Processor
-from ..text.template import Messages
+from ..text.messages import Messages
 from .beam import search_tokens
 from .decode import generate_tokens, make_kv_cache
 from .inputs import ImageSources, Inputs, answer_limit, read_inputs
@@ -23,8 +23,8 @@ def generate(
     model: FastVLM,
     processor: Processor,
     prompt: Messages,
-    *,
     image: ImageSources = None,
+    *,
     prompt_cache: PromptCache | None = None,
     **options: Any,
 ) -> str:
@@ -32,8 +32,11 @@ def generate(
 
     Args:
         model, processor: from `load`.
-        prompt: a question, in which `<image>` may mark the images' places, or a chat as a list of
-            {"role", "content"}.
+        prompt: a question, in which `<image>` may mark the images' places; or a chat as a list of
+            {"role", "content"}, whose contents are texts or lists of parts as OpenAI, transformers
+            and mlx-vlm write them: {"type": "text", "text": …}, {"type": "image", "image": …} (or
+            "url", "path"), {"type": "image_url", "image_url": {"url": …}}. {"type": "image"} by
+            itself is the next of `image`. A text that a ChatML template wrote is taken as it is.
         image: one image or several: path, URL, bytes, PIL image or array.
         prompt_cache: what earlier calls computed, so that an image asked about again is neither
             encoded nor read by the decoder again.
@@ -43,6 +46,7 @@ def generate(
         ValueError: an option is out of range, an image can't be read, marks and images differ in
             number, or the prompt is longer than the model's limit.
         FileNotFoundError: no such image.
+        TypeError: there is no such option.
     """
     responses = stream_generate(
         model, processor, prompt, image=image, prompt_cache=prompt_cache, **options
@@ -54,13 +58,13 @@ def stream_generate(
     model: FastVLM,
     processor: Processor,
     prompt: Messages,
-    *,
     image: ImageSources = None,
+    *,
     prompt_cache: PromptCache | None = None,
     **options: Any,
 ) -> Iterator[Response]:
     """As `generate`, piece by piece; bad arguments raise on the call, not on the first piece."""
-    chosen = Options(**options)
+    chosen = Options.of(options)
     encode = None if prompt_cache is None else prompt_cache.encode
     inputs = read_inputs(model, processor, prompt, image, chosen, encode=encode)
     input_ids, times = inputs.input_ids, inputs.times

@@ -13,8 +13,8 @@ from ..image.load import ImageSource
 from ..model.fastvlm import FastVLM
 from ..ops import check_process
 from ..processor import Processor
-from ..text.prompt import build_prompt, check_marks
-from ..text.template import Messages
+from ..text.messages import Messages, collect_images
+from ..text.prompt import build_prompt
 from .options import Options
 
 # What a person gives as images: one, several or none
@@ -79,8 +79,7 @@ def read_inputs(
     """
     check_process()
     start = time.perf_counter()
-    images = list_images(image)
-    check_marks(prompt, len(earlier) + len(images))
+    images = collect_images(prompt, [*earlier, *list_images(image)])[len(earlier) :]
     pixel_values, sizes = preprocess_images(
         processor, images, options.image_size, fast=options.fast
     )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from difflib import get_close_matches
 from typing import Any
 
 import mlx.core as mx
 
-from ..checks import check_whole_number, is_number, is_whole_number
+from ..checks import check_whole_number, is_number, is_whole_number, shown
 from ..model.fastvlm import FastVLM
 from ..processor import Processor
 
@@ -36,6 +37,29 @@ EXCLUSIVE = (
 CACHE_KINDS = ("max_kv_size", "kv_bits")
 DRAFTS = ("prompt_lookup", "draft_model")
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "logits_processor")
+# What transformers, mlx-vlm and other libraries have under another name, or elsewhere
+OTHER_NAMES = {
+    "temp": "temperature",
+    "max_new_tokens": "max_tokens",
+    "max_length": "max_tokens",
+    "do_sample": "temperature",
+    "resize_shape": "image_size",
+    "system_prompt": "system",
+    "stop_strings": "stop",
+    "max_kv_cache_size": "max_kv_size",
+    "logits_processors": "logits_processor",
+    "prompt_lookup_num_tokens": "prompt_lookup",
+    "assistant_model": "draft_model",
+    "images": "image",
+}
+ELSEWHERE = {
+    "verbose": "each response of stream_generate has its timings",
+    "stream": "stream_generate answers piece by piece",
+    "streamer": "stream_generate answers piece by piece",
+    "num_return_sequences": "ask several times, or with batch_generate",
+    "image": "it goes with the question",
+    "prompt_cache": "only generate and stream_generate take one",
+}
 
 
 @dataclass(frozen=True)
@@ -70,6 +94,8 @@ class Options:
         num_beams: above 1, beam search: this many answers are followed at once and the likeliest
             one wins. It does not sample, and its text arrives all at once.
 
+    Numbers may be numpy's.
+
     Raises:
         ValueError: a value is out of its range.
     """
@@ -95,7 +121,20 @@ class Options:
     num_draft_tokens: int = 3
     num_beams: int = 1
 
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> Options:
+        """From keyword arguments; TypeError, with the right name, for one that is no option."""
+        names = [field.name for field in fields(cls)]
+        for name in options:
+            if name not in names:
+                raise TypeError(f"There is no option {shown(name)} here{_hint(name, names)}")
+        return cls(**options)
+
     def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0:
+                object.__setattr__(self, field.name, value.item())
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
         for name, least in WHOLE_NUMBERS.items():
@@ -107,8 +146,9 @@ class Options:
         self._check("stop", "texts that are not empty", _is_texts, all)
         if self.repetition_penalty is not None:
             self._check("repetition_penalty", "a number above 0", is_number, lambda p: p > 0)
-        if self.seed is not None:
-            self._check("seed", "a whole number below 2⁶⁴", lambda n: n < 2**64)
+        for name in ("system", "conv_mode"):
+            if getattr(self, name) is not None:
+                self._check(name, "a text", lambda text: isinstance(text, str))
         if self.kv_bits is not None:
             self._check("kv_bits", f"one of {KV_BITS}", is_whole_number, KV_BITS.__contains__)
         if self.logits_processor is not None:
@@ -130,7 +170,7 @@ class Options:
     ) -> None:
         value = getattr(self, name)
         if not of_type(value) or not in_range(value):
-            raise ValueError(f"{name} must be {wanted}, found {value!r}.")
+            raise ValueError(f"{name} must be {wanted}, found {shown(value)}.")
 
 
 def refuse(options: Options, way: str, *names: str) -> None:
@@ -148,6 +188,15 @@ def refuse(options: Options, way: str, *names: str) -> None:
     for name in names:
         if getattr(options, name) != defaults[name]:
             raise ValueError(f"{name} does not go with {way}; leave it out.")
+
+
+def _hint(name: str, names: Sequence[str]) -> str:
+    """What to write instead of a name that is no option."""
+    if name in ELSEWHERE:
+        return f"; {ELSEWHERE[name]}."
+    known = OTHER_NAMES.get(name)
+    near = [known] if known else get_close_matches(name, names, n=2)
+    return f"; did you mean {' or '.join(near)}?" if near else "."
 
 
 def _is_texts(value: Any) -> bool:

@@ -13,7 +13,7 @@ import mlx.core as mx
 from ..image.load import ImageSource
 from ..model.fastvlm import FastVLM
 from ..processor import Processor
-from ..text.template import Messages
+from ..text.messages import Messages
 from .inputs import answer_limit, tokenize
 from .options import Options
 from .response import Response, stream_responses

@@ -28,8 +28,7 @@ from ..model.fastvlm import FastVLM
 from ..model.kv_cache import KVCache
 from ..ops import check_process, on_cpu
 from ..processor import Processor
-from ..text.prompt import check_marks
-from ..text.template import Messages
+from ..text.messages import Messages, collect_images
 from .decode import check_finite
 from .inputs import ImageSources, list_images, preprocess_images
 from .options import CACHE_KINDS, DRAFTS, Options, refuse
@@ -62,7 +61,7 @@ class RequestError(ValueError):
 
 def batch_options(options: Mapping[str, Any]) -> Options:
     """The options of a request in a batch; ValueError if one is out of range or not for batches."""
-    chosen = Options(**options)
+    chosen = Options.of(options)
     refuse(chosen, "a batch", *CACHE_KINDS, *DRAFTS, "num_beams")
     return chosen
 
@@ -144,8 +143,7 @@ class Batch:
         """
         check_process()
         chosen = batch_options(options)
-        images = list_images(image)
-        check_marks(prompt, len(images))
+        images = collect_images(prompt, list_images(image))
         self.processor.num_visual_tokens(chosen.image_size)
         mx.eval([image for image in images if isinstance(image, mx.array)])  # for another thread
         id, self._count = self._count, self._count + 1

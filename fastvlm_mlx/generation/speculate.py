@@ -16,7 +16,7 @@ import mlx.core as mx
 
 from ..model.fastvlm import FastVLM
 from ..processor import Processor
-from ..text.template import Messages
+from ..text.messages import Messages
 from ..text.tokenizer import Tokenizer
 from .decode import generate_tokens
 from .drafters import Drafter, DraftModel, PromptLookup, trim

@@ -5,10 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..config import IMAGE_TOKEN_INDEX
-from .template import GUARD, IMAGE_PLACE, Messages, apply_chat_template, check_messages
+from .messages import (
+    IMAGE_PLACE,
+    Messages,
+    Turn,
+    check_number,
+    is_templated,
+    read_messages,
+)
+from .template import GUARD, render_turns
 from .tokenizer import SURROGATES, Tokenizer
 
-IMAGE_MARK = "<image>"  # where an image stands in a text; also its token in readers that need one
+OPENED_QUESTION = "<|im_start|>user\n"
 
 
 def build_prompt(
@@ -22,14 +30,17 @@ def build_prompt(
 ) -> list[int]:
     """Token ids of a chat, up to where the assistant's answer begins.
 
-    Images go where user turns say `<image>`. Without such a mark, all of them go before the first
-    user turn, each followed by a newline, as in the original's `predict.py`. Only the template
-    brings control tokens: in a turn, `<|im_end|>` is text, and so is `<image>` in a turn that is
-    not the user's.
+    Images go where user turns say `<image>` or have image parts. Without any such place, all of
+    them go before the first user turn, each followed by a newline, as in the original's
+    `predict.py`. Only the template brings control tokens: in a turn, `<|im_end|>` is text, and so
+    is `<image>` in a turn that is not the user's or in a text part.
+
+    A text that went through a ChatML template as a whole is taken as it is: its control tokens are
+    control tokens.
 
     Args:
         tokenizer: the model's.
-        messages: as in `apply_chat_template`.
+        messages: as in `apply_chat_template`; images in parts are places like any other.
         num_visual_tokens: for each image, in order, how many visual tokens it has.
         system: the system prompt; by default the template's own.
         image_token_index: the id that holds the place of each visual token.
@@ -37,50 +48,56 @@ def build_prompt(
 
     Raises:
         ValueError: as in `apply_chat_template`; also if there are marks, but not one per image, no
-            user turn for the images to go into, or two system prompts.
+            user turn for the images to go into, two system prompts, or `system` or `conv_mode` for
+            a text that is templated already.
     """
-    turns = check_messages(messages)
-    if system is not None:
-        if turns[0]["role"] == "system":
-            raise ValueError("The system prompt is given twice: as `system` and as a message.")
-        turns = [{"role": "system", "content": system}, *turns]
-    turns = _place_images(turns, len(num_visual_tokens))
-    turns = [{**turn, "content": _guard(tokenizer, turn["content"])} for turn in turns]
-    first, *others = apply_chat_template(tokenizer, turns, conv_mode=conv_mode).split(IMAGE_PLACE)
-    _check_number(len(others), len(num_visual_tokens))
+    images = len(num_visual_tokens)
+    turns, slots = read_messages(messages)
+    if is_templated(messages):
+        if system is not None or conv_mode is not None:
+            raise ValueError(
+                "The prompt already went through a chat template: leave system and conv_mode out, "
+                "or give the question by itself."
+            )
+        text = turns[0]["content"] if slots else _place_in_text(turns[0]["content"], images)
+    else:
+        turns = _add_system(turns, system)
+        turns = turns if slots else _place_first(turns, images)
+        turns = [{**turn, "content": _guard(tokenizer, turn["content"])} for turn in turns]
+        text = render_turns(tokenizer, turns, conv_mode=conv_mode)
+    first, *others = text.split(IMAGE_PLACE)
+    check_number(len(others), images)
     ids = tokenizer.encode(first, allow_special=True)
     for count, text in zip(num_visual_tokens, others, strict=True):
         ids += [image_token_index] * count + tokenizer.encode(text, allow_special=True)
     return ids
 
 
-def check_marks(messages: Messages, images: int) -> None:
-    """ValueError if user turns have image marks, but not one per image."""
-    users = [turn["content"] for turn in check_messages(messages) if turn["role"] == "user"]
-    if marks := sum(content.count(IMAGE_MARK) for content in users):
-        _check_number(marks, images)
+def _add_system(turns: list[Turn], system: str | None) -> list[Turn]:
+    if system is None:
+        return turns
+    if turns[0]["role"] == "system":
+        raise ValueError("The system prompt is given twice: as `system` and as a message.")
+    return [{"role": "system", "content": SURROGATES.sub("", system)}, *turns]
 
 
-def _check_number(marks: int, images: int) -> None:
-    if marks != images:
-        raise ValueError(
-            f"The prompt has {marks} {IMAGE_MARK} mark(s) for {images} image(s): "
-            "write one mark for each image."
-        )
-
-
-def _place_images(messages: list[dict[str, str]], images: int) -> list[dict[str, str]]:
-    """Replace the user's marks by IMAGE_PLACE; without any, mark the first question."""
-    turns = [{**turn, "content": SURROGATES.sub("", turn["content"])} for turn in messages]
-    questions = [turn for turn in turns if turn["role"] == "user"]
-    if images and not questions:
+def _place_first(turns: list[Turn], images: int) -> list[Turn]:
+    """Put the places of images before the first question."""
+    places = f"{IMAGE_PLACE}\n" * images
+    for n, turn in enumerate(turns):
+        if turn["role"] == "user":
+            return [*turns[:n], {**turn, "content": places + turn["content"]}, *turns[n + 1 :]]
+    if images:
         raise ValueError("There is no user message for the images to go into.")
-    if not any(IMAGE_MARK in turn["content"] for turn in questions):
-        for turn in questions[:1]:
-            turn["content"] = f"{IMAGE_MARK}\n" * images + turn["content"]
-    for turn in questions:
-        turn["content"] = turn["content"].replace(IMAGE_MARK, IMAGE_PLACE)
     return turns
+
+
+def _place_in_text(text: str, images: int) -> str:
+    """As `_place_first`, in a text that is templated already."""
+    if images and OPENED_QUESTION not in text:
+        raise ValueError("There is no user message for the images to go into.")
+    places = f"{IMAGE_PLACE}\n" * images
+    return text.replace(OPENED_QUESTION, OPENED_QUESTION + places, 1)
 
 
 def _guard(tokenizer: Tokenizer, content: str) -> str:

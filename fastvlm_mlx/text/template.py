@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from typing import TYPE_CHECKING, Any
 
+from ..checks import brief
+from .messages import IMAGE_MARK, IMAGE_PLACE, ROLES, Messages, Turn, read_messages
+from .sandbox import render
 from .tokenizer import Tokenizer
 
-if TYPE_CHECKING:
-    import jinja2
-
 DEFAULT_SYSTEM = "You are a helpful assistant."
-ROLES = ("system", "user", "assistant")
-# Lone surrogates, which no text has: around edges of control tokens, for an image, for any content.
-GUARD, IMAGE_PLACE, PROBE = "\ud800", "\ud801", "\ud802"
-Messages = str | Sequence[Mapping[str, str]]
+# Lone surrogates, which no text has: around edges of control tokens, and for any content.
+GUARD, PROBE = "\ud800", "\ud802"
 
 
 @dataclass(frozen=True)
@@ -79,50 +74,42 @@ def apply_chat_template(
         tokenizer: its own chat template is used. If it has none, or one that does not show texts
             (transformers' FastVLM has one for lists of parts), Qwen2's ChatML is, which FastVLM
             learned.
-        messages: turns `{"role": "system" | "user" | "assistant", "content": text}`; a string is
-            one user turn.
+        messages: turns `{"role": "system" | "user" | "assistant", "content": text or parts}`; a
+            string is one user turn. Images are written as `<image>`.
         add_generation_prompt: whether to open the assistant's turn at the end.
         conv_mode: one of `CONV_MODES`, instead of the template.
 
     Raises:
         ValueError: a malformed message, an unknown mode, or a template that rejects the messages.
     """
-    messages = check_messages(messages)
+    turns, _ = read_messages(messages)
+    text = render_turns(tokenizer, turns, add_generation_prompt, conv_mode)
+    return text.replace(IMAGE_PLACE, IMAGE_MARK)
+
+
+def render_turns(
+    tokenizer: Tokenizer,
+    turns: list[Turn],
+    add_generation_prompt: bool = True,
+    conv_mode: str | None = None,
+) -> str:
+    """As `apply_chat_template`, of turns as `read_messages` gives them, with its image places."""
     if conv_mode is not None:
         if conv_mode not in CONV_MODES:
             known = ", ".join(CONV_MODES)
             raise ValueError(f"Unknown conversation mode {conv_mode!r}: choose one of {known}.")
-        return CONV_MODES[conv_mode].render(messages, add_generation_prompt)
+        return CONV_MODES[conv_mode].render(turns, add_generation_prompt)
     if tokenizer.chat_template is not None:
-        probe = [{**message, "content": PROBE} for message in messages]
-        if _render(tokenizer, probe, add_generation_prompt).count(PROBE) == len(messages):
-            return _render(tokenizer, messages, add_generation_prompt)
-    return CONV_MODES["qwen_2"].render(messages, add_generation_prompt)
+        probe = [{**turn, "content": PROBE} for turn in turns]
+        if _render(tokenizer, probe, add_generation_prompt).count(PROBE) == len(turns):
+            return _render(tokenizer, turns, add_generation_prompt)
+    return CONV_MODES["qwen_2"].render(turns, add_generation_prompt)
 
 
-def check_messages(messages: Messages) -> list[dict[str, str]]:
-    """Messages as a list of turns with role and content; ValueError if they are malformed."""
-    if isinstance(messages, str):
-        return [{"role": "user", "content": messages}]
-    if not isinstance(messages, (list, tuple)):
-        raise ValueError(f"A prompt must be a text or a list of messages, found {messages!r}.")
-    for message in messages:
-        known = isinstance(message, Mapping) and message.get("role") in ROLES
-        if not known or not isinstance(message.get("content"), str):
-            raise ValueError(
-                "A message must have a role (system, user or assistant) and a text as content, "
-                f"found {message!r}."
-            )
-    if not messages:
-        raise ValueError("There are no messages: give at least one, from the user.")
-    return [{"role": message["role"], "content": message["content"]} for message in messages]
-
-
-def _render(
-    tokenizer: Tokenizer, messages: list[dict[str, str]], add_generation_prompt: bool
-) -> str:
+def _render(tokenizer: Tokenizer, messages: list[Turn], add_generation_prompt: bool) -> str:
     try:
-        return _compiled(tokenizer.chat_template or "").render(
+        return render(
+            tokenizer.chat_template or "",
             messages=messages,
             add_generation_prompt=add_generation_prompt,
             tools=None,
@@ -130,27 +117,6 @@ def _render(
             **tokenizer.special_tokens,
         )
     except Exception as error:  # a template is a program and may fail in any way
-        raise ValueError(f"The chat template fails on these messages: {error}") from None
-
-
-@cache
-def _compiled(template: str) -> jinja2.Template:
-    """A chat template in the environment that transformers gives it."""
-    from datetime import datetime
-
-    from jinja2 import TemplateError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    def raise_exception(message: str) -> None:
-        raise TemplateError(message)
-
-    def to_json(value: Any, **options: Any) -> str:
-        return json.dumps(value, **{"ensure_ascii": False, **options})
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = to_json
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return environment.from_string(template)
+        raise ValueError(
+            f"The chat template fails on these messages: {brief(str(error))}"
+        ) from None
