@@ -34,3 +34,8 @@ def brief(text: str, limit: int = 160) -> str:
     """`text` on one line of at most `limit` characters."""
     line = " ".join(text[: 4 * limit].split())
     return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
+def is_litter(name: str) -> bool:
+    """Whether a file is one that macOS adds beside others on exFAT and network drives."""
+    return name == ".DS_Store" or name.startswith("._")

@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 
 from .checkpoint.card import license_of, model_card
-from .checkpoint.files import Weights, atomic_folder, check_target, save_checkpoint, write_json
+from .checkpoint.files import Weights, save_checkpoint, write_json
 from .checkpoint.layouts import apple_export, llava, mlx_vlm, transformers
 from .checkpoint.layouts.coreml.program import PACKAGE, import_coremltools
 from .checkpoint.layouts.coreml.writer import write_vision_package
@@ -25,6 +25,7 @@ from .checkpoint.processor_files import (
 )
 from .checkpoint.quantize import Quantize, parse_quantize, quantize_checkpoint
 from .checkpoint.read import read_checkpoint
+from .checkpoint.target import atomic_folder, check_apart, check_target
 from .config import FastVLMConfig
 from .hub.resolve import resolve
 from .progress import progress_bar
@@ -67,22 +68,27 @@ def convert(
             original PyTorch code's; "transformers", Hugging Face's; "apple-export", the original
             demo app's for iOS and macOS, always float16, with a Core ML encoder.
         precision: of that Core ML encoder, float32 or float16.
-        overwrite: replace a target that exists.
+        overwrite: replace a target that holds a converted model; nothing else is replaced, and an
+            empty folder is taken in any case.
         progress: show a bar.
 
     Returns:
         The target.
 
     Raises:
-        FileExistsError: the target exists and `overwrite` is not set.
+        FileExistsError: the target holds a model and `overwrite` is not set, or something else.
+        OSError: the target can't be written, or the download failed.
         FileNotFoundError: there is no such source, or there are no images to calibrate on.
         CheckpointError: the source is not a whole FastVLM, or coremltools is needed and missing.
         ValueError: an option is unknown, options don't go together, or the layout can't hold the
             source.
     """
     _check_options(layout, dtype, quantize, calibrate)
-    folder, target = resolve(source, revision=revision), Path(target).expanduser()
-    check_target(target, folder)
+    target = Path(target).expanduser()
+    check_apart(target, source)
+    check_target(target, overwrite=overwrite)
+    folder = resolve(source, revision=revision)
+    check_apart(target, folder)
     checkpoint = _read(folder, layout, dtype, quantize, shown=progress)
     with atomic_folder(target, overwrite=overwrite) as temporary:
         if quantize is not None and calibrate is not None:

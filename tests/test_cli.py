@@ -533,12 +533,16 @@ def test_convert_onto_what_is_there(run: Run, tmp_path: Path) -> None:
     target = tmp_path / "target"
     target.mkdir()
     (target / "mine.txt").write_text("mine")
-    result = run("convert", str(NANO), str(target))
-    assert_one_error(result, str(target), "exists", "--overwrite")
-    assert [path.name for path in target.iterdir()] == ["mine.txt"]
+    for overwrite in ([], ["--overwrite"]):
+        result = run("convert", str(NANO), str(target), *overwrite)
+        assert_one_error(result, str(target), "holds mine.txt", "choose another target")
+        assert [path.name for path in target.iterdir()] == ["mine.txt"]
     assert_one_error(run("convert", str(NANO), PENGUINS, "--overwrite"), PENGUINS, "is a file")
+    (target / "mine.txt").unlink()
+    assert run("convert", str(NANO), str(target)).code == 0
+    assert_one_error(run("convert", str(NANO), str(target)), "exists", "--overwrite")
     assert run("convert", str(NANO), str(target), "--overwrite").code == 0
-    assert (target / "config.json").is_file() and not (target / "mine.txt").exists()
+    assert (target / "config.json").is_file()
     assert [path.name for path in tmp_path.iterdir()] == ["target"]
 
 

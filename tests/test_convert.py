@@ -7,6 +7,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 from safetensors import safe_open
+from sources import LAYOUTS, full_nano
 
 import fastvlm_mlx as fv
 from fastvlm_mlx.checkpoint import processor_files
@@ -320,13 +321,35 @@ def test_model_card_of_a_hub_model(server, small_folder, tmp_path):
 def test_a_target_that_exists(small_folder, tmp_path):
     target = tmp_path / "target"
     target.mkdir()
-    (target / "notes.txt").write_text("mine")
+    converted(small_folder, target)  # it is empty
     with pytest.raises(FileExistsError, match="--overwrite"):
-        converted(small_folder, target)
-    assert names_in(tmp_path) == ["target"] and names_in(target) == ["notes.txt"]
-    assert converted(small_folder, target, overwrite=True) == target
-    assert names_in(tmp_path) == ["target"] and "model.safetensors" in names_in(target)
-    assert "notes.txt" not in names_in(target)
+        converted(small_folder, target, dtype="float16")
+    assert {tensor.dtype for tensor in tensors_of(target).values()} == {mx.float32}
+    assert converted(small_folder, target, dtype="float16", overwrite=True) == target
+    assert {tensor.dtype for tensor in tensors_of(target).values()} == {mx.float16}
+    (target / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"holds notes\.txt"):
+        converted(small_folder, target, overwrite=True)
+    assert names_in(tmp_path) == ["target"]
+    assert {"notes.txt", "model.safetensors"} <= {*names_in(target)}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_is_written_in_any_layout_may_be_replaced(tmp_path, layout):
+    source = full_nano(tmp_path / "source")
+    (source / "LICENSE").write_text("Do what you like.")
+    (source / "generation_config.json").write_text("{}")
+    for _ in range(2):
+        converted(source, tmp_path / "target", layout=layout, overwrite=True)
+
+
+def test_the_target_is_checked_before_the_source_is_read(tmp_path, monkeypatch):
+    (tmp_path / "mine.txt").write_text("mine")
+    monkeypatch.setattr(
+        sys.modules[convert.__module__], "resolve", lambda *_, **options: pytest.fail("downloads")
+    )
+    with pytest.raises(FileExistsError, match=r"holds mine\.txt"):
+        converted("apple/FastVLM-7B", tmp_path, overwrite=True)
 
 
 def test_a_target_that_is_a_file(small_folder, tmp_path):
@@ -424,8 +447,8 @@ def test_no_such_source(tmp_path):
 def test_a_full_disk_leaves_all_as_it_was(small_folder, tmp_path, monkeypatch, exists, failure):
     target = tmp_path / "target"
     if exists:
-        target.mkdir()
-        (target / "notes.txt").write_text("mine")
+        converted(small_folder, target)
+        before = (target / "model.safetensors").read_bytes()
 
     def fail(file, tensors, metadata=None):
         Path(file).write_bytes(b"half of it")
@@ -435,7 +458,7 @@ def test_a_full_disk_leaves_all_as_it_was(small_folder, tmp_path, monkeypatch, e
     with pytest.raises(OSError, match="Unable to write"):
         converted(small_folder, target, overwrite=True)
     assert names_in(tmp_path) == (["target"] if exists else [])
-    assert not exists or (target / "notes.txt").read_text() == "mine"
+    assert not exists or (target / "model.safetensors").read_bytes() == before
 
 
 LIMITED = """

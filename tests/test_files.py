@@ -1,4 +1,4 @@
-"""Weight files, whole and broken, and folders that appear only when they are whole."""
+"""Weight files, whole and broken."""
 
 import json
 import pickle
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from checkpoints import MIB, logits_of, one_sentence, peak_memory, rewrite
 
-from fastvlm_mlx.checkpoint.files import atomic_folder, save_checkpoint
+from fastvlm_mlx.checkpoint.files import save_checkpoint
 from fastvlm_mlx.checkpoint.load import load_model
 from fastvlm_mlx.config import CheckpointError
 
@@ -230,85 +230,3 @@ def test_saving_holds_one_shard_at_most(tmp_path):
     with peak_memory() as used:
         save_checkpoint(tensors, tmp_path, shard_bytes=2 * MIB)
     assert used[0] < 5 * MIB
-
-
-def write_into(target: Path, *, overwrite: bool = False, text: str = "new") -> None:
-    with atomic_folder(target, overwrite=overwrite) as temporary:
-        assert temporary != target and temporary.is_dir()
-        (temporary / "file").write_text(text)
-
-
-def names_in(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
-
-
-@pytest.fixture
-def old(tmp_path) -> Path:
-    """A folder with a file that must not be lost."""
-    target = tmp_path / "target"
-    target.mkdir()
-    (target / "file").write_text("old")
-    return target
-
-
-def test_a_folder_appears_whole(tmp_path):
-    target = tmp_path / "some" / "where" / "target"
-    write_into(target)
-    assert (target / "file").read_text() == "new" and names_in(target.parent) == ["target"]
-    assert target.stat().st_mode & 0o777 == 0o755
-
-
-def test_a_folder_is_replaced_when_asked(old):
-    (old / "another").touch()
-    write_into(old, overwrite=True)
-    assert names_in(old) == ["file"] and (old / "file").read_text() == "new"
-    assert names_in(old.parent) == ["target"]
-
-
-def test_a_folder_is_not_replaced_unasked(old):
-    with pytest.raises(FileExistsError, match="--overwrite") as error:
-        write_into(old)
-    assert str(old) in one_sentence(error)
-    assert (old / "file").read_text() == "old" and names_in(old.parent) == ["target"]
-
-
-@pytest.mark.parametrize("overwrite", [True, False])
-def test_a_file_is_never_replaced(tmp_path, overwrite):
-    (tmp_path / "file").write_text("old")
-    with pytest.raises(FileExistsError, match="is a file"):
-        write_into(tmp_path / "file", overwrite=overwrite)
-    assert (tmp_path / "file").read_text() == "old"
-
-
-@pytest.mark.parametrize("failure", [OSError("full"), ValueError("wrong"), KeyboardInterrupt()])
-def test_after_a_failure_all_is_as_before(tmp_path, old, failure):
-    for target in (tmp_path / "another", old):
-        with (
-            pytest.raises(type(failure)),
-            atomic_folder(target, overwrite=True) as temporary,
-        ):
-            (temporary / "file").write_text("new")
-            raise failure
-    assert names_in(tmp_path) == ["target"] and (old / "file").read_text() == "old"
-
-
-def test_the_old_folder_survives_a_failure_at_the_last_step(tmp_path, old, monkeypatch):
-    rename = Path.rename
-
-    def fail_for_the_new_one(self, target):
-        if Path(target) == old and (self / "file").read_text() == "new":
-            raise OSError("no space left on device")
-        return rename(self, target)
-
-    monkeypatch.setattr(Path, "rename", fail_for_the_new_one)
-    with pytest.raises(OSError, match="no space"):
-        write_into(old, overwrite=True)
-    assert names_in(tmp_path) == ["target"] and (old / "file").read_text() == "old"
-
-
-def test_a_link_to_a_folder_is_replaced_without_harm(tmp_path, old):
-    link = tmp_path / "link"
-    link.symlink_to(old, target_is_directory=True)
-    write_into(link, overwrite=True)
-    assert (link / "file").read_text() == "new"
-    assert names_in(tmp_path) == ["link", "target"]

@@ -1,11 +1,9 @@
-"""Files of a folder ↔ tensors by name, and folders that appear only when they are whole."""
+"""Files of a folder ↔ tensors by name."""
 
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeAlias, cast
@@ -166,43 +164,3 @@ def _shards(weights: Weights, shard_bytes: int) -> list[list[str]]:
 def write_json(file: Path, value: Any) -> None:
     """Write a value as indented JSON."""
     file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def check_target(target: Path, source: Path) -> None:
-    """Raise a ValueError if writing the target would replace the source."""
-    if target.exists() and source.resolve() == target.resolve():
-        raise ValueError(f"{target} is both the source and the target; choose another target.")
-    if target.exists() and source.resolve().is_relative_to(target.resolve()):
-        raise ValueError(f"{target} holds the source {source}; choose another target.")
-
-
-@contextmanager
-def atomic_folder(target: Path, *, overwrite: bool) -> Iterator[Path]:
-    """A temporary folder that becomes `target` when the block ends well, and otherwise disappears.
-
-    Raises:
-        FileExistsError: `target` exists and `overwrite` is not set, or it is a file.
-    """
-    import tempfile
-
-    target = target.resolve()
-    if target.exists() and (not overwrite or not target.is_dir()):
-        hint = "is a file" if target.is_file() else "exists; pass --overwrite to replace it"
-        raise FileExistsError(f"{target} {hint}.")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    old = temporary.with_name(f"{temporary.name}-old")
-    try:
-        yield temporary
-        temporary.chmod(0o755)
-        if target.exists():
-            target.rename(old)
-        try:
-            temporary.rename(target)
-        except OSError:
-            if old.exists():
-                old.rename(target)
-            raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
