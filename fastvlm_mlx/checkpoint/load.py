@@ -11,7 +11,8 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from .. import ops
-from ..config import load_config, read_json
+from ..checks import brief
+from ..config import CheckpointError, FastVLMConfig, load_config, read_json
 from ..hub.resolve import resolve
 from ..model.fastvlm import FastVLM
 from ..processor import Processor
@@ -53,20 +54,50 @@ def load(
 
 
 def load_processor(folder: str | Path) -> Processor:
-    """Read the tokenizer and the image settings of a folder; errors as `load`."""
+    """Read the tokenizer and the image settings of a folder; errors as `load`.
+
+    Every id that a prompt can hold must have a row in the embedding table, since MLX reads whatever
+    lies beyond it: a tokenizer or an end token of another model is a `CheckpointError`. The place
+    of a visual token, `image_token_index`, is no row and may be any id but that of a piece of text.
+    """
     folder = Path(folder)
     config = load_config(folder)
     generation = folder / "generation_config.json"
     eos = read_json(generation).get("eos_token_id") if generation.is_file() else None
     eos_token_ids = [*config.eos_token_ids, *(eos if isinstance(eos, list) else [eos])]
+    tokenizer = Tokenizer.from_folder(folder, [i for i in eos_token_ids if i is not None])
+    _check_token_ids(folder, tokenizer, config)
     return Processor(
-        tokenizer=Tokenizer.from_folder(folder, [i for i in eos_token_ids if i is not None]),
+        tokenizer=tokenizer,
         image_size=config.vision.image_size,
         mode=config.image_aspect_ratio,
         grid_pinpoints=config.image_grid_pinpoints,
         patch_size=config.vision.patch_size,
         max_length=min(config.max_length, config.text.max_position_embeddings),
     )
+
+
+def _check_token_ids(folder: Path, tokenizer: Tokenizer, config: FastVLMConfig) -> None:
+    """Raise a CheckpointError if an id has no row, or a piece of text the id of a visual token."""
+    rows, index = config.text.vocab_size, config.image_token_index
+    text, last = max(tokenizer.bpe.get_vocab().items(), key=lambda item: item[1], default=("", 0))
+    if last >= rows:
+        raise CheckpointError(
+            f"{folder}: the tokenizer is not this model's: its token {brief(text)!r} has the id "
+            f"{last}, and config.json has a vocab_size of {rows}."
+        )
+    ends = sorted(i for i in tokenizer.eos_token_ids if not 0 <= i < rows)
+    if ends:
+        raise CheckpointError(
+            f"{folder}: eos_token_id {brief(str(ends[0]))} in config.json or "
+            f"generation_config.json is no id of the {rows} in the vocabulary."
+        )
+    place = tokenizer.bpe.id_to_token(index) if 0 <= index <= last else None
+    if place is not None and place not in tokenizer.controls:
+        raise CheckpointError(
+            f"{folder}: config.json has the image_token_index {index}, which is the text "
+            f"{brief(place)!r}; it must be -200 or the id of a control token such as <image>."
+        )
 
 
 def load_model(
