@@ -100,12 +100,7 @@ def convert(
         "embeddings": quantize_embeddings,
     }
     chosen = quantize_flags(quantize, group_size, mode, parts)
-    if target is None and not report:
-        raise ValueError("Name the folder to write, or ask for a --report.")
-    if upload_repo is not None:
-        if target is None:
-            raise ValueError("--upload-repo needs the folder to write; name it after the source.")
-        check_repo(upload_repo)
+    _check_output(target, report, upload_repo)
     with TemporaryDirectory() as temporary:
         # What calibration gains is measured on the folder that it wrote.
         written = target or (Path(temporary) / "calibrated" if calibrate else None)
@@ -131,6 +126,16 @@ def convert(
     typer.echo(f"Wrote {target}.")
     if upload_repo is not None:
         push(target, upload_repo)
+
+
+def _check_output(target: Path | None, report: bool, upload_repo: str | None) -> None:
+    """Say what can't become of a conversion before it starts."""
+    if target is None and not report:
+        raise ValueError("Name the folder to write, or ask for a --report.")
+    if upload_repo is not None:
+        if target is None:
+            raise ValueError("--upload-repo needs the folder to write; name it after the source.")
+        check_repo(upload_repo)
 
 
 def quantize_flags(
