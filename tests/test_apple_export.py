@@ -609,6 +609,7 @@ def test_programs_without_one_image() -> None:
 def test_needs_one_package(tmp_path: Path, vision: VisionConfig) -> None:
     with pytest.raises(CheckpointError, match=r"must hold one Core ML package .* found none\.$"):
         apple_export.read_encoder(tmp_path, vision)
+    (tmp_path / "._a.mlpackage").touch()  # as macOS adds on exFAT
     for name in ("a.mlpackage", "b.mlpackage"):
         (tmp_path / name).mkdir()
     with pytest.raises(CheckpointError, match=r"found a\.mlpackage, b\.mlpackage\.$"):
