@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 
 from .checkpoint.card import license_of, model_card
-from .checkpoint.files import Weights, save_checkpoint, write_json
+from .checkpoint.files import Weights, check_finite, save_checkpoint, write_json
 from .checkpoint.layouts import apple_export, llava, mlx_vlm, transformers
 from .checkpoint.layouts.coreml.program import PACKAGE, import_coremltools
 from .checkpoint.layouts.coreml.writer import write_vision_package
@@ -38,6 +38,7 @@ WRITTEN: dict[str, ModuleType] = {
     "transformers": transformers,
     APPLE: apple_export,
 }
+QUANTIZED = ("mlx", APPLE)  # the layouts that hold quantized weights
 
 
 def convert(
@@ -79,7 +80,8 @@ def convert(
         FileExistsError: the target holds a model and `overwrite` is not set, or something else.
         OSError: the target can't be written, or the download failed.
         FileNotFoundError: there is no such source, or there are no images to calibrate on.
-        CheckpointError: the source is not a whole FastVLM, or coremltools is needed and missing.
+        CheckpointError: the source is not a whole FastVLM, holds NaN or infinity, or coremltools is
+            needed and missing.
         ValueError: an option is unknown, options don't go together, or the layout can't hold the
             source.
     """
@@ -126,6 +128,8 @@ class _Checkpoint:
 def _check_options(layout: str, dtype: str | None, quantize: Any, calibrate: Any) -> None:
     if layout not in WRITTEN:
         raise ValueError(f"layout must be one of {', '.join(WRITTEN)}, found {layout!r}.")
+    if quantize is not None and layout not in QUANTIZED:
+        raise ValueError(f"The {layout} layout holds no quantized weights; leave out quantize.")
     if calibrate is not None and quantize is None:
         raise ValueError("calibrate tunes a quantized model; give quantize too.")
     if calibrate is not None and layout != "mlx":
@@ -155,8 +159,11 @@ def _read(
         config = replace(config, quantization=quantization)
         if kept and shown:
             print(f"In float, since the group size does not divide their width: {', '.join(kept)}")
-    if config.quantization and layout not in ("mlx", APPLE):
-        raise ValueError(f"The {layout} layout holds no quantized weights; leave out quantize.")
+    if config.quantization and layout not in QUANTIZED:
+        raise ValueError(
+            f"{folder} is quantized, and the {layout} layout holds no quantized weights, which are "
+            "not expanded again; convert a full-precision source."
+        )
     return _Checkpoint(folder, config, weights, encoder, chosen)
 
 
@@ -191,6 +198,8 @@ def _write(
     write_json(target / "config.json", _config(checkpoint, target, layout))
     if layout in ("transformers", APPLE):
         write_llava_processor(target, checkpoint.config.vision.patch_size)
+    for name, tensor in checkpoint.encoder.items():
+        check_finite(name, tensor)
     if checkpoint.encoder:
         vision = checkpoint.config.vision
         write_vision_package(checkpoint.encoder, vision, target / PACKAGE, precision=precision)

@@ -186,6 +186,60 @@ def test_a_quantized_source_is_not_quantized_again(tmp_path):
     assert names_in(tmp_path) == []
 
 
+@pytest.mark.parametrize("layout", ["llava", "transformers"])
+def test_layouts_that_hold_no_quantized_weights(small_folder, tmp_path, layout):
+    with pytest.raises(ValueError, match=f"The {layout} layout .* leave out quantize"):
+        converted(small_folder, tmp_path / "target", layout=layout, quantize=4)
+    with pytest.raises(ValueError, match=r"is quantized, and .* full-precision") as error:
+        converted(NANO, tmp_path / "target", layout=layout)
+    assert str(NANO) in str(error.value) and "leave out" not in str(error.value)
+    assert names_in(tmp_path) == []
+
+
+LINEAR = "model.layers.1.mlp.gate_proj.weight"
+TENSORS = {
+    "model.layers.0.input_layernorm.weight": "layers.0.input_layernorm.weight",
+    LINEAR: "layers.1.mlp.gate_proj.weight",
+    "model.vision_tower.vision_tower.model.network.0.0.convffn.fc1.weight": "convffn.fc1.weight",
+    "model.embed_tokens.weight": "embed_tokens.weight",
+}
+
+
+def spoiled(small_folder: Path, target: Path, name: str, value: float) -> Path:
+    """The small model with one number replaced."""
+    folder = Path(shutil.copytree(small_folder, target))
+    tensors = tensors_of(folder)
+    flat = tensors[name].flatten()
+    flat[7] = value
+    tensors[name] = flat.reshape(tensors[name].shape)
+    mx.eval(tensors)
+    mx.save_safetensors(str(folder / "model.safetensors"), tensors)
+    return folder
+
+
+MODES = [None, 4, {"bits": 8, "vision": 8}, "mxfp4", "mxfp8", "nvfp4"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("name", TENSORS)
+@pytest.mark.parametrize("quantize", MODES, ids=str)
+def test_what_is_not_finite_is_not_written(small_folder, tmp_path, name, value, quantize):
+    source = spoiled(small_folder, tmp_path / "source", name, value)
+    with pytest.raises(CheckpointError, match="holds NaN or infinity") as error:
+        converted(source, tmp_path / "target", quantize=quantize)
+    assert f"{TENSORS[name]} holds" in str(error.value)
+    assert names_in(tmp_path) == ["source"]
+
+
+def test_numbers_too_large_for_a_dtype_are_not_written(small_folder, tmp_path):
+    source = spoiled(small_folder, tmp_path / "source", LINEAR, 70_000.0)
+    for dtype in ("float32", "bfloat16"):
+        converted(source, tmp_path / dtype, dtype=dtype)
+    with pytest.raises(CheckpointError, match=r"gate_proj\.weight holds .* infinity in float16"):
+        converted(source, tmp_path / "float16", dtype="float16")
+    assert names_in(tmp_path) == ["bfloat16", "float32", "source"]
+
+
 def test_a_quantized_source_keeps_its_bits(nano_folder):
     config = read(nano_folder / "config.json")
     assert config["quantization"] == read(NANO / "config.json")["quantization"]

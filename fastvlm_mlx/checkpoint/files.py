@@ -20,6 +20,7 @@ Weights: TypeAlias = dict[str, mx.array]
 MAX_NAMED = 10  # in an error
 MAX_SHARD_BYTES = 5 * 10**9
 MAX_EXPANDED = 10**9  # bytes of a tensor that repeats fewer numbers
+NAN_SCALE = 255  # among scales of 8 bits, in e8m0 and in e4m3
 SHARD = re.compile(r"(?P<model>.+)-\d+-of-(?P<count>\d{1,9})\.\w+")
 NESTED = ("state_dict", "model_state_dict", "model", "module")  # where training scripts put tensors
 
@@ -194,6 +195,7 @@ def save_checkpoint(
         progress: called with the bytes of each tensor once it is computed.
 
     Raises:
+        CheckpointError: a tensor holds NaN or infinity.
         OSError: a file can't be written.
     """
     total = sum(tensor.nbytes for tensor in weights.values())
@@ -203,8 +205,9 @@ def save_checkpoint(
         several = len(shards) > 1
         file = f"model-{i:05d}-of-{len(shards):05d}.safetensors" if several else "model.safetensors"
         shard = {name: weights.pop(name) for name in names}
-        for tensor in shard.values():
+        for name, tensor in shard.items():
             mx.eval(tensor)
+            check_finite(name, tensor)
             progress(tensor.nbytes)
         try:
             mx.save_safetensors(str(folder / file), shard, metadata={"format": "mlx"})
@@ -213,6 +216,22 @@ def save_checkpoint(
         weight_map |= dict.fromkeys(names, file)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     write_json(folder / "model.safetensors.index.json", index)
+
+
+def check_finite(name: str, tensor: mx.array) -> None:
+    """Raise a CheckpointError if a tensor, or what was packed with these scales, is not finite."""
+    if mx.issubdtype(tensor.dtype, mx.floating):
+        finite = mx.all(mx.isfinite(tensor))
+    elif name.endswith(".scales"):
+        finite = mx.all(tensor != NAN_SCALE)
+    else:
+        return
+    if not finite.item():
+        dtype = str(tensor.dtype).removeprefix("mlx.core.")
+        raise CheckpointError(
+            f"{re.sub('scales$', 'weight', name)} holds NaN or infinity in {dtype}: the source "
+            "does, or its numbers are too large for that; nothing is written."
+        )
 
 
 def _shards(weights: Weights, shard_bytes: int) -> list[list[str]]:
