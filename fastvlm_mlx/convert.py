@@ -199,7 +199,7 @@ def _write(
     if layout in ("transformers", APPLE):
         write_llava_processor(target, checkpoint.config.vision.patch_size)
     for name, tensor in checkpoint.encoder.items():
-        check_finite(name, tensor)
+        check_finite(name, tensor.astype(mx.float16) if precision == "float16" else tensor)
     if checkpoint.encoder:
         vision = checkpoint.config.vision
         write_vision_package(checkpoint.encoder, vision, target / PACKAGE, precision=precision)

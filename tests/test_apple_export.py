@@ -24,7 +24,7 @@ from fastvlm_mlx.checkpoint.layouts.mlx_vlm import ENCODER, HEAD
 from fastvlm_mlx.checkpoint.load import cast
 from fastvlm_mlx.checkpoint.names import unfuse
 from fastvlm_mlx.checkpoint.quantize import quantize_checkpoint
-from fastvlm_mlx.checkpoint.read import read_layout
+from fastvlm_mlx.checkpoint.read import read_checkpoint, read_layout
 from fastvlm_mlx.config import CheckpointError, FastVLMConfig, VisionConfig, load_config
 from fastvlm_mlx.convert import APPLE, convert
 
@@ -726,6 +726,21 @@ def test_export_at_half_precision(
     tensors = read_tensors(target)
     assert {tensor.dtype for tensor in tensors.values()} == {mx.float16}
     assert "quantization" not in json.loads((target / "config.json").read_text())
+
+
+@pytest.mark.parametrize("precision, value", [("float32", math.nan), ("float16", 1e6)])
+def test_an_encoder_that_is_not_finite_is_not_exported(
+    source: Path, tmp_path: Path, precision: str, value: float
+) -> None:
+    spoiled = Path(shutil.copytree(source, tmp_path / "source"))
+    _, tensors = read_checkpoint(spoiled)
+    name = "vision_tower.vision_model.network.0.0.convffn.fc1.bias"
+    tensors[name] = mx.full(tensors[name].shape, value)  # float16 holds no 1e6
+    mx.eval(tensors)
+    mx.save_safetensors(str(spoiled / "model.safetensors"), tensors)
+    with pytest.raises(CheckpointError, match=rf"{name} holds NaN .* in {precision}"):
+        export(spoiled, tmp_path / "app", precision=precision)
+    assert not (tmp_path / "app").exists()
 
 
 def test_export_refuses(

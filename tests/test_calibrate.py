@@ -127,6 +127,8 @@ def test_questions_are_those_of_the_folder(images, tmp_path):
     assert list_questions(images) == [(images / f"{n}.png", DEFAULT_QUESTION) for n in range(3)]
     (tmp_path / "IMAGE.JPG").touch()
     (tmp_path / "notes.txt").touch()
+    for name in ("._IMAGE.JPG", "._questions.jsonl", ".DS_Store"):
+        (tmp_path / name).write_bytes(b"\0\5\x16\7")  # as macOS adds on exFAT
     assert list_questions(tmp_path) == [(tmp_path / "IMAGE.JPG", DEFAULT_QUESTION)]
     row = {"image": "sub/a.png", "question": "Which?", "task": "choice"}
     (tmp_path / "questions.jsonl").write_text(json.dumps(row))

@@ -40,7 +40,7 @@ def folder(tmp_path: Path) -> Path:
 def test_a_folder_comes_back_as_it_was(server: Hub, folder: Path, tmp_path: Path) -> None:
     (folder / "images").mkdir()
     (folder / "images" / "cat.png").write_bytes(b"cat")
-    for name in (".DS_Store", ".cache/huggingface/x.json", "images/.DS_Store", "a.bin.part"):
+    for name in (".DS_Store", ".cache/huggingface/x.json", "images/._cat.png", "a.bin.part"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(b"-")
     with warnings.catch_warnings():

@@ -21,6 +21,7 @@ from ..checkpoint.files import Weights
 from ..checkpoint.load import load_model, load_processor
 from ..checkpoint.names import quantized_linears, unfuse
 from ..checkpoint.quantize import Quantize, part_of
+from ..checks import is_litter
 from ..evaluate.questions import DEFAULT_QUESTION, read_questions
 from ..generation.decode import generate_tokens
 from ..generation.inputs import Sizes, read_inputs
@@ -134,14 +135,16 @@ def list_questions(folder: Path) -> list[tuple[Path, str]]:
     folder = Path(folder).expanduser()
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {folder} of images to calibrate on.")
+    files = sorted(file for file in folder.iterdir() if not is_litter(file.name))
     rows = [
         row
-        for file in sorted(folder.glob("*.jsonl"))
+        for file in files
+        if file.suffix == ".jsonl"
         for row in read_questions(file, ("image", "question"))
     ]
     questions = [(Path(row["image"]), row["question"]) for row in rows]
     if not questions:
-        images = sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+        images = (file for file in files if file.suffix.lower() in IMAGE_SUFFIXES)
         questions = [(image, DEFAULT_QUESTION) for image in images]
     if not questions:
         raise FileNotFoundError(f"{folder} holds no images to calibrate on.")
