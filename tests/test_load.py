@@ -330,6 +330,26 @@ def test_the_last_row_of_the_table_may_be_an_end_token(nano_copy):
     assert last_id(nano_copy) in load_processor(nano_copy).tokenizer.eos_token_ids
 
 
+def test_the_token_of_an_image_needs_no_row(nano_copy):
+    """Its embedding is never read."""
+    file, beyond = nano_copy / "tokenizer.json", last_id(nano_copy) + 5
+    content = json.loads(file.read_text())
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    content["added_tokens"].append({"id": beyond, "content": "<image>", "special": True} | flags)
+    # Added tokens keep their ids only if the vocabulary has them.
+    content["model"]["vocab"] |= {
+        token["content"]: token["id"] for token in content["added_tokens"]
+    }
+    file.write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match="'<image>' has the id"):
+        load_processor(nano_copy)
+    change(nano_copy / "config.json", image_token_index=beyond)
+    model, processor = fv.load(nano_copy)
+    image = NANO / "images" / "penguins.png"
+    answer = fv.generate(model, processor, "<image>Describe the image.", image=image)
+    assert answer == "The image shows 6 penguins."
+
+
 def test_the_place_of_a_visual_token_is_no_text(nano_copy):
     bpe = load_processor(nano_copy).tokenizer.bpe
     for index in (-200, -1, last_id(nano_copy) + 1, 2**31 - 1, bpe.token_to_id("<|im_end|>")):

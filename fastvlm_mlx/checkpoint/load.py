@@ -80,11 +80,11 @@ def load_processor(folder: str | Path) -> Processor:
 def _check_token_ids(folder: Path, tokenizer: Tokenizer, config: FastVLMConfig) -> None:
     """Raise a CheckpointError if an id has no row, or a piece of text the id of a visual token."""
     rows, index = config.text.vocab_size, config.image_token_index
-    text, last = max(tokenizer.bpe.get_vocab().items(), key=lambda item: item[1], default=("", 0))
-    if last >= rows:
+    ids = {i: text for text, i in tokenizer.bpe.get_vocab().items() if i != index}
+    if (last := max(ids, default=0)) >= rows:
         raise CheckpointError(
-            f"{folder}: the tokenizer is not this model's: its token {brief(text)!r} has the id "
-            f"{last}, and config.json has a vocab_size of {rows}."
+            f"{folder}: the tokenizer is not this model's: its token {brief(ids[last])!r} has the "
+            f"id {last}, and config.json has a vocab_size of {rows}."
         )
     ends = sorted(i for i in tokenizer.eos_token_ids if not 0 <= i < rows)
     if ends:
@@ -92,7 +92,7 @@ def _check_token_ids(folder: Path, tokenizer: Tokenizer, config: FastVLMConfig) 
             f"{folder}: eos_token_id {brief(str(ends[0]))} in config.json or "
             f"generation_config.json is no id of the {rows} in the vocabulary."
         )
-    place = tokenizer.bpe.id_to_token(index) if 0 <= index <= last else None
+    place = tokenizer.bpe.id_to_token(index) if 0 <= index < 2**32 else None
     if place is not None and place not in tokenizer.controls:
         raise CheckpointError(
             f"{folder}: config.json has the image_token_index {index}, which is the text "
