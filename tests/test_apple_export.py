@@ -1,5 +1,6 @@
 import json
 import math
+import os
 import shutil
 import sys
 from dataclasses import replace
@@ -647,6 +648,21 @@ def test_broken_packages(
         (copied / file).write_bytes(content[:kept])
     with pytest.raises(CheckpointError, match=f"fastvithd.mlpackage {message}"):
         apple_export.read_encoder(copied, vision)
+
+
+@pytest.mark.parametrize("file", [MODEL, WEIGHTS])
+def test_a_pipe_in_a_package(copied: Path, vision: VisionConfig, file: str) -> None:
+    (copied / file).unlink()
+    os.mkfifo(copied / file)
+    with pytest.raises(CheckpointError, match="is not a whole Core ML package"):
+        apple_export.read_encoder(copied, vision)
+
+
+def test_what_macos_adds_to_a_package_is_not_read(copied: Path, vision: VisionConfig) -> None:
+    for file in (MODEL, WEIGHTS):
+        path = copied / file
+        path.with_name(f"._{path.name}").write_bytes(b"\0\5\x16\7")
+    assert apple_export.read_encoder(copied, vision)
 
 
 def export(source: Path, target: Path, quantize: Any = 8, **options: Any) -> Path:
