@@ -546,6 +546,21 @@ def test_convert_onto_what_is_there(run: Run, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["target"]
 
 
+def test_convert_into_the_folder_one_is_in(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "thesis.tex").write_text("mine")
+    result = run("convert", str(NANO), ".", "--overwrite")
+    assert_one_error(result, "holds thesis.tex", "choose another target")
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+    (tmp_path / "thesis.tex").unlink()
+    for overwrite in ([], ["--overwrite"]):
+        result = run("convert", str(NANO), ".", *overwrite)
+        assert (result.code, result.out) == (0, "Wrote ..\n") and "`cd .`" in result.err
+    assert run("generate", "--model", ".", "--image", PENGUINS).out == f"{ANSWER}\n"
+
+
 @pytest.mark.parametrize(
     "arguments, said",
     [

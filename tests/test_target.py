@@ -1,5 +1,6 @@
 """The folder that a conversion writes: what is replaced, what never, and what a kill leaves."""
 
+import ctypes
 import json
 import os
 import signal
@@ -8,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from checkpoints import one_sentence
@@ -115,6 +117,31 @@ def test_a_model_is_replaced_when_asked(old: Path, steps: str) -> None:
     write_into(old, overwrite=True)
     assert names_in(old) == ["config.json", "model.safetensors"] and weights_in(old) == "new"
     assert names_in(old.parent) == ["target"]
+
+
+def test_the_folder_one_is_in_is_replaced(
+    old: Path, steps: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(old)
+    write_into(Path(), overwrite=True)
+    assert weights_in(old) == weights_in(Path()) == "new"
+    assert Path.cwd() == old and names_in(old.parent) == ["target"]
+
+
+def test_on_a_mac_folders_are_swapped_by_its_own_call(
+    old: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def renamex_np(one: bytes, other: bytes, flags: int) -> int:
+        calls.append((one, other, flags))
+        return -1
+
+    calls: list[tuple[bytes, bytes, int]] = []
+    monkeypatch.setattr(targets.sys, "platform", "darwin")
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: SimpleNamespace(renamex_np=renamex_np))
+    write_into(old, overwrite=True)  # in two steps, since it fails
+    ((new, replaced, flags),) = calls
+    assert (replaced, flags) == (os.fsencode(old), 2)  # RENAME_SWAP of <stdio.h>
+    assert new.startswith(os.fsencode(old.parent / ".target.")) and weights_in(old) == "new"
 
 
 def test_a_model_is_not_replaced_unasked(old: Path) -> None:

@@ -126,6 +126,7 @@ def atomic_folder(target: Path, *, overwrite: bool) -> Iterator[Path]:
 
 def _put_in_place(new: Path, target: Path) -> None:
     """Give a folder the target's name, and remove the target of before."""
+    inside = target.exists() and target.samefile(".")
     if not target.exists():
         new.rename(target)
     elif not _swap(new, target):
@@ -136,6 +137,8 @@ def _put_in_place(new: Path, target: Path) -> None:
             old.rename(target)
             raise
         shutil.rmtree(old, ignore_errors=True)
+    if inside:  # relative paths mean the new folder
+        os.chdir(target)
 
 
 def _swap(one: Path, other: Path) -> bool:

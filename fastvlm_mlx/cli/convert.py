@@ -124,6 +124,8 @@ def convert(
     if target is None:
         return
     typer.echo(f"Wrote {target}.")
+    if target.samefile("."):
+        typer.echo("Note: the folder you are in was replaced; `cd .` leads to it.", err=True)
     if upload_repo is not None:
         push(target, upload_repo)
 
