@@ -128,12 +128,12 @@ class _Checkpoint:
 def _check_options(layout: str, dtype: str | None, quantize: Any, calibrate: Any) -> None:
     if layout not in WRITTEN:
         raise ValueError(f"layout must be one of {', '.join(WRITTEN)}, found {layout!r}.")
-    if quantize is not None and layout not in QUANTIZED:
-        raise ValueError(f"The {layout} layout holds no quantized weights; leave out quantize.")
     if calibrate is not None and quantize is None:
         raise ValueError("calibrate tunes a quantized model; give quantize too.")
     if calibrate is not None and layout != "mlx":
         raise ValueError(f"calibrate goes only with the mlx layout, found {layout}.")
+    if quantize is not None and layout not in QUANTIZED:
+        raise ValueError(f"The {layout} layout holds no quantized weights; leave out quantize.")
     if layout == APPLE and dtype not in (None, "float16"):
         raise ValueError(f"The {APPLE} layout is float16; leave out dtype, found {dtype}.")
     if layout == APPLE and quantize is not None and parse_quantize(quantize).get("vision"):

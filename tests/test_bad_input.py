@@ -51,7 +51,8 @@ def assert_refused(run: Run, folder: Path, *said: str | Path) -> None:
         ("generate", "--model", folder, "--image", PENGUINS),
         ("chat", "--model", folder),
         ("convert", folder, folder.parent / "target"),
-        ("convert", folder, folder.parent / "target", "--layout", "llava", "--quantize", "4"),
+        ("convert", folder, folder.parent / "target", "--layout", "llava"),
+        ("convert", folder, folder.parent / "target", "--quantize", "4"),
         ("upload", folder, "--repo", REPO),
     ):
         assert_one_error(run(*arguments), *said)
