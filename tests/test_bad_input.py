@@ -70,6 +70,15 @@ def test_an_unknown_layout(run: Run, folder: Path) -> None:
     assert_refused(run, folder, folder, "unknown layout", *strange, *supported)
 
 
+def test_weights_that_are_a_pipe(run: Run, folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.unlink()
+    os.mkfifo(file)
+    for command in (["generate", "--model", folder], ["convert", folder, folder.parent / "x"]):
+        assert_one_error(run(*command), file, "a pipe or a device")
+    assert not (folder.parent / "x").exists()
+
+
 def test_a_truncated_file(run: Run, folder: Path) -> None:
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
