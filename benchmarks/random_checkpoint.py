@@ -18,10 +18,11 @@ from typing import Any
 
 import mlx.core as mx
 
-from fastvlm_mlx.checkpoint.files import atomic_folder, save_checkpoint, write_json
+from fastvlm_mlx.checkpoint.files import save_checkpoint, write_json
 from fastvlm_mlx.checkpoint.layouts import llava
 from fastvlm_mlx.checkpoint.load import DTYPES, cast
 from fastvlm_mlx.checkpoint.names import unfuse
+from fastvlm_mlx.checkpoint.target import atomic_folder
 from fastvlm_mlx.config import FastVLMConfig, read_json
 from fastvlm_mlx.model.fastvlm import FastVLM
 

@@ -50,3 +50,8 @@ def brief(text: str, limit: int = 160) -> str:
     line = " ".join(masked(text)[: 4 * limit].split())
     line = line.encode(errors="backslashreplace").decode()
     return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
+def is_litter(name: str) -> bool:
+    """Whether a file is one that macOS adds beside others on exFAT and network drives."""
+    return name == ".DS_Store" or name.startswith("._")

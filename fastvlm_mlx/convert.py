@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 
 from .checkpoint.card import license_of, model_card
-from .checkpoint.files import Weights, atomic_folder, check_target, save_checkpoint, write_json
+from .checkpoint.files import Weights, check_finite, save_checkpoint, write_json
 from .checkpoint.layouts import apple_export, llava, mlx_vlm, transformers
 from .checkpoint.layouts.coreml.program import PACKAGE, import_coremltools
 from .checkpoint.layouts.coreml.writer import write_vision_package
@@ -25,6 +25,7 @@ from .checkpoint.processor_files import (
 )
 from .checkpoint.quantize import Quantize, parse_quantize, quantize_checkpoint
 from .checkpoint.read import read_checkpoint
+from .checkpoint.target import atomic_folder, check_apart, check_target
 from .config import FastVLMConfig
 from .hub.resolve import resolve
 from .progress import progress_bar
@@ -37,6 +38,7 @@ WRITTEN: dict[str, ModuleType] = {
     "transformers": transformers,
     APPLE: apple_export,
 }
+QUANTIZED = ("mlx", APPLE)  # the layouts that hold quantized weights
 
 
 def convert(
@@ -67,22 +69,28 @@ def convert(
             original PyTorch code's; "transformers", Hugging Face's; "apple-export", the original
             demo app's for iOS and macOS, always float16, with a Core ML encoder.
         precision: of that Core ML encoder, float32 or float16.
-        overwrite: replace a target that exists.
+        overwrite: replace a target that holds a converted model; nothing else is replaced, and an
+            empty folder is taken in any case.
         progress: show a bar.
 
     Returns:
         The target.
 
     Raises:
-        FileExistsError: the target exists and `overwrite` is not set.
+        FileExistsError: the target holds a model and `overwrite` is not set, or something else.
+        OSError: the target can't be written, or the download failed.
         FileNotFoundError: there is no such source, or there are no images to calibrate on.
-        CheckpointError: the source is not a whole FastVLM, or coremltools is needed and missing.
+        CheckpointError: the source is not a whole FastVLM, holds NaN or infinity, or coremltools is
+            needed and missing.
         ValueError: an option is unknown, options don't go together, or the layout can't hold the
             source.
     """
     _check_options(layout, dtype, quantize, calibrate)
-    folder, target = resolve(source, revision=revision), Path(target).expanduser()
-    check_target(target, folder)
+    target = Path(target).expanduser()
+    check_apart(target, source)
+    check_target(target, overwrite=overwrite)
+    folder = resolve(source, revision=revision)
+    check_apart(target, folder)
     checkpoint = _read(folder, layout, dtype, quantize, shown=progress)
     with atomic_folder(target, overwrite=overwrite) as temporary:
         if quantize is not None and calibrate is not None:
@@ -124,6 +132,8 @@ def _check_options(layout: str, dtype: str | None, quantize: Any, calibrate: Any
         raise ValueError("calibrate tunes a quantized model; give quantize too.")
     if calibrate is not None and layout != "mlx":
         raise ValueError(f"calibrate goes only with the mlx layout, found {layout}.")
+    if quantize is not None and layout not in QUANTIZED:
+        raise ValueError(f"The {layout} layout holds no quantized weights; leave out quantize.")
     if layout == APPLE and dtype not in (None, "float16"):
         raise ValueError(f"The {APPLE} layout is float16; leave out dtype, found {dtype}.")
     if layout == APPLE and quantize is not None and parse_quantize(quantize).get("vision"):
@@ -149,8 +159,11 @@ def _read(
         config = replace(config, quantization=quantization)
         if kept and shown:
             print(f"In float, since the group size does not divide their width: {', '.join(kept)}")
-    if config.quantization and layout not in ("mlx", APPLE):
-        raise ValueError(f"The {layout} layout holds no quantized weights; leave out quantize.")
+    if config.quantization and layout not in QUANTIZED:
+        raise ValueError(
+            f"{folder} is quantized, and the {layout} layout holds no quantized weights, which are "
+            "not expanded again; convert a full-precision source."
+        )
     return _Checkpoint(folder, config, weights, encoder, chosen)
 
 
@@ -187,6 +200,8 @@ def _write(
     write_json(target / "config.json", _config(checkpoint, target, layout))
     if layout in ("transformers", APPLE):
         write_llava_processor(target, checkpoint.config.vision.patch_size)
+    for name, tensor in checkpoint.encoder.items():
+        check_finite(name, tensor.astype(mx.float16) if precision == "float16" else tensor)
     if checkpoint.encoder:
         vision = checkpoint.config.vision
         write_vision_package(checkpoint.encoder, vision, target / PACKAGE, precision=precision)

@@ -68,6 +68,7 @@ class Hub:
         self.files: dict[str, dict[str, bytes]] = {}
         self.archives: dict[str, bytes] = {}
         self.private: set[str] = set()
+        self.user: dict[str, Any] = {"type": "user", "name": "user", "orgs": []}
         self.faults: list[Fault] = []
         self.requests: list[Request] = []
         self.commits: list[tuple[str, list[dict[str, Any]]]] = []
@@ -132,6 +133,9 @@ class Handler(BaseHTTPRequestHandler):
     def answer_api(self, hub: Hub, parts: list[str]) -> None:
         if parts == ["repos", "create"]:
             return self.create_repo(hub)
+        if parts == ["whoami-v2"]:
+            known = self.headers.get("Authorization") == f"Bearer {TOKEN}"
+            return self.say(200, hub.user) if known else self.say(401, {"error": "Who?"})
         if parts == ["validate-yaml"]:
             return self.say(200, {"warnings": [], "errors": []})
         if parts[0] != "models":

@@ -2,11 +2,14 @@ import json
 import shutil
 
 import mlx.core as mx
+import numpy as np
 import pytest
+from checkpoints import one_sentence
 
 from fastvlm_mlx.checkpoint.files import read_tensors
 from fastvlm_mlx.checkpoint.layouts import adapters
 from fastvlm_mlx.checkpoint.load import load_model
+from fastvlm_mlx.checkpoint.read import read_checkpoint
 from fastvlm_mlx.config import CheckpointError
 from fastvlm_mlx.hub.resolve import NANO
 
@@ -47,6 +50,138 @@ def test_lora_is_added_to_its_layer_alone(lora, small, small_folder, rslora):
     assert mx.abs(found[0]).max() == 0
     assert mx.abs(found[1][64:96] - delta).max() < 1e-5
     assert mx.abs(found[1][:64]).max() == 0 and mx.abs(found[1][96:]).max() == 0
+
+
+K_PROJ = "model.layers.1.self_attn.k_proj"
+
+
+@pytest.mark.parametrize(
+    "pattern, alpha",
+    [
+        ({}, ALPHA),
+        ({"k_proj": 2}, 2),
+        ({"proj": 2}, ALPHA),  # no part of a name begins there
+        ({"self_attn.k_proj": 3}, 3),
+        ({K_PROJ: 4}, 4),
+        ({f"^{K_PROJ}": 5}, 5),
+        ({"^layers.1.self_attn.k_proj": 5}, ALPHA),
+        ({r"layers\.[02]\..*": 6, r"layers\.1\..*": 7}, 7),
+        ({"k_proj": 8, K_PROJ: 9}, 8),  # the first
+        ({"k_proj.lora_A": 10}, ALPHA),
+        ({"q_proj|k_proj": 11}, 11),
+        ({"k_proj": 0}, 0),
+        ({"k_proj": 0.5}, 0.5),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("rslora", [False, True])
+def test_alpha_by_pattern_is_that_of_peft(lora, small_folder, pattern, alpha, rslora):
+    """`get_pattern_key` of peft: re.match(rf"(.*\\.)?({key})$", name), the first key that fits."""
+    folder, matrices = lora
+    write_settings(
+        folder,
+        base_model_name_or_path=str(small_folder),
+        alpha_pattern=pattern,
+        use_rslora=rslora,
+    )
+    up, down = (np.array(matrices[f"{LAYER}.lora_{name}.weight"], np.float64) for name in "BA")
+    base = mx.load(str(small_folder / "model.safetensors"))[f"{K_PROJ}.weight"]
+    wanted = np.array(base, np.float64) + alpha / (RANK**0.5 if rslora else RANK) * (up @ down)
+    found = read_checkpoint(folder)[1][f"language_model.{K_PROJ}.weight"]
+    # Sums of four products, each of float32: some 1e-7 of the largest.
+    assert np.abs(np.array(found, np.float64) - wanted).max() < 1e-6 * np.abs(wanted).max()
+
+
+def test_rank_by_pattern(lora, small_folder):
+    folder, _ = lora
+    settings = {"base_model_name_or_path": str(small_folder), "r": 64}
+    write_settings(folder, **settings, rank_pattern={"k_proj": RANK})
+    assert load_model(folder)
+    write_settings(folder, **settings, rank_pattern={"q_proj": RANK})
+    with pytest.raises(CheckpointError, match=r"gives model\.layers\.1.* the rank 64.* have 4"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        ({"use_dora": True}, "use_dora"),
+        ({"fan_in_fan_out": True}, "fan_in_fan_out"),
+        ({"lora_bias": True, "use_qalora": True}, "lora_bias, use_qalora"),
+        ({"layer_replication": [[0, 1]]}, "layer_replication"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights=pissa_niter_4"),
+        ({"init_lora_weights": "OLoRA"}, "init_lora_weights=OLoRA"),
+        ({"peft_type": "IA3"}, "peft_type must be LORA, found 'IA3'"),
+        ({"modules_to_save": ["mm_projector"]}, "does not hold mm_projector"),
+        ({"alpha_pattern": {"(": 1}}, "alpha_pattern must be an object"),
+        ({"alpha_pattern": ["k_proj"]}, "alpha_pattern must be an object"),
+        ({"rank_pattern": 5}, "rank_pattern must be an object"),
+        ({"alpha_pattern": {"k_proj": "16"}}, "lora_alpha of model.layers.1.self_attn.k_proj"),
+        ({"lora_alpha": None}, "lora_alpha of model.layers.1.self_attn.k_proj must be a number"),
+        ({"lora_alpha": float("nan")}, "must be a number"),
+    ],
+    ids=str,
+)
+def test_settings_that_are_not_plain_lora(lora, small_folder, settings, said):
+    folder, _ = lora
+    write_settings(folder, base_model_name_or_path=str(small_folder), **settings)
+    with pytest.raises(CheckpointError) as error:
+        load_model(folder)
+    assert said in one_sentence(error)
+
+
+def test_settings_that_change_nothing(lora, small_folder):
+    folder, _ = lora
+    plain = {"use_dora": False, "fan_in_fan_out": False, "modules_to_save": None, "bias": "none"}
+    plain |= {"init_lora_weights": "gaussian", "peft_type": "LORA", "lora_dropout": 0.05}
+    plain |= {"layers_to_transform": None, "loftq_config": {}, "alpha_pattern": None}
+    write_settings(folder, base_model_name_or_path=str(small_folder), **plain)
+    assert load_model(folder)
+
+
+@pytest.mark.parametrize("wrapper", ["", "modules_to_save.", "modules_to_save.default."])
+def test_modules_that_were_trained_whole(lora, small_folder, wrapper):
+    folder, matrices = lora
+    weight = mx.random.normal((64, 256))
+    name = f"base_model.model.model.mm_projector.0.{wrapper}weight"
+    bias = {"base_model.model.model.layers.0.self_attn.q_proj.base_layer.bias": mx.full((64,), 3.0)}
+    mx.save_safetensors(str(folder / "adapter_model.safetensors"), matrices | {name: weight} | bias)
+    settings = {"base_model_name_or_path": str(small_folder), "bias": "lora_only"}
+    write_settings(folder, **settings, modules_to_save=["mm_projector.0"])
+    _, found = read_checkpoint(folder)
+    assert mx.array_equal(found["mm_projector.0.weight"], weight)
+    q_proj = found["language_model.model.layers.0.self_attn.q_proj.bias"]
+    assert mx.array_equal(q_proj, mx.full((64,), 3.0))
+    write_settings(folder, **settings)  # which does not say that the projector was trained
+    with pytest.raises(CheckpointError, match=r"mm_projector\.0.* no LoRA matrix"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {f"{LAYER}.lora_A.weight": mx.zeros((RANK, 63))},
+        {f"{LAYER}.lora_B.weight": mx.zeros((1, RANK))},
+        {f"{LAYER}.lora_B.weight": mx.zeros((32, RANK + 1))},
+        {f"{LAYER}.lora_A.weight": mx.zeros((RANK, 64, 1, 1))},
+        {f"{LAYER}.lora_A.weight": mx.zeros(())},
+    ],
+    ids=lambda change: str(next(iter(change.values())).shape),
+)
+def test_matrices_that_do_not_fit(lora, change):
+    folder, matrices = lora
+    mx.save_safetensors(str(folder / "adapter_model.safetensors"), matrices | change)
+    with pytest.raises(CheckpointError, match="does not fit the base's") as error:
+        load_model(folder)
+    one_sentence(error)
+
+
+def test_half_a_pair(lora):
+    folder, matrices = lora
+    for name in matrices:
+        mx.save_safetensors(str(folder / "adapter_model.safetensors"), {name: matrices[name]})
+        with pytest.raises(CheckpointError, match=r"fits no layer|no LoRA matrix"):
+            load_model(folder)
 
 
 def test_adapter_that_fits_no_layer(lora, small_folder):

@@ -1,5 +1,6 @@
 import json
 import math
+import os
 import shutil
 import sys
 from dataclasses import replace
@@ -24,7 +25,7 @@ from fastvlm_mlx.checkpoint.layouts.mlx_vlm import ENCODER, HEAD
 from fastvlm_mlx.checkpoint.load import cast
 from fastvlm_mlx.checkpoint.names import unfuse
 from fastvlm_mlx.checkpoint.quantize import quantize_checkpoint
-from fastvlm_mlx.checkpoint.read import read_layout
+from fastvlm_mlx.checkpoint.read import read_checkpoint, read_layout
 from fastvlm_mlx.config import CheckpointError, FastVLMConfig, VisionConfig, load_config
 from fastvlm_mlx.convert import APPLE, convert
 
@@ -609,6 +610,7 @@ def test_programs_without_one_image() -> None:
 def test_needs_one_package(tmp_path: Path, vision: VisionConfig) -> None:
     with pytest.raises(CheckpointError, match=r"must hold one Core ML package .* found none\.$"):
         apple_export.read_encoder(tmp_path, vision)
+    (tmp_path / "._a.mlpackage").touch()  # as macOS adds on exFAT
     for name in ("a.mlpackage", "b.mlpackage"):
         (tmp_path / name).mkdir()
     with pytest.raises(CheckpointError, match=r"found a\.mlpackage, b\.mlpackage\.$"):
@@ -646,6 +648,21 @@ def test_broken_packages(
         (copied / file).write_bytes(content[:kept])
     with pytest.raises(CheckpointError, match=f"fastvithd.mlpackage {message}"):
         apple_export.read_encoder(copied, vision)
+
+
+@pytest.mark.parametrize("file", [MODEL, WEIGHTS])
+def test_a_pipe_in_a_package(copied: Path, vision: VisionConfig, file: str) -> None:
+    (copied / file).unlink()
+    os.mkfifo(copied / file)
+    with pytest.raises(CheckpointError, match="is not a whole Core ML package"):
+        apple_export.read_encoder(copied, vision)
+
+
+def test_what_macos_adds_to_a_package_is_not_read(copied: Path, vision: VisionConfig) -> None:
+    for file in (MODEL, WEIGHTS):
+        path = copied / file
+        path.with_name(f"._{path.name}").write_bytes(b"\0\5\x16\7")
+    assert apple_export.read_encoder(copied, vision)
 
 
 def export(source: Path, target: Path, quantize: Any = 8, **options: Any) -> Path:
@@ -725,6 +742,21 @@ def test_export_at_half_precision(
     tensors = read_tensors(target)
     assert {tensor.dtype for tensor in tensors.values()} == {mx.float16}
     assert "quantization" not in json.loads((target / "config.json").read_text())
+
+
+@pytest.mark.parametrize("precision, value", [("float32", math.nan), ("float16", 1e6)])
+def test_an_encoder_that_is_not_finite_is_not_exported(
+    source: Path, tmp_path: Path, precision: str, value: float
+) -> None:
+    spoiled = Path(shutil.copytree(source, tmp_path / "source"))
+    _, tensors = read_checkpoint(spoiled)
+    name = "vision_tower.vision_model.network.0.0.convffn.fc1.bias"
+    tensors[name] = mx.full(tensors[name].shape, value)  # float16 holds no 1e6
+    mx.eval(tensors)
+    mx.save_safetensors(str(spoiled / "model.safetensors"), tensors)
+    with pytest.raises(CheckpointError, match=rf"{name} holds NaN .* in {precision}"):
+        export(spoiled, tmp_path / "app", precision=precision)
+    assert not (tmp_path / "app").exists()
 
 
 def test_export_refuses(

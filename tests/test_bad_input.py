@@ -51,7 +51,8 @@ def assert_refused(run: Run, folder: Path, *said: str | Path) -> None:
         ("generate", "--model", folder, "--image", PENGUINS),
         ("chat", "--model", folder),
         ("convert", folder, folder.parent / "target"),
-        ("convert", folder, folder.parent / "target", "--layout", "llava", "--quantize", "4"),
+        ("convert", folder, folder.parent / "target", "--layout", "llava"),
+        ("convert", folder, folder.parent / "target", "--quantize", "4"),
         ("upload", folder, "--repo", REPO),
     ):
         assert_one_error(run(*arguments), *said)
@@ -67,6 +68,15 @@ def test_an_unknown_layout(run: Run, folder: Path) -> None:
     mx.save_safetensors(str(folder / "model.safetensors"), strange)
     supported = ("PyTorch", "transformers", "MLX", "Apple silicon")
     assert_refused(run, folder, folder, "unknown layout", *strange, *supported)
+
+
+def test_weights_that_are_a_pipe(run: Run, folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.unlink()
+    os.mkfifo(file)
+    for command in (["generate", "--model", folder], ["convert", folder, folder.parent / "x"]):
+        assert_one_error(run(*command), file, "a pipe or a device")
+    assert not (folder.parent / "x").exists()
 
 
 def test_a_truncated_file(run: Run, folder: Path) -> None:
@@ -119,8 +129,8 @@ def test_a_disk_that_fills_up_with_weights(
 ) -> None:
     target = tmp_path / "target"
     if exists:
-        target.mkdir()
-        (target / "mine.txt").write_text("mine")
+        shutil.copytree(nano_folder, target)
+    before = everything(tmp_path)
 
     def fail(file: str, *arguments: object, **options: object) -> None:
         Path(file).write_bytes(b"half of it")
@@ -129,7 +139,7 @@ def test_a_disk_that_fills_up_with_weights(
     monkeypatch.setattr(mx, "save_safetensors", fail)
     result = run("convert", nano_folder, target, "--layout", layout, "--overwrite")
     assert_one_error(result, tmp_path, "can't be written")
-    assert everything(tmp_path) == (["target/mine.txt"] if exists else [])
+    assert everything(tmp_path) == before
 
 
 @pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json", "README.md"])
@@ -372,13 +382,41 @@ def test_convert_and_upload(
 
 
 def test_what_was_converted_stays_if_its_upload_fails(
-    run: Run, server: Hub, nano_folder: Path, tmp_path: Path
+    run: Run, server: Hub, nano_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    server.faults = [Fault("/commit/", times=99, status=403)]
     target = tmp_path / "target"
     result = run("convert", nano_folder, target, "--upload-repo", "user/mine")
     assert (result.code, result.out) == (2, f"Wrote {target}.\n")
-    assert result.err.splitlines()[-1].startswith("Error: You are not logged in")
-    assert load_model(target) and "user/mine" not in server.files
+    assert result.err.splitlines()[-1].startswith("Error: Your token may not write")
+    assert load_model(target) and not server.commits
+
+
+def test_an_upload_that_can_not_be_is_said_before_the_conversion(
+    run: Run, server: Hub, nano_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def upload_to(repo: str, *target: Path) -> Result:
+        return run("convert", nano_folder, *target, "--report", "--upload-repo", repo)
+
+    target = tmp_path / "target"
+    assert_one_error(upload_to("user/mine", target), "You are not logged in")
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    assert_one_error(upload_to("mine", target), "'mine'", "user/name")
+    assert_one_error(upload_to("another/model", target), "another/model", "may not write")
+    assert_one_error(upload_to("user/mine"), "--upload-repo needs the folder to write")
+    assert not target.exists() and not server.created
+
+
+def test_a_folder_has_no_revisions(run: Run, nano_folder: Path, tmp_path: Path) -> None:
+    for command in (
+        ["convert", nano_folder, tmp_path / "target"],
+        ["generate", "--model", nano_folder, "--prompt", "Hi"],
+        ["generate", "--prompt", "Hi"],
+    ):
+        result = run(*command, "--revision", "main")
+        assert_one_error(result, "is a folder, which has no revisions")
+    assert not (tmp_path / "target").exists()
 
 
 def test_an_archive_by_its_name_is_checked_like_a_folder(server: Hub) -> None:

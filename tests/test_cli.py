@@ -622,13 +622,32 @@ def test_convert_onto_what_is_there(run: Run, tmp_path: Path) -> None:
     target = tmp_path / "target"
     target.mkdir()
     (target / "mine.txt").write_text("mine")
-    result = run("convert", str(NANO), str(target))
-    assert_one_error(result, str(target), "exists", "--overwrite")
-    assert [path.name for path in target.iterdir()] == ["mine.txt"]
+    for overwrite in ([], ["--overwrite"]):
+        result = run("convert", str(NANO), str(target), *overwrite)
+        assert_one_error(result, str(target), "holds mine.txt", "choose another target")
+        assert [path.name for path in target.iterdir()] == ["mine.txt"]
     assert_one_error(run("convert", str(NANO), PENGUINS, "--overwrite"), PENGUINS, "is a file")
+    (target / "mine.txt").unlink()
+    assert run("convert", str(NANO), str(target)).code == 0
+    assert_one_error(run("convert", str(NANO), str(target)), "exists", "--overwrite")
     assert run("convert", str(NANO), str(target), "--overwrite").code == 0
-    assert (target / "config.json").is_file() and not (target / "mine.txt").exists()
+    assert (target / "config.json").is_file()
     assert [path.name for path in tmp_path.iterdir()] == ["target"]
+
+
+def test_convert_into_the_folder_one_is_in(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "thesis.tex").write_text("mine")
+    result = run("convert", str(NANO), ".", "--overwrite")
+    assert_one_error(result, "holds thesis.tex", "choose another target")
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+    (tmp_path / "thesis.tex").unlink()
+    for overwrite in ([], ["--overwrite"]):
+        result = run("convert", str(NANO), ".", *overwrite)
+        assert (result.code, result.out) == (0, "Wrote ..\n") and "`cd .`" in result.err
+    assert run("generate", "--model", ".", "--image", PENGUINS).out == f"{ANSWER}\n"
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 from safetensors import safe_open
+from sources import LAYOUTS, full_nano
 
 import fastvlm_mlx as fv
 from fastvlm_mlx.checkpoint import processor_files
@@ -185,6 +186,60 @@ def test_a_quantized_source_is_not_quantized_again(tmp_path):
     assert names_in(tmp_path) == []
 
 
+@pytest.mark.parametrize("layout", ["llava", "transformers"])
+def test_layouts_that_hold_no_quantized_weights(small_folder, tmp_path, layout):
+    with pytest.raises(ValueError, match=f"The {layout} layout .* leave out quantize"):
+        converted(small_folder, tmp_path / "target", layout=layout, quantize=4)
+    with pytest.raises(ValueError, match=r"is quantized, and .* full-precision") as error:
+        converted(NANO, tmp_path / "target", layout=layout)
+    assert str(NANO) in str(error.value) and "leave out" not in str(error.value)
+    assert names_in(tmp_path) == []
+
+
+LINEAR = "model.layers.1.mlp.gate_proj.weight"
+TENSORS = {
+    "model.layers.0.input_layernorm.weight": "layers.0.input_layernorm.weight",
+    LINEAR: "layers.1.mlp.gate_proj.weight",
+    "model.vision_tower.vision_tower.model.network.0.0.convffn.fc1.weight": "convffn.fc1.weight",
+    "model.embed_tokens.weight": "embed_tokens.weight",
+}
+
+
+def spoiled(small_folder: Path, target: Path, name: str, value: float) -> Path:
+    """The small model with one number replaced."""
+    folder = Path(shutil.copytree(small_folder, target))
+    tensors = tensors_of(folder)
+    flat = tensors[name].flatten()
+    flat[7] = value
+    tensors[name] = flat.reshape(tensors[name].shape)
+    mx.eval(tensors)
+    mx.save_safetensors(str(folder / "model.safetensors"), tensors)
+    return folder
+
+
+MODES = [None, 4, {"bits": 8, "vision": 8}, "mxfp4", "mxfp8", "nvfp4"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("name", TENSORS)
+@pytest.mark.parametrize("quantize", MODES, ids=str)
+def test_what_is_not_finite_is_not_written(small_folder, tmp_path, name, value, quantize):
+    source = spoiled(small_folder, tmp_path / "source", name, value)
+    with pytest.raises(CheckpointError, match="holds NaN or infinity") as error:
+        converted(source, tmp_path / "target", quantize=quantize)
+    assert f"{TENSORS[name]} holds" in str(error.value)
+    assert names_in(tmp_path) == ["source"]
+
+
+def test_numbers_too_large_for_a_dtype_are_not_written(small_folder, tmp_path):
+    source = spoiled(small_folder, tmp_path / "source", LINEAR, 70_000.0)
+    for dtype in ("float32", "bfloat16"):
+        converted(source, tmp_path / dtype, dtype=dtype)
+    with pytest.raises(CheckpointError, match=r"gate_proj\.weight holds .* infinity in float16"):
+        converted(source, tmp_path / "float16", dtype="float16")
+    assert names_in(tmp_path) == ["bfloat16", "float32", "source"]
+
+
 def test_a_quantized_source_keeps_its_bits(nano_folder):
     config = read(nano_folder / "config.json")
     assert config["quantization"] == read(NANO / "config.json")["quantization"]
@@ -320,13 +375,35 @@ def test_model_card_of_a_hub_model(server, small_folder, tmp_path):
 def test_a_target_that_exists(small_folder, tmp_path):
     target = tmp_path / "target"
     target.mkdir()
-    (target / "notes.txt").write_text("mine")
+    converted(small_folder, target)  # it is empty
     with pytest.raises(FileExistsError, match="--overwrite"):
-        converted(small_folder, target)
-    assert names_in(tmp_path) == ["target"] and names_in(target) == ["notes.txt"]
-    assert converted(small_folder, target, overwrite=True) == target
-    assert names_in(tmp_path) == ["target"] and "model.safetensors" in names_in(target)
-    assert "notes.txt" not in names_in(target)
+        converted(small_folder, target, dtype="float16")
+    assert {tensor.dtype for tensor in tensors_of(target).values()} == {mx.float32}
+    assert converted(small_folder, target, dtype="float16", overwrite=True) == target
+    assert {tensor.dtype for tensor in tensors_of(target).values()} == {mx.float16}
+    (target / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"holds notes\.txt"):
+        converted(small_folder, target, overwrite=True)
+    assert names_in(tmp_path) == ["target"]
+    assert {"notes.txt", "model.safetensors"} <= {*names_in(target)}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_is_written_in_any_layout_may_be_replaced(tmp_path, layout):
+    source = full_nano(tmp_path / "source")
+    (source / "LICENSE").write_text("Do what you like.")
+    (source / "generation_config.json").write_text("{}")
+    for _ in range(2):
+        converted(source, tmp_path / "target", layout=layout, overwrite=True)
+
+
+def test_the_target_is_checked_before_the_source_is_read(tmp_path, monkeypatch):
+    (tmp_path / "mine.txt").write_text("mine")
+    monkeypatch.setattr(
+        sys.modules[convert.__module__], "resolve", lambda *_, **options: pytest.fail("downloads")
+    )
+    with pytest.raises(FileExistsError, match=r"holds mine\.txt"):
+        converted("apple/FastVLM-7B", tmp_path, overwrite=True)
 
 
 def test_a_target_that_is_a_file(small_folder, tmp_path):
@@ -424,8 +501,8 @@ def test_no_such_source(tmp_path):
 def test_a_full_disk_leaves_all_as_it_was(small_folder, tmp_path, monkeypatch, exists, failure):
     target = tmp_path / "target"
     if exists:
-        target.mkdir()
-        (target / "notes.txt").write_text("mine")
+        converted(small_folder, target)
+        before = (target / "model.safetensors").read_bytes()
 
     def fail(file, tensors, metadata=None):
         Path(file).write_bytes(b"half of it")
@@ -435,7 +512,7 @@ def test_a_full_disk_leaves_all_as_it_was(small_folder, tmp_path, monkeypatch, e
     with pytest.raises(OSError, match="Unable to write"):
         converted(small_folder, target, overwrite=True)
     assert names_in(tmp_path) == (["target"] if exists else [])
-    assert not exists or (target / "notes.txt").read_text() == "mine"
+    assert not exists or (target / "model.safetensors").read_bytes() == before
 
 
 LIMITED = """

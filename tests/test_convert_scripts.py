@@ -255,7 +255,7 @@ def test_what_exists_is_kept(script: Script, small_source: Path, tmp_path: Path)
     (tmp_path / "mine.txt").write_text("mine")
     for name in CONVERTERS[:2]:
         result = script(name, small_source, tmp_path)
-        assert_one_error(result, str(tmp_path), "exists", "--overwrite")
+        assert_one_error(result, str(tmp_path), "holds mine.txt", "choose another target")
         assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 

@@ -272,6 +272,7 @@ def saved(data: bytes, folder: Path) -> Path:
 
 def test_the_folder_that_holds_everything_is_left_out(tmp_path: Path) -> None:
     files = {"model/config.json": b"{}", "model/a/b/weight.bin": DATA, "__MACOSX/model/._a": b"-"}
+    files |= {"model/._config.json": b"-", "model/a/.DS_Store": b"-", "._model": b"-"}
     archive = saved(zipped(files, zipfile.ZIP_DEFLATED), tmp_path)
     folder = unpack(archive, tmp_path / "target")
     assert everything(folder) == ["a/b/weight.bin", "config.json"]
@@ -302,6 +303,11 @@ def test_several_folders_are_kept(tmp_path: Path) -> None:
         (special("model/link", stat.S_IFLNK | 0o777), "'model/link' is a link or a device"),
         (special("model/pipe", stat.S_IFIFO | 0o666), "is a link or a device"),
         (special("model/CONFIG.json", data=b"1"), "'model/CONFIG.json' is there twice"),
+        (special("a/" * 2000 + "b"), "lies 2,000 folders deep"),
+        (special("model/" + "b" * 300), "has too long a name"),
+        (special("model/" + "é" * 130), "has too long a name"),
+        (special("/".join(["c" * 100] * 8)), "has too long a name"),
+        (special("/" + "d" * 60_000), "would leave the folder"),
         (zipped({}), "holds no files"),
         (zipped({"__MACOSX/a": b"-", "model/.DS_Store": b"-"}), "holds no files"),
         (zipped({"a": bytes(80 * MIB)}, zipfile.ZIP_DEFLATED), "would become 83,886,080"),
@@ -318,6 +324,7 @@ def test_archives_that_are_not_unpacked(data: bytes, said: str, tmp_path: Path) 
     with pytest.raises(ValueError) as caught:
         unpack(archive, tmp_path / "in" / "target")
     assert_one_sentence(caught.value, str(archive), said)
+    assert len(str(caught.value)) < len(str(archive)) + 300
     assert everything(tmp_path) == ["in/model.zip"]
     assert not Path("/tmp/escaped").exists()
 

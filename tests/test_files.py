@@ -1,7 +1,9 @@
-"""Weight files, whole and broken, and folders that appear only when they are whole."""
+"""Weight files, whole and broken."""
 
 import json
+import os
 import pickle
+import shutil
 import sys
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 from checkpoints import MIB, logits_of, one_sentence, peak_memory, rewrite
 
-from fastvlm_mlx.checkpoint.files import atomic_folder, save_checkpoint
+from fastvlm_mlx.checkpoint.files import read_tensors, save_checkpoint, weight_files
 from fastvlm_mlx.checkpoint.load import load_model
 from fastvlm_mlx.config import CheckpointError
 
@@ -93,6 +95,7 @@ def test_a_shard_that_is_missing(small_copy, small_tensors):
 
 @pytest.mark.parametrize("index", ["{}", '{"weight_map": {}}', '{"weight_map": []}', "[]", "{"])
 def test_an_index_without_map(small_copy, index):
+    (small_copy / "model.safetensors").unlink()
     (small_copy / "model.safetensors.index.json").write_text(index)
     with pytest.raises(CheckpointError, match=r"model\.safetensors\.index\.json") as error:
         load_model(small_copy)
@@ -103,6 +106,105 @@ def test_other_safetensors_beside_the_index_are_not_read(small_copy, small_tenso
     save_checkpoint(small_tensors, small_copy)
     mx.save_safetensors(str(small_copy / "adapters.safetensors"), {"model.extra": mx.zeros(3)})
     assert mx.array_equal(logits_of(load_model(small_copy)), logits_of(small))
+
+
+def write_index(folder: Path, *shards: str) -> None:
+    index = {"weight_map": {f"tensor{i}": shard for i, shard in enumerate(shards)}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def test_a_whole_file_wins_over_older_shards(small_copy, small_tensors, small):
+    older = {name: mx.zeros_like(tensor) for name, tensor in small_tensors.items()}
+    whole = (small_copy / "model.safetensors").rename(small_copy / "kept")
+    save_checkpoint(older, small_copy, shard_bytes=500_000)
+    whole.rename(small_copy / "model.safetensors")
+    assert len(weight_files(small_copy)) == 1
+    assert mx.array_equal(logits_of(load_model(small_copy)), logits_of(small))
+
+
+def test_shards_without_an_index(small_copy, small_tensors, small):
+    (small_copy / "model.safetensors").unlink()
+    save_checkpoint(small_tensors, small_copy, shard_bytes=500_000)
+    (small_copy / "model.safetensors.index.json").unlink()
+    (small_copy / "._model-00001-of-00002.safetensors").write_bytes(b"litter")
+    assert mx.array_equal(logits_of(load_model(small_copy)), logits_of(small))
+    sorted(small_copy.glob("model-*"))[1].unlink()
+    with pytest.raises(CheckpointError, match=r"holds \d of the \d shards of model") as error:
+        load_model(small_copy)
+    assert str(small_copy) in one_sentence(error)
+
+
+@pytest.mark.parametrize(
+    "first, second",
+    [
+        ("model_a.safetensors", "model_b.safetensors"),
+        ("model-00001-of-00002.safetensors", "model-00002-of-00003.safetensors"),
+        ("model-00001-of-00002.safetensors", "model-ema-00002-of-00002.safetensors"),
+        ("model-00001-of-00001.safetensors", "model-old.safetensors"),
+        ("epoch1.safetensors", "epoch2.safetensors"),
+        ("pytorch_model-1.bin", "pytorch_model-2.bin"),
+        ("model.pth", "optimizer.pth"),
+    ],
+)
+def test_two_models_are_not_merged(small_copy, first, second):
+    for name in (first, second):
+        shutil.copy(small_copy / "model.safetensors", small_copy / f"_{name}")
+    (small_copy / "model.safetensors").unlink()
+    for name in (first, second):
+        (small_copy / f"_{name}").rename(small_copy / name)
+    with pytest.raises(CheckpointError, match="not shards of one model") as error:
+        load_model(small_copy)
+    sentence = one_sentence(error)
+    assert first in sentence and second in sentence and str(small_copy) in sentence
+
+
+@pytest.mark.parametrize("name", ["../model.safetensors", "a/../../model.safetensors", "/{}"])
+def test_an_index_that_leads_out_of_its_folder(small_copy, name):
+    outside = (small_copy / "model.safetensors").rename(small_copy.parent / "model.safetensors")
+    name = name.format(str(outside)[1:])
+    write_index(small_copy, name)
+    with pytest.raises(CheckpointError, match="which is not in its folder") as error:
+        load_model(small_copy)
+    assert name[:150] in one_sentence(error)
+
+
+def test_shards_that_are_links_or_lie_deeper_are_read(small_copy, small_tensors, small):
+    """As in the Hub's cache, whose folders hold links to files elsewhere."""
+    elsewhere = (small_copy / "model.safetensors").rename(small_copy.parent / "blob")
+    (small_copy / "weights").mkdir()
+    (small_copy / "weights" / "whole.safetensors").symlink_to(elsewhere)
+    write_index(small_copy, "weights/whole.safetensors")
+    assert mx.array_equal(logits_of(load_model(small_copy)), logits_of(small))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model-1.safetensors", "other.safetensors"])
+@pytest.mark.parametrize("what", ["pipe", "folder", "link"])
+def test_weights_that_are_no_file(small_copy, name, what):
+    (small_copy / "model.safetensors").unlink()
+    file = small_copy / name
+    {
+        "pipe": lambda: os.mkfifo(file),
+        "folder": file.mkdir,
+        "link": lambda: file.symlink_to("nowhere"),
+    }[what]()
+    with pytest.raises(CheckpointError, match="holds no weights; download it again") as error:
+        load_model(small_copy)
+    assert str(file) in one_sentence(error)
+
+
+def test_a_shard_that_is_a_pipe(small_copy):
+    (small_copy / "model.safetensors").unlink()
+    os.mkfifo(small_copy / "shard.safetensors")
+    write_index(small_copy, "shard.safetensors")
+    with pytest.raises(CheckpointError, match="a pipe or a device"):
+        load_model(small_copy)
+
+
+@pytest.mark.parametrize("pattern", ["{}.safetensors", "{}.pth"])
+def test_what_macos_adds_is_no_weights(tmp_path, pattern):
+    for name in ("._weights", "weights"):
+        (tmp_path / pattern.format(name)).touch()
+    assert weight_files(tmp_path) == [tmp_path / pattern.format("weights")]
 
 
 # --- PyTorch's own files ---
@@ -131,6 +233,80 @@ def test_files_of_torch(small_copy, small_tensors, small, dtype, nested):
     if dtype == "float32":
         assert mx.array_equal(found, wanted)
     assert mx.abs(found - wanted).max() < {"float32": 1e-9, "float16": 0.05, "bfloat16": 0.5}[dtype]
+
+
+def parameter(torch, tensor):
+    return torch.nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
+
+
+def every_other(torch, tensor):
+    return torch.stack([tensor, tensor + 1], dim=-1)[..., 0]
+
+
+def transposed(torch, tensor):
+    return tensor.mT.contiguous().mT if tensor.ndim > 1 else tensor
+
+
+def negative_bit(torch, tensor):
+    return torch.complex(torch.zeros_like(tensor), -tensor).conj().imag
+
+
+def real_part(torch, tensor):
+    return torch.complex(tensor, tensor).conj().real
+
+
+KINDS = [parameter, every_other, transposed, negative_bit, real_part]
+
+
+@pytest.mark.needs("torch")
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("kind", KINDS, ids=lambda f: f.__name__)
+def test_tensors_of_every_kind(small_copy, small_tensors, kind, legacy):
+    import torch
+
+    state = {k: torch.tensor(np.array(v)) for k, v in small_tensors.items()}
+    state = {k: kind(torch, v) if v.is_floating_point() else v for k, v in state.items()}
+    (small_copy / "model.safetensors").unlink()
+    file = small_copy / "pytorch_model.bin"
+    torch.save(state, file, _use_new_zipfile_serialization=not legacy)
+    found = read_tensors(small_copy)
+    assert found.keys() == small_tensors.keys()
+    assert all(mx.array_equal(found[name], tensor) for name, tensor in small_tensors.items())
+
+
+@pytest.mark.needs("torch")
+def test_expanded_tensors_have_a_bound(tmp_path):
+    import torch
+
+    row, file = torch.arange(3.0), tmp_path / "model.pth"
+    torch.save({"a": row.expand(4, 3)}, file)
+    assert read_tensors(tmp_path)["a"].tolist() == [[0, 1, 2]] * 4
+    torch.save({"a": row[:1].expand(10**12)}, file)
+    with pytest.raises(CheckpointError, match=r"a is no tensor .* 4,000,000,000,000 bytes"):
+        read_tensors(tmp_path)
+
+
+@pytest.mark.needs("torch")
+@pytest.mark.parametrize("names", [["model"], ["module"], ["model", "state_dict"], ["state_dict"]])
+def test_tensors_below_the_top(tmp_path, names):
+    import torch
+
+    state = {"a": torch.ones(2)}
+    for name in reversed(names):
+        state = {"epoch": 3, name: state, "optimizer": {"lr": 1.0}}
+    torch.save(state, tmp_path / "model.pth")
+    assert read_tensors(tmp_path)["a"].tolist() == [1, 1]
+
+
+@pytest.mark.needs("torch")
+def test_a_dictionary_that_holds_itself(tmp_path):
+    import torch
+
+    state = {}
+    state["model"] = state
+    torch.save(state, tmp_path / "model.pth")
+    with pytest.raises(CheckpointError, match="without tensors"):
+        read_tensors(tmp_path)
 
 
 @pytest.mark.interop
@@ -171,6 +347,10 @@ def test_code_in_a_pickle_is_not_run(small_copy, tmp_path, by_torch):
     assert not trace.exists()
 
 
+BROKEN_IDS = ["empty", "text", "list", "nothing", "number", "unnamed", "float8", "sparse"]
+BROKEN_IDS += ["meta", "quantized", "module"]
+
+
 @pytest.mark.interop
 @pytest.mark.parametrize(
     "make",
@@ -183,8 +363,13 @@ def test_code_in_a_pickle_is_not_run(small_copy, tmp_path, by_torch):
         lambda torch: {5: torch.zeros(3)},
         lambda torch: {"model.norm.weight": torch.zeros(3, dtype=torch.float8_e4m3fn)},
         lambda torch: {"model.norm.weight": torch.zeros(3, 3).to_sparse()},
+        lambda torch: {"model.norm.weight": torch.zeros(3, device="meta")},
+        lambda torch: {
+            "model.norm.weight": torch.quantize_per_tensor(torch.ones(3), 1, 0, torch.qint8)
+        },
+        lambda torch: torch.nn.Linear(3, 3),
     ],
-    ids=["empty", "text", "list", "nothing", "number", "unnamed", "8 bits", "sparse"],
+    ids=BROKEN_IDS,
 )
 def test_broken_files_of_torch(small_copy, make):
     torch = pytest.importorskip("torch")
@@ -230,85 +415,3 @@ def test_saving_holds_one_shard_at_most(tmp_path):
     with peak_memory() as used:
         save_checkpoint(tensors, tmp_path, shard_bytes=2 * MIB)
     assert used[0] < 5 * MIB
-
-
-def write_into(target: Path, *, overwrite: bool = False, text: str = "new") -> None:
-    with atomic_folder(target, overwrite=overwrite) as temporary:
-        assert temporary != target and temporary.is_dir()
-        (temporary / "file").write_text(text)
-
-
-def names_in(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
-
-
-@pytest.fixture
-def old(tmp_path) -> Path:
-    """A folder with a file that must not be lost."""
-    target = tmp_path / "target"
-    target.mkdir()
-    (target / "file").write_text("old")
-    return target
-
-
-def test_a_folder_appears_whole(tmp_path):
-    target = tmp_path / "some" / "where" / "target"
-    write_into(target)
-    assert (target / "file").read_text() == "new" and names_in(target.parent) == ["target"]
-    assert target.stat().st_mode & 0o777 == 0o755
-
-
-def test_a_folder_is_replaced_when_asked(old):
-    (old / "another").touch()
-    write_into(old, overwrite=True)
-    assert names_in(old) == ["file"] and (old / "file").read_text() == "new"
-    assert names_in(old.parent) == ["target"]
-
-
-def test_a_folder_is_not_replaced_unasked(old):
-    with pytest.raises(FileExistsError, match="--overwrite") as error:
-        write_into(old)
-    assert str(old) in one_sentence(error)
-    assert (old / "file").read_text() == "old" and names_in(old.parent) == ["target"]
-
-
-@pytest.mark.parametrize("overwrite", [True, False])
-def test_a_file_is_never_replaced(tmp_path, overwrite):
-    (tmp_path / "file").write_text("old")
-    with pytest.raises(FileExistsError, match="is a file"):
-        write_into(tmp_path / "file", overwrite=overwrite)
-    assert (tmp_path / "file").read_text() == "old"
-
-
-@pytest.mark.parametrize("failure", [OSError("full"), ValueError("wrong"), KeyboardInterrupt()])
-def test_after_a_failure_all_is_as_before(tmp_path, old, failure):
-    for target in (tmp_path / "another", old):
-        with (
-            pytest.raises(type(failure)),
-            atomic_folder(target, overwrite=True) as temporary,
-        ):
-            (temporary / "file").write_text("new")
-            raise failure
-    assert names_in(tmp_path) == ["target"] and (old / "file").read_text() == "old"
-
-
-def test_the_old_folder_survives_a_failure_at_the_last_step(tmp_path, old, monkeypatch):
-    rename = Path.rename
-
-    def fail_for_the_new_one(self, target):
-        if Path(target) == old and (self / "file").read_text() == "new":
-            raise OSError("no space left on device")
-        return rename(self, target)
-
-    monkeypatch.setattr(Path, "rename", fail_for_the_new_one)
-    with pytest.raises(OSError, match="no space"):
-        write_into(old, overwrite=True)
-    assert names_in(tmp_path) == ["target"] and (old / "file").read_text() == "old"
-
-
-def test_a_link_to_a_folder_is_replaced_without_harm(tmp_path, old):
-    link = tmp_path / "link"
-    link.symlink_to(old, target_is_directory=True)
-    write_into(link, overwrite=True)
-    assert (link / "file").read_text() == "new"
-    assert names_in(tmp_path) == ["link", "target"]

@@ -33,6 +33,12 @@ def test_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve("~/user/name") == folder
 
 
+def test_folders_have_no_revisions(tmp_path: Path) -> None:
+    for source in (tmp_path, str(tmp_path), None):
+        with pytest.raises(ValueError, match=r"is a folder, which has no revisions; leave out"):
+            resolve(source, revision="main")
+
+
 def test_a_file_is_no_model(tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     file.touch()

@@ -283,6 +283,102 @@ def test_end_tokens_that_are_none(tmp_path, file, ends):
     assert file in one_sentence(error)
 
 
+# --- token ids and the embedding table ---
+
+
+@pytest.fixture
+def nano_copy(tmp_path: Path) -> Path:
+    """A copy of the bundled model, to be spoiled."""
+    ignored = shutil.ignore_patterns("images")
+    return Path(shutil.copytree(NANO, tmp_path / "nano", ignore=ignored))
+
+
+def change(file: Path, **fields: object) -> None:
+    value = json.loads(file.read_text()) if file.is_file() else {}
+    file.write_text(json.dumps(value | fields))
+
+
+def last_id(folder: Path) -> int:
+    return load_config(folder).text.vocab_size - 1
+
+
+@pytest.mark.parametrize("beyond", [1, 1000, 10**9])
+@pytest.mark.parametrize("where", ["vocab", "added_tokens"])
+def test_a_token_beyond_the_embedding_table(nano_copy, where, beyond):
+    file = nano_copy / "tokenizer.json"
+    content = json.loads(file.read_text())
+    found = last_id(nano_copy) + beyond
+    if where == "vocab":
+        content["model"]["vocab"]["zebra"] = found
+    else:
+        vocab = content["model"]["vocab"] | {"<zebra>": found}
+        content["model"]["vocab"] = vocab
+        content["added_tokens"].append(
+            {"id": found, "content": "<zebra>", "special": True, "normalized": False}
+            | dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
+        )
+    file.write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match="the tokenizer is not this model's") as error:
+        fv.load(nano_copy)
+    sentence = one_sentence(error)
+    assert (
+        str(found) in sentence and "zebra" in sentence and str(last_id(nano_copy) + 1) in sentence
+    )
+
+
+def test_a_tokenizer_of_another_model(small_copy, nano_copy):
+    """Whose vocabulary is larger than the table."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(nano_copy / name, small_copy)
+    assert load_config(small_copy).text.vocab_size < load_config(nano_copy).text.vocab_size
+    with pytest.raises(CheckpointError, match="the tokenizer is not this model's"):
+        fv.load(small_copy)
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize("beyond", [1, 10**9, 10**30, -(10**7)])
+def test_an_end_token_beyond_the_embedding_table(nano_copy, file, beyond):
+    change(nano_copy / file, eos_token_id=[2, last_id(nano_copy) + beyond])
+    with pytest.raises(CheckpointError, match="eos_token_id") as error:
+        fv.load(nano_copy)
+    assert str(last_id(nano_copy) + beyond) in one_sentence(error)
+
+
+def test_the_last_row_of_the_table_may_be_an_end_token(nano_copy):
+    change(nano_copy / "generation_config.json", eos_token_id=last_id(nano_copy))
+    assert last_id(nano_copy) in load_processor(nano_copy).tokenizer.eos_token_ids
+
+
+def test_the_token_of_an_image_needs_no_row(nano_copy):
+    """Its embedding is never read."""
+    file, beyond = nano_copy / "tokenizer.json", last_id(nano_copy) + 5
+    content = json.loads(file.read_text())
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    content["added_tokens"].append({"id": beyond, "content": "<image>", "special": True} | flags)
+    # Added tokens keep their ids only if the vocabulary has them.
+    content["model"]["vocab"] |= {
+        token["content"]: token["id"] for token in content["added_tokens"]
+    }
+    file.write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match="'<image>' has the id"):
+        load_processor(nano_copy)
+    change(nano_copy / "config.json", image_token_index=beyond)
+    model, processor = fv.load(nano_copy)
+    image = NANO / "images" / "penguins.png"
+    answer = fv.generate(model, processor, "<image>Describe the image.", image=image)
+    assert answer == "The image shows 6 penguins."
+
+
+def test_the_place_of_a_visual_token_is_no_text(nano_copy):
+    bpe = load_processor(nano_copy).tokenizer.bpe
+    for index in (-200, -1, last_id(nano_copy) + 1, 2**31 - 1, bpe.token_to_id("<|im_end|>")):
+        change(nano_copy / "config.json", image_token_index=index)
+        load_processor(nano_copy)
+    change(nano_copy / "config.json", image_token_index=bpe.token_to_id("a"))
+    with pytest.raises(CheckpointError, match=r"image_token_index \d+, which is the text 'a'"):
+        load_processor(nano_copy)
+
+
 def test_load_of_a_name_that_is_nothing(tmp_path):
     with pytest.raises(FileNotFoundError, match="no model folder"):
         fv.load(tmp_path / "nothing")

@@ -10,7 +10,7 @@ import pytest
 from hub_server import TOKEN, Fault, Hub, assert_one_sentence, use
 
 import fastvlm_mlx as fv
-from fastvlm_mlx.checkpoint.upload import check_folder, license_problem, upload
+from fastvlm_mlx.checkpoint.upload import check_folder, check_repo, license_problem, upload
 from fastvlm_mlx.config import CheckpointError
 from fastvlm_mlx.hub import registry
 from fastvlm_mlx.hub.resolve import NANO, download
@@ -40,7 +40,7 @@ def folder(tmp_path: Path) -> Path:
 def test_a_folder_comes_back_as_it_was(server: Hub, folder: Path, tmp_path: Path) -> None:
     (folder / "images").mkdir()
     (folder / "images" / "cat.png").write_bytes(b"cat")
-    for name in (".DS_Store", ".cache/huggingface/x.json", "images/.DS_Store", "a.bin.part"):
+    for name in (".DS_Store", ".cache/huggingface/x.json", "images/._cat.png", "a.bin.part"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(b"-")
     with warnings.catch_warnings():
@@ -151,6 +151,52 @@ def test_no_connection(
     with pytest.raises(OSError, match="broke off") as caught:
         upload(folder, REPO)
     assert_one_sentence(caught.value, REPO, "try again")
+    with pytest.raises(OSError, match="can't be reached") as caught:
+        check_repo(REPO)
+    assert_one_sentence(caught.value, REPO)
+
+
+# What shows before anything is written
+
+
+def member(name: str, role: str) -> dict[str, str]:
+    return {"name": name, "roleInOrg": role}
+
+
+@pytest.mark.parametrize("repo", [REPO, "team/model", "helpers/model"])
+def test_a_repository_to_write_to(server: Hub, repo: str) -> None:
+    server.user["orgs"] = [member("team", "write"), member("helpers", "contributor")]
+    server.user["auth"] = {"accessToken": {"role": "write"}}
+    check_repo(repo)
+    assert [request.path for request in server.requests] == ["/api/whoami-v2"]
+
+
+@pytest.mark.parametrize("repo", ["another/model", "readers/model"])
+def test_a_repository_of_another(server: Hub, repo: str) -> None:
+    server.user["orgs"] = [member("readers", "read")]
+    with pytest.raises(PermissionError, match="logged in as user, who may not write") as caught:
+        check_repo(repo)
+    assert_one_sentence(caught.value, repo)
+
+
+def test_a_token_that_only_reads(server: Hub) -> None:
+    server.user["auth"] = {"accessToken": {"role": "read"}}
+    with pytest.raises(PermissionError, match="Your token may only read") as caught:
+        check_repo(REPO)
+    assert_one_sentence(caught.value, REPO)
+
+
+def test_who_can_not_be_asked(server: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    server.faults = [Fault("whoami", times=1, status=404)]
+    check_repo(REPO)  # by a mirror: the upload will tell
+    monkeypatch.setenv("HF_TOKEN", "hf_of_another")
+    with pytest.raises(PermissionError, match="run `hf auth login` again"):
+        check_repo(REPO)
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(PermissionError, match="run `hf auth login` first"):
+        check_repo(REPO)
+    with pytest.raises(ValueError, match="must be user/name"):
+        check_repo("mine")
 
 
 # What does not load is not uploaded

@@ -11,8 +11,9 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from .. import ops
-from ..config import load_config, read_json
-from ..fields import token_ids
+from ..checks import brief
+from ..config import FastVLMConfig, load_config, read_json
+from ..fields import CheckpointError, token_ids
 from ..hub.resolve import resolve
 from ..model.fastvlm import FastVLM
 from ..processor import Processor
@@ -55,7 +56,12 @@ def load(
 
 
 def load_processor(folder: str | Path) -> Processor:
-    """Read the tokenizer and the image settings of a folder; errors as `load`."""
+    """Read the tokenizer and the image settings of a folder; errors as `load`.
+
+    Every id that a prompt can hold must have a row in the embedding table, since MLX reads whatever
+    lies beyond it: a tokenizer or an end token of another model is a `CheckpointError`. The place
+    of a visual token, `image_token_index`, is no row and may be any id but that of a piece of text.
+    """
     folder = Path(folder)
     config = load_config(folder)
     generation = folder / "generation_config.json"
@@ -64,6 +70,7 @@ def load_processor(folder: str | Path) -> Processor:
     tokenizer = Tokenizer.from_folder(folder, eos_token_ids)
     if config.text.model_type == "qwen3" and THOUGHT in (tokenizer.chat_template or ""):
         tokenizer.chat_template = None  # Qwen3's own, which LLaVA's training leaves and never uses
+    _check_token_ids(folder, tokenizer, config)
     return Processor(
         tokenizer=tokenizer,
         image_size=config.vision.image_size,
@@ -72,6 +79,29 @@ def load_processor(folder: str | Path) -> Processor:
         patch_size=config.vision.patch_size,
         max_length=min(config.max_length, config.text.max_position_embeddings),
     )
+
+
+def _check_token_ids(folder: Path, tokenizer: Tokenizer, config: FastVLMConfig) -> None:
+    """Raise a CheckpointError if an id has no row, or a piece of text the id of a visual token."""
+    rows, index = config.text.vocab_size, config.image_token_index
+    ids = {i: text for text, i in tokenizer.bpe.get_vocab().items() if i != index}
+    if (last := max(ids, default=0)) >= rows:
+        raise CheckpointError(
+            f"{folder}: the tokenizer is not this model's: its token {brief(ids[last])!r} has the "
+            f"id {last}, and config.json has a vocab_size of {rows}."
+        )
+    ends = sorted(i for i in tokenizer.eos_token_ids if not 0 <= i < rows)
+    if ends:
+        raise CheckpointError(
+            f"{folder}: eos_token_id {brief(str(ends[0]))} in config.json or "
+            f"generation_config.json is no id of the {rows} in the vocabulary."
+        )
+    place = tokenizer.bpe.id_to_token(index) if 0 <= index < 2**32 else None
+    if place is not None and place not in tokenizer.controls:
+        raise CheckpointError(
+            f"{folder}: config.json has the image_token_index {index}, which is the text "
+            f"{brief(place)!r}; it must be -200 or the id of a control token such as <image>."
+        )
 
 
 def load_model(

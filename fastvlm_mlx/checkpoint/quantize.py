@@ -7,6 +7,7 @@ embeddings can each have their own.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
@@ -15,7 +16,7 @@ import mlx.core as mx
 from ..checks import brief
 from ..config import FastVLMConfig
 from . import fold
-from .files import Weights
+from .files import NAN_SCALE, Weights
 from .layouts.mlx_vlm import DECODER, ENCODER, HEAD, LM_HEAD, PROJECTOR, VISION_TOWER, dtype_of
 
 Quantize: TypeAlias = int | str | Mapping[str, Any]
@@ -199,12 +200,19 @@ def quantize_checkpoint(
     matrices = [name for name, tensor in weights.items() if _is_matrix(name, tensor)]
     layers = [name.removesuffix(".weight") for name in matrices if part_of(name) in parts]
     for layer, chosen in planned.items():
-        packed = mx.quantize(weights[f"{layer}.weight"], **chosen)
+        packed = _pack(weights[f"{layer}.weight"], chosen)
         names = ("weight", "scales", "biases")[: len(packed)]
         weights |= {f"{layer}.{name}": t for name, t in zip(names, packed, strict=True)}
     base = parts.get("decoder") or next(iter(parts.values()))
     own = {layer: chosen for layer, chosen in planned.items() if chosen != base}
     return weights, base | own, [layer for layer in layers if layer not in planned]
+
+
+def _pack(weight: mx.array, settings: LayerSettings) -> list[mx.array]:
+    """What `mx.quantize` gives; scales are NaN if a weight is not finite, which it would hide."""
+    packed, scales, *biases = mx.quantize(weight, **settings)
+    nan = mx.array(NAN_SCALE if scales.dtype == mx.uint8 else math.nan, scales.dtype)
+    return [packed, mx.where(mx.all(mx.isfinite(weight)), scales, nan), *biases]
 
 
 def _fold_vision(weights: Weights, config: FastVLMConfig) -> Weights:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 
+from ..checks import reason
 from ..hub import registry
 from ..hub.resolve import HUB_ID, answer_of
 from ..model.fastvlm import FastVLM
@@ -44,15 +45,14 @@ def upload(
         PermissionError: you are not logged in, or may not write there.
         OSError: the upload failed.
     """
-    from huggingface_hub import HfApi, get_token
+    from huggingface_hub import HfApi
 
     folder = Path(folder).expanduser()
     check_repo_name(repo)
     check_folder(folder)
     if problem := license_problem(folder):
         warnings.warn(problem, stacklevel=2)
-    if get_token() is None:
-        raise PermissionError("You are not logged in to the Hub: run `hf auth login` first.")
+    _check_login()
     try:
         api = HfApi()
         url = api.create_repo(repo, private=private, exist_ok=True)
@@ -62,6 +62,47 @@ def upload(
         return str(url)
     except Exception as error:
         raise _explained(repo, error) from None
+
+
+def check_repo(repo: str) -> None:
+    """Raise what `upload` would raise for a repository, as far as that shows without writing to it.
+
+    Raises:
+        ValueError: its name is malformed.
+        PermissionError: you are not logged in, or may not write there.
+        OSError: the Hub can't be reached.
+    """
+    from huggingface_hub import HfApi
+
+    check_repo_name(repo)
+    _check_login()
+    try:
+        user = HfApi().whoami()
+    except Exception as error:
+        if (answer := answer_of(error)) is None:
+            raise OSError(f"{repo}: the Hub can't be reached ({reason(error)}).") from None
+        if answer.response.status_code in (401, 403):
+            raise _explained(repo, error) from None
+        return  # a mirror need not know who asks
+    owner = repo.partition("/")[0]
+    roles = {each["name"]: each.get("roleInOrg") for each in user.get("orgs") or ()}
+    token = (user.get("auth") or {}).get("accessToken") or {}
+    if owner not in (user["name"], *roles) or roles.get(owner) == "read":
+        raise PermissionError(
+            f"You are logged in as {user['name']}, who may not write to {repo}; "
+            "choose a repository of your own."
+        )
+    if token.get("role") == "read":
+        raise PermissionError(
+            f"Your token may only read; use one that may write to {repo} (`hf auth login`)."
+        )
+
+
+def _check_login() -> None:
+    from huggingface_hub import get_token
+
+    if get_token() is None:
+        raise PermissionError("You are not logged in to the Hub: run `hf auth login` first.")
 
 
 def _explained(repo: str, error: Exception) -> Exception:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..checkpoint.quantize import parse_quantize
+from ..checkpoint.upload import check_repo
 from ..convert import convert as convert_checkpoint
 from .arguments import Revision
 from .upload import push
@@ -79,7 +80,9 @@ def convert(
     quantize_embeddings: EmbeddingBits = None,
     calibrate: Calibrate = None,
     layout: Layout = "mlx",
-    overwrite: Annotated[bool, typer.Option(help="Replace the target if it exists.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option(help="Replace the target if it holds a model.")
+    ] = False,
     report: Report = False,
     questions: Questions = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
@@ -97,8 +100,7 @@ def convert(
         "embeddings": quantize_embeddings,
     }
     chosen = quantize_flags(quantize, group_size, mode, parts)
-    if target is None and not report:
-        raise ValueError("Name the folder to write, or ask for a --report.")
+    _check_output(target, report, upload_repo)
     with TemporaryDirectory() as temporary:
         # What calibration gains is measured on the folder that it wrote.
         written = target or (Path(temporary) / "calibrated" if calibrate else None)
@@ -122,8 +124,20 @@ def convert(
     if target is None:
         return
     typer.echo(f"Wrote {target}.")
+    if target.samefile("."):
+        typer.echo("Note: the folder you are in was replaced; `cd .` leads to it.", err=True)
     if upload_repo is not None:
         push(target, upload_repo)
+
+
+def _check_output(target: Path | None, report: bool, upload_repo: str | None) -> None:
+    """Say what can't become of a conversion before it starts."""
+    if target is None and not report:
+        raise ValueError("Name the folder to write, or ask for a --report.")
+    if upload_repo is not None:
+        if target is None:
+            raise ValueError("--upload-repo needs the folder to write; name it after the source.")
+        check_repo(upload_repo)
 
 
 def quantize_flags(

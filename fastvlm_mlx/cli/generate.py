@@ -15,9 +15,10 @@ from ..evaluate.questions import DEFAULT_QUESTION
 from ..generation.generate import stream_generate
 from ..generation.options import Options
 from ..hub.resolve import NANO
+from ..image.load import dragged_path
 from ..text.messages import Messages
 from .arguments import Bits, Dtype, Images, Model, Revision, option_flags
-from .images import dragged_path, is_bundled
+from .images import is_bundled
 from .printing import print_answer, print_nano_note, print_timings
 
 SAMPLE_IMAGE = NANO / "images" / "penguins.png"

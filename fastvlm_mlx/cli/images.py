@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import re
 from pathlib import Path
 from typing import NamedTuple
 
 from ..checks import brief
 from ..hub.resolve import NANO
-from ..image.load import load_image
+from ..image.load import dragged_path, load_image
 
 
 class NamedImage(NamedTuple):
@@ -26,21 +24,6 @@ def named_image(path: str) -> NamedImage:
     """The image at a path or URL, as `load_image` finds it, with its errors."""
     path = dragged_path(path)
     return NamedImage(path, load_image(path).size)
-
-
-def dragged_path(text: str) -> str:
-    """A path as it is meant, though a terminal quoted or escaped it when it was dragged there.
-
-    What is a file as it stands is taken as it is.
-    """
-    if os.path.exists(os.path.expanduser(text)):
-        return text
-    text = text.strip()
-    if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'":
-        return text[1:-1]
-    if os.name == "nt" or "://" in text or os.path.exists(os.path.expanduser(text)):
-        return text
-    return re.sub(r"\\(.)", r"\1", text)
 
 
 def is_bundled(path: str) -> bool:

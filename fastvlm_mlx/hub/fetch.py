@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from .. import http
-from ..checks import reason
+from ..checks import brief, is_litter, reason
 from ..progress import progress_bar
 
 if TYPE_CHECKING:
@@ -28,7 +28,8 @@ BUSY = (408, 425, 429, 500, 502, 503, 504)
 MAX_RATIO = 20
 MAX_SMALL = 64 * 2**20
 MAX_FILES = 10_000
-JUNK = ("__MACOSX", ".DS_Store")
+MAX_DEPTH = 32  # folders
+MAX_NAME, MAX_PATH = 255, 700  # bytes; macOS takes 1,024 with the target's own
 
 
 class DiskFullError(OSError):
@@ -280,7 +281,7 @@ def unpack(archive: str | Path, target: str | Path, *, progress: bool = True) ->
 
     Raises:
         ValueError: the archive is broken, or an entry would leave the folder, is a link, is
-            encrypted, or is suspiciously large.
+            encrypted, lies too deep, or is suspiciously large.
         FileExistsError: the target exists and is not empty.
         OSError: a file can't be written.
     """
@@ -324,12 +325,14 @@ def _members(whole: zipfile.ZipFile, archive: Path) -> list[tuple[zipfile.ZipInf
     files = {}
     for info in whole.infolist():
         if problem := _problem(info):
-            raise ValueError(f"{archive} is not safe to unpack: {info.orig_filename!r} {problem}.")
+            name = brief(repr(info.orig_filename))
+            raise ValueError(f"{archive} is not safe to unpack: {name} {problem}.")
         path = PurePosixPath(info.filename)
-        if info.is_dir() or path.parts[0] in JUNK or path.name in JUNK:
+        if info.is_dir() or path.parts[0] == "__MACOSX" or is_litter(path.name):
             continue
         if str(path).casefold() in files:
-            raise ValueError(f"{archive} is not safe to unpack: {info.filename!r} is there twice.")
+            name = brief(repr(info.filename))
+            raise ValueError(f"{archive} is not safe to unpack: {name} is there twice.")
         files[str(path).casefold()] = (info, path)
     members = list(files.values())
     total = sum(info.file_size for info, _ in members)
@@ -356,6 +359,11 @@ def _problem(info: zipfile.ZipInfo) -> str | None:
         return "would leave the folder"
     if "\0" in name or "\\" in name or not PurePosixPath(name).parts:
         return "is no file name"
+    parts = name.split("/")
+    if len(parts) > MAX_DEPTH:
+        return f"lies {len(parts) - 1:,} folders deep"
+    if len(name.encode()) > MAX_PATH or max(len(part.encode()) for part in parts) > MAX_NAME:
+        return "has too long a name"
     if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
         return "is a link or a device"
     if info.flag_bits & 1:

@@ -37,13 +37,14 @@ def resolve(source: str | os.PathLike[str] | None = None, *, revision: str | Non
 
     Raises:
         FileNotFoundError: neither a folder nor a repository on the Hub.
-        ValueError: a published archive is broken, or `revision` is given for one.
+        ValueError: a published archive is broken, or `revision` is given for what is not on the
+            Hub.
         OSError: the download failed.
     """
-    if source is None:
-        return NANO
-    path = Path(source).expanduser()
-    if path.is_dir():
+    path = NANO if source is None else Path(source).expanduser()
+    if source is None or path.is_dir():
+        if revision is not None:
+            raise ValueError(f"{path} is a folder, which has no revisions; leave out revision.")
         return path
     name = os.fspath(source)
     if path.exists():

@@ -12,12 +12,29 @@ from typing import Any
 
 import mlx.core as mx
 
+from ...checks import brief, is_number, reason
 from ...config import CheckpointError, read_json
 from ..files import Weights
 from . import llava
 
 ADAPTER = ("adapter_model.safetensors", "adapter_model.bin")
 TRAINED = ("non_lora_trainables.bin", "mm_projector.bin")
+# Settings of peft with which a layer is more than its base and a scaled B A.
+UNSUPPORTED = (
+    "use_dora",
+    "fan_in_fan_out",
+    "lora_bias",
+    "layer_replication",
+    "use_qalora",
+    "use_bdlora",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "trainable_token_indices",
+    "target_parameters",
+    "monteclora_config",
+)
+CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # before training starts
 
 
 def is_adapter(folder: Path) -> bool:
@@ -59,6 +76,8 @@ def apply(base: Weights, files: dict[str, Weights], settings: dict[str, Any]) ->
     for name in TRAINED:
         trained = {plain_name(key): tensor for key, tensor in files.get(name, {}).items()}
         weights |= llava.to_mlx(trained)
+    if any(name in files for name in ADAPTER):
+        _check_settings(settings, [name for tensors in files.values() for name in tensors])
     for name in ADAPTER:
         _add_lora(weights, files.get(name, {}), settings)
     return weights
@@ -71,22 +90,103 @@ def plain_name(name: str) -> str:
 
 
 def _add_lora(weights: Weights, tensors: Weights, settings: dict[str, Any]) -> None:
-    for name, down in tensors.items():
-        if "lora_A" not in name:
-            if not re.search(r"lora_B", name):
-                raise CheckpointError(f"The adapter holds {name}, which is no LoRA matrix.")
-            continue
-        up = tensors.get(name.replace("lora_A", "lora_B"))
-        module = re.sub(r"\.lora_A(\.\w+)?\.weight$", "", plain_name(name))
-        target = llava.to_mlx_name(f"{module}.weight")
-        if up is None or target not in weights:
-            raise CheckpointError(f"The adapter's {name} fits no layer of the base model.")
-        weights[target] = weights[target] + _delta(up, down, settings).astype(weights[target].dtype)
+    for name, tensor in tensors.items():
+        if "lora_B" in name and name.replace("lora_B", "lora_A") in tensors:
+            continue  # added with its other half
+        if "lora_A" in name:
+            _add_pair(weights, name, tensors, settings)
+        elif _is_saved_whole(name, settings):
+            plain = re.sub(r"\.modules_to_save(\.default)?\.|\.base_layer\.", ".", name)
+            weights |= _fitting(llava.to_mlx({plain_name(plain): tensor}), weights, name)
+        else:
+            raise CheckpointError(f"The adapter holds {brief(name)}, which is no LoRA matrix.")
 
 
-def _delta(up: mx.array, down: mx.array, settings: dict[str, Any]) -> mx.array:
-    """B A scaled by alpha / r, or alpha / sqrt(r) for rank-stabilized LoRA."""
-    rank = down.shape[0]
-    alpha = settings.get("lora_alpha", rank)
-    scale = alpha / (rank**0.5 if settings.get("use_rslora") else rank)
-    return scale * (up.astype(mx.float32) @ down.astype(mx.float32))
+def _check_settings(settings: dict[str, Any], names: list[str]) -> None:
+    """Raise a CheckpointError if adapter_config.json asks for more than plain LoRA, or for modules
+    of which no tensor is among `names`."""
+    kind = settings.get("peft_type", "LORA")
+    if kind != "LORA":
+        raise CheckpointError(f"adapter_config.json: peft_type must be LORA, found {kind!r}.")
+    init = str(settings.get("init_lora_weights"))
+    asked = [name for name in UNSUPPORTED if settings.get(name)]
+    asked += [f"init_lora_weights={init}"] if init.lower().startswith(CHANGE_THE_BASE) else []
+    if asked:
+        raise CheckpointError(
+            f"adapter_config.json asks for {brief(', '.join(asked))}, which is not supported; "
+            "merge the adapter with peft (merge_and_unload) and convert the result."
+        )
+    for module in settings.get("modules_to_save") or ():
+        if not any(f".{module}." in f".{name}" for name in names):
+            raise CheckpointError(
+                f"The adapter does not hold {brief(str(module))}, which is one of the "
+                "modules_to_save of adapter_config.json."
+            )
+
+
+def _is_saved_whole(name: str, settings: dict[str, Any]) -> bool:
+    """Whether an adapter holds a tensor as it is, since training changed all of it."""
+    if settings.get("bias", "none") != "none" and name.endswith(".bias"):
+        return "lora_" not in name
+    modules = settings.get("modules_to_save") or ()
+    return any(f".{module}." in f".{name}" for module in modules) and "lora_" not in name
+
+
+def _add_pair(weights: Weights, name: str, tensors: Weights, settings: dict[str, Any]) -> None:
+    """Add B A, scaled, to the layer that the matrix A called `name` belongs to."""
+    down, up = tensors[name], tensors.get(name.replace("lora_A", "lora_B"))
+    module = re.sub(r"\.lora_A(\.\w+)?\.weight$", "", name)
+    target = llava.to_mlx_name(f"{plain_name(module)}.weight")
+    if up is None or target not in weights:
+        raise CheckpointError(f"The adapter's {brief(name)} fits no layer of the base model.")
+    weight = weights[target]
+    rank = down.shape[0] if down.ndim else 0
+    if (up.shape, down.shape) != ((weight.shape[0], rank), (rank, *weight.shape[1:])):
+        raise CheckpointError(
+            f"The adapter's {brief(name)} is {down.shape} and its lora_B {up.shape}, "
+            f"which does not fit the base's {weight.shape}."
+        )
+    scale = _scale(re.sub(r"^base_model\.model\.", "", module), rank, settings)
+    delta = scale * (up.astype(mx.float32) @ down.astype(mx.float32))
+    weights[target] = weight + delta.astype(weight.dtype)
+
+
+def _scale(module: str, rank: int, settings: dict[str, Any]) -> float:
+    """alpha / r of a module, or alpha / sqrt(r) for rank-stabilized LoRA.
+
+    As in peft, a pattern is a regular expression for the end of a module's name, from the start of
+    one of its parts, and the first that fits counts.
+    """
+    expected = _setting(module, "r", "rank_pattern", settings)
+    if expected != rank:
+        raise CheckpointError(
+            f"adapter_config.json gives {module} the rank {expected!r}; its matrices have {rank}."
+        )
+    alpha = _setting(module, "lora_alpha", "alpha_pattern", settings)
+    return float(alpha / (rank**0.5 if settings.get("use_rslora") else rank))
+
+
+def _setting(module: str, name: str, patterns: str, settings: dict[str, Any]) -> float:
+    """The value of a setting for a module: that of the first pattern that fits, or the default."""
+    own = settings.get(patterns) or {}
+    try:
+        fitting = [own[key] for key in own if re.match(rf"(.*\.)?({key})$", module)]
+    except (TypeError, re.error) as error:
+        raise CheckpointError(
+            f"adapter_config.json: {patterns} must be an object of numbers by regular expressions "
+            f"({reason(error)})."
+        ) from None
+    value: Any = fitting[0] if fitting else settings.get(name)
+    if not is_number(value):
+        raise CheckpointError(
+            f"adapter_config.json: {name} of {module} must be a number, found {brief(repr(value))}."
+        )
+    return float(value)
+
+
+def _fitting(found: Weights, base: Weights, name: str) -> Weights:
+    """Tensors that replace some of the base's."""
+    for target, tensor in found.items():
+        if target not in base or base[target].shape != tensor.shape:
+            raise CheckpointError(f"The adapter's {brief(name)} fits no layer of the base model.")
+    return found

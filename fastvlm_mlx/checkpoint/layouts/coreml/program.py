@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ....checks import reason
+from ....checks import is_litter, reason
 from ....config import CheckpointError
 
 PACKAGE = "fastvithd.mlpackage"
@@ -28,8 +28,9 @@ def load_program(package: Path) -> Any:
     from coremltools.converters.mil.frontend.milproto.load import load
     from coremltools.proto.Model_pb2 import Model
 
-    file = next(package.glob("Data/*/*.mlmodel"), None)
-    if file is None:
+    files = [path for path in package.rglob("*") if not (is_litter(path.name) or path.is_dir())]
+    file = next((path for path in files if path.match("Data/*/*.mlmodel")), None)
+    if file is None or not all(path.is_file() for path in files):  # a pipe would never end
         raise CheckpointError(f"{package} is not a whole Core ML package; download it again.")
     try:
         spec = Model.FromString(file.read_bytes())

@@ -9,6 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from ....checks import is_litter
 from ....config import CheckpointError, VisionConfig
 from ... import fold
 from ...files import Weights
@@ -39,7 +40,7 @@ def read_encoder(folder: Path, config: VisionConfig) -> Weights:
         CheckpointError: coremltools is missing, or there is no package, a broken one, or one whose
             program is not this encoder.
     """
-    packages = sorted(folder.glob("*.mlpackage"))
+    packages = sorted(p for p in folder.glob("*.mlpackage") if not is_litter(p.name))
     if len(packages) != 1:
         found = ", ".join(package.name for package in packages) or "none"
         raise CheckpointError(
