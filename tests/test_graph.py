@@ -13,7 +13,9 @@ import fastvlm_mlx as fv
 from fastvlm_mlx import ops
 from fastvlm_mlx.bench import graph
 from fastvlm_mlx.bench.graph import as_on_gpu, count, count_primitives, kernel_launches
+from fastvlm_mlx.config import VisionConfig
 from fastvlm_mlx.model.qwen2 import Block
+from fastvlm_mlx.model.vision import FastViTHD
 
 pytestmark = pytest.mark.skipif(
     mx.default_device().type == mx.DeviceType.gpu, reason="describes graphs built on the CPU"
@@ -236,6 +238,27 @@ def test_encoder_has_the_layers_of_its_configuration(small: fv.FastVLM) -> None:
     assert counts.primitives["Pad"] == attention  # its heads are 32 wide, and the kernel's 64
     assert counts.launches < counts.primitives.total()
     assert graph.count_encode(small, 256).primitives == counts.primitives
+
+
+def test_an_image_launches_what_each_block_needs() -> None:
+    """At the released depths; how wide the layers are makes no difference."""
+    config = VisionConfig(embed_dims=(16, 32, 64, 128, 256))
+    pixel_values = mx.zeros((1, 128, 128, 3), mx.uint8)
+    with as_on_gpu():
+        tower = FastViTHD(config)
+        tower.set_dtype(mx.float16)
+        tower.fold_biases()
+        mx.eval(tower.parameters(), pixel_values)
+        found = count(tower(pixel_values))
+    stem = 1 + 3 * 2  # rescaling; each layer and its bias and GELU
+    repmixer = 2 + 1 + 3  # convolution and biases; convolution; products and GELU
+    attention = 1 + 1 + 2 + 1 + 2 + 1 + 3  # norm to proj, with its biases; as above
+    downsample, position = 2 + 1 + 2, 2  # convolutions, joined; product and GELU
+    expand = 2 + 1 + 4 + 4  # convolutions, joined; mean in float32; gate and GELU
+    blocks = 38 * repmixer + 6 * attention + 4 * downsample + 2 * position
+    assert found.launches == stem + blocks + expand == 336
+    projector = 3
+    assert found.launches + projector <= 0.40 * 864  # mlx-vlm's, in benchmarks/RESULTS.md
 
 
 def test_decoder_has_the_layers_of_its_configuration(small: fv.FastVLM) -> None:

@@ -103,6 +103,7 @@ def load_model(
     parameters = fuse(weights, config)
     model.load_weights([(name, cast(value, target)) for name, value in parameters.items()])
     parameters.clear()
+    model.vision_tower.fold_biases()
     _evaluate(model)
     model.eval()
     return model
