@@ -9,6 +9,7 @@ import mlx.core as mx
 
 from ..model.fastvlm import FastVLM
 from ..model.qwen2 import Qwen2
+from ..ops import wired
 from .options import Options
 from .sampling import make_logits_processor, make_sampler
 
@@ -46,6 +47,7 @@ def prefill(decoder: Qwen2, embeddings: mx.array, cache: list[Any], step: int) -
     return decoder.hidden_states(None, cache, embeddings)
 
 
+@wired
 def generate_tokens(
     model: FastVLM,
     input_ids: Sequence[int],

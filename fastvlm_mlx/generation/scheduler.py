@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import os
 import time
+import weakref
 from collections import deque
 from collections.abc import Mapping
+from contextlib import ExitStack
 from itertools import islice, takewhile
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +27,7 @@ from ..checks import check_whole_number
 from ..model.batch_kv_cache import BatchKVCache
 from ..model.fastvlm import FastVLM
 from ..model.kv_cache import KVCache
-from ..ops import on_cpu
+from ..ops import on_cpu, wired_memory
 from ..processor import Processor
 from ..text.prompt import check_marks
 from ..text.template import Messages
@@ -116,6 +118,8 @@ class Batch:
         self._tokens = mx.array([], dtype=mx.uint32)  # one a row, computed but not yet read
         self._cache = BatchKVCache(len(model.layers))
         self._prefix = Prefix([], [])
+        self._wired = ExitStack()  # holds memory while there are requests
+        weakref.finalize(self, self._wired.close)
 
     def __len__(self) -> int:
         """Requests that have not ended."""
@@ -144,6 +148,8 @@ class Batch:
         check_marks(prompt, len(images))
         self.processor.num_visual_tokens(chosen.image_size)
         mx.eval([image for image in images if isinstance(image, mx.array)])  # for another thread
+        if not self:
+            self._wired.enter_context(wired_memory())
         id, self._count = self._count, self._count + 1
         start = time.perf_counter()
         self._waiting.append(PendingRequest(id, prompt, images, chosen, start))
@@ -158,6 +164,7 @@ class Batch:
         self._reading = deque(pair for pair in self._reading if pair[0].id != id)
         self._encoded = deque(request for request in self._encoded if request.id != id)
         self._read_ahead()
+        self._release()
 
     def step(self) -> list[tuple[int, Response]]:
         """Let requests in where there is room; then (id, response) of each that runs.
@@ -166,6 +173,17 @@ class Batch:
             RequestError: a request that was to be let in can't be answered and is dropped. The
                 others are not affected and go on with the next call.
         """
+        try:
+            return self._step()
+        finally:
+            self._release()
+
+    def _release(self) -> None:
+        """Wire memory no longer if there are no requests."""
+        if not self:
+            self._wired.close()
+
+    def _step(self) -> list[tuple[int, Response]]:
         self._keep([not row.done for row in self._rows])
         if len(self._rows) < self.max_batch:
             self._let_in()

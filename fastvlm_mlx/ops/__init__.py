@@ -5,9 +5,9 @@ one for a GPU, or for float32 on the CPU the one in `cpu`.
 """
 
 from .activations import gated_gelu, gelu, swiglu
-from .attention import attention, causal_attention
+from .attention import attention, causal_attention, most_queries
 from .conv import DepthwiseConv, concatenated_gelu, in_row_bands, interleaved
-from .device import assume, fast_dtype, on_cpu, on_metal, wire_memory
+from .device import assume, clear_large_cache, fast_dtype, on_cpu, on_metal, wired, wired_memory
 from .linear import (
     QuantizedEmbedding,
     QuantizedLinear,
@@ -36,6 +36,7 @@ __all__ = [
     "assume",
     "attention",
     "causal_attention",
+    "clear_large_cache",
     "concatenated_gelu",
     "fast_dtype",
     "gains_from_fusing",
@@ -45,10 +46,12 @@ __all__ = [
     "interleaved",
     "linear",
     "mean_over_positions",
+    "most_queries",
     "on_cpu",
     "on_metal",
     "quantize",
     "split_linear",
     "swiglu",
-    "wire_memory",
+    "wired",
+    "wired_memory",
 ]
