@@ -5,7 +5,7 @@ one for a GPU, or for float32 on the CPU the one in `cpu`.
 """
 
 from .activations import gated_gelu, gelu, swiglu
-from .attention import attention, causal_attention, most_queries
+from .attention import attention, causal_attention, most_queries, spread_mask
 from .conv import DepthwiseConv, concatenated_gelu, in_row_bands, interleaved
 from .device import assume, clear_large_cache, fast_dtype, on_cpu, on_metal, wired, wired_memory
 from .linear import (
@@ -51,6 +51,7 @@ __all__ = [
     "on_metal",
     "quantize",
     "split_linear",
+    "spread_mask",
     "swiglu",
     "wired",
     "wired_memory",

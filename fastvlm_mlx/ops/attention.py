@@ -51,6 +51,18 @@ def most_queries(num_heads: int, num_kv_heads: int, head_dim: int) -> int:
     return min(VECTOR_QUERIES, VECTOR_QUERIES_PER_GROUP // (num_heads // num_kv_heads))
 
 
+def spread_mask(mask: mx.array | str | None, num_heads: int) -> mx.array | str | None:
+    """The mask of all layers as Metal's attention takes it: an array is written out for each head.
+
+    Otherwise the kernel for few queries would do so in every layer (`mask_copy_unless` in MLX's
+    scaled_dot_product_attention.cpp).
+    """
+    if not isinstance(mask, mx.array) or not on_metal() or mask.ndim < 4 or len(mask) == 1:
+        return mask
+    B, _, T, S = mask.shape
+    return mx.contiguous(mx.broadcast_to(mask, (B, num_heads, T, S)))
+
+
 def causal_attention(
     queries: mx.array,
     keys: Any,
