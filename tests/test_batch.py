@@ -1,4 +1,4 @@
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import Nano
 
+from fastvlm_mlx import ops
 from fastvlm_mlx.generation.batch import BatchError, batch_generate, stream_batch
 from fastvlm_mlx.generation.generate import generate, stream_generate
 from fastvlm_mlx.generation.scheduler import Batch, RequestError, encode_together
@@ -59,6 +60,13 @@ def test_answers_are_those_alone(
 ) -> None:
     texts = batch_generate(*nano, REQUESTS, max_batch=max_batch, encode_batch=encode_batch, **SMALL)
     assert texts == answers
+
+
+def test_answers_in_the_forms_for_metal_are_those_alone(
+    nano: Nano, answers: list[str], assume: Callable[[str], None]
+) -> None:
+    assume("metal")
+    assert batch_generate(*nano, REQUESTS, max_batch=4, **SMALL) == answers
 
 
 def test_answers_at_full_size(nano: Nano) -> None:
@@ -359,7 +367,9 @@ def test_tiles_stay_with_their_image() -> None:
     ]
 
 
-def test_decoder_with_a_batch_cache(nano: Nano) -> None:
+@pytest.mark.parametrize("device", ["cpu", "metal"])
+def test_decoder_with_a_batch_cache(nano: Nano, assume: Callable[[str], None], device: str) -> None:
+    assume(device)
     decoder = nano[0].language_model
     lengths = (3, 9, 1, 6)
     prompts = [mx.random.randint(0, 700, (1, n), key=mx.random.key(n)) for n in lengths]
@@ -432,9 +442,22 @@ def test_a_step_writes_in_place() -> None:
         mx.eval(keys.sum(), values.sum())
         del keys, values
         cache.advance()
-    size = cache.layers[0].keys.nbytes + cache.layers[0].values.nbytes
+    size = cache.layers[0].stored.nbytes
     assert size == 2 * 4 * 8 * 2 * 1024 * 64
     assert mx.get_peak_memory() < before + 1.3 * size
+
+
+def test_a_mask_is_written_out_once_for_all_layers(assume: Callable[[str], None]) -> None:
+    """Metal's attention copies one that it would have to broadcast, in every layer."""
+    mask = mx.array([[True, False, True], [True, True, True]])[:, None, None]
+    assume("cpu")
+    assert ops.spread_mask(mask, 4) is mask
+    assume("metal")
+    assert ops.spread_mask(None, 4) is None and ops.spread_mask("causal", 4) == "causal"
+    found = ops.spread_mask(mask, 4)
+    assert isinstance(found, mx.array) and found.shape == (2, 4, 1, 3)
+    assert all(mx.array_equal(found[:, head], mask[:, 0]) for head in range(4))
+    assert memoryview(found).c_contiguous
 
 
 def test_dropped_rows_free_their_memory(nano: Nano) -> None:
@@ -442,4 +465,4 @@ def test_dropped_rows_free_their_memory(nano: Nano) -> None:
     batch.insert("Hello!", **SMALL)
     drive(batch)
     batch.step()
-    assert sum(layer.keys.nbytes for layer in batch._cache.layers) == 0
+    assert sum(layer.stored.nbytes for layer in batch._cache.layers) == 0

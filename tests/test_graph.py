@@ -13,7 +13,10 @@ import fastvlm_mlx as fv
 from fastvlm_mlx import ops
 from fastvlm_mlx.bench import graph
 from fastvlm_mlx.bench.graph import as_on_gpu, count, count_primitives, kernel_launches
+from fastvlm_mlx.config import VisionConfig
+from fastvlm_mlx.model.batch_kv_cache import BatchKVCache
 from fastvlm_mlx.model.qwen2 import Block
+from fastvlm_mlx.model.vision import FastViTHD
 
 pytestmark = pytest.mark.skipif(
     mx.default_device().type == mx.DeviceType.gpu, reason="describes graphs built on the CPU"
@@ -238,6 +241,27 @@ def test_encoder_has_the_layers_of_its_configuration(small: fv.FastVLM) -> None:
     assert graph.count_encode(small, 256).primitives == counts.primitives
 
 
+def test_an_image_launches_what_each_block_needs() -> None:
+    """At the released depths; how wide the layers are makes no difference."""
+    config = VisionConfig(embed_dims=(16, 32, 64, 128, 256))
+    pixel_values = mx.zeros((1, 128, 128, 3), mx.uint8)
+    with as_on_gpu():
+        tower = FastViTHD(config)
+        tower.set_dtype(mx.float16)
+        tower.fold_biases()
+        mx.eval(tower.parameters(), pixel_values)
+        found = count(tower(pixel_values))
+    stem = 1 + 3 * 2  # rescaling; each layer and its bias and GELU
+    repmixer = 2 + 1 + 3  # convolution and biases; convolution; products and GELU
+    attention = 1 + 1 + 2 + 1 + 2 + 1 + 3  # norm to proj, with its biases; as above
+    downsample, position = 2 + 1 + 2, 2  # convolutions, joined; product and GELU
+    expand = 2 + 1 + 4 + 4  # convolutions, joined; mean in float32; gate and GELU
+    blocks = 38 * repmixer + 6 * attention + 4 * downsample + 2 * position
+    assert found.launches == stem + blocks + expand == 336
+    projector = 3
+    assert found.launches + projector <= 0.40 * 864  # mlx-vlm's, in benchmarks/RESULTS.md
+
+
 def test_decoder_has_the_layers_of_its_configuration(small: fv.FastVLM) -> None:
     layers = small.config.text.num_hidden_layers
     prefill, decode = graph.count_prefill(small, 20), graph.count_decode(small, 20)
@@ -249,6 +273,44 @@ def test_decoder_has_the_layers_of_its_configuration(small: fv.FastVLM) -> None:
     assert prefill.primitives["Full"] in (layers, 2 * layers)  # room for keys and values
     assert decode.primitives["Full"] == 0
     assert decode.launches < prefill.launches
+
+
+def released_depth() -> fv.FastVLM:
+    """A narrow model with the layers and heads of FastVLM-0.5B."""
+    config = {
+        "model_type": "llava_qwen2",
+        "vision_config": {"layers": [1] * 5, "embed_dims": [32] * 5, "image_size": 64},
+        "hidden_size": 14 * 64,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "intermediate_size": 64,
+        "vocab_size": 100,
+        "tie_word_embeddings": True,
+    }
+    model = fv.FastVLM(fv.FastVLMConfig.from_dict(config))
+    model.set_dtype(mx.float16)
+    return model
+
+
+def test_a_token_launches_what_each_layer_needs() -> None:
+    # norm, qkv, rope, cache, attention, output; norm, gate and up, SwiGLU, down
+    layer = 6 + 4
+    found = graph.count_decode(released_depth(), 300)
+    assert found.launches == 24 * layer + 4 == 244  # embedding, norm, logits, the likeliest
+
+
+def test_a_step_of_a_batch_launches_hardly_more_than_a_token() -> None:
+    model = released_depth()
+    cache = BatchKVCache(len(model.layers))
+    cache.add(graph.filled_cache(model, 16, 300), [300 - i for i in range(16)])
+    mx.eval([layer.stored for layer in cache.layers])
+    found = graph.count_step(model, cache.layers, 16)
+    for name in ("RoPE", "ScaledDotProductAttention", "Scatter"):
+        assert found.primitives[name] == 24
+    assert found.primitives["AsType"] == 0
+    mask = 3  # positions, comparison, written out for all heads
+    assert found.launches == 244 + mask + 24 == 271  # a scatter counts as two, a copy and itself
 
 
 def test_more_layers_launch_more(small: fv.FastVLM) -> None:

@@ -12,8 +12,9 @@ from checkpoints import MIB, PLACES, logits_of, one_sentence, peak_memory, rewri
 from mlx.utils import tree_flatten
 
 import fastvlm_mlx as fv
+from fastvlm_mlx import ops
 from fastvlm_mlx.checkpoint.layouts import llava
-from fastvlm_mlx.checkpoint.load import cast, load_model, load_processor
+from fastvlm_mlx.checkpoint.load import DTYPES, cast, load_model, load_processor
 from fastvlm_mlx.checkpoint.names import unfuse
 from fastvlm_mlx.checkpoint.read import read_layout
 from fastvlm_mlx.config import CheckpointError, load_config
@@ -384,10 +385,58 @@ def test_load_of_a_name_that_is_nothing(tmp_path):
         fv.load(tmp_path / "nothing")
 
 
-def test_weights_are_wired_on_metal(small_folder, monkeypatch, assume):
-    limits = []
+# --- the dtype on a GPU ---
+
+
+def in_bfloat16(small_folder: Path, folder: Path, largest: float) -> Path:
+    """The small model in bfloat16, with one weight of that size in the decoder."""
+    shutil.copytree(small_folder, folder)
+    file = next(folder.glob("*.safetensors"))
+    tensors = {name: t.astype(mx.bfloat16) for name, t in mx.load(str(file)).items()}
+    name = next(name for name in tensors if name.endswith("layers.1.mlp.up_proj.weight"))
+    tensors[name][0, 0] = largest
+    mx.save_safetensors(str(file), tensors, metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize(
+    "architecture, dtype",
+    [
+        ("applegpu_g13g", mx.float16),  # M1
+        ("applegpu_g13d", mx.float16),  # M1 Ultra
+        ("applegpu_g14s", mx.float16),  # M2 Max
+        ("applegpu_g15g", mx.bfloat16),  # M3
+        ("applegpu_g17s", mx.bfloat16),  # M5
+        ("unheard of", mx.bfloat16),
+    ],
+)
+def test_bfloat16_becomes_float16_where_the_gpu_lacks_it(
+    small_folder, tmp_path, monkeypatch, assume, architecture, dtype
+):
+    folder = in_bfloat16(small_folder, tmp_path / "model", 100.0)
+    monkeypatch.setattr(mx, "device_info", lambda: {"architecture": architecture})
     assume("metal")
-    monkeypatch.setattr(mx, "set_wired_limit", limits.append)
-    monkeypatch.setattr(mx, "device_info", lambda: {"max_recommended_working_set_size": 2**34})
-    load_model(small_folder)
-    assert limits == [2**34]
+    assert load_model(folder).language_model.norm.weight.dtype == dtype
+    for chosen in ("bfloat16", "float32"):
+        found = load_model(folder, dtype=chosen).language_model.norm.weight.dtype
+        assert found == DTYPES[chosen]
+
+
+def test_other_dtypes_stay_as_stored(monkeypatch, assume):
+    monkeypatch.setattr(mx, "device_info", lambda: {"architecture": "applegpu_g13g"})
+    assume("metal")
+    assert ops.fast_dtype(mx.float32) == mx.float32
+    assert ops.fast_dtype(mx.float16) == mx.float16
+    assume("cuda")
+    assert ops.fast_dtype(mx.bfloat16) == mx.bfloat16
+
+
+def test_a_weight_beyond_float16_does_not_become_infinite(
+    small_folder, tmp_path, monkeypatch, assume
+):
+    folder = in_bfloat16(small_folder, tmp_path / "model", 1e5)
+    monkeypatch.setattr(mx, "device_info", lambda: {"architecture": "applegpu_g13g"})
+    assume("metal")
+    assert load_model(folder).language_model.norm.weight.dtype == mx.bfloat16
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp.*beyond float16"):
+        load_model(folder, dtype="float16")

@@ -1,4 +1,4 @@
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import product
 from typing import Any
 
@@ -10,7 +10,10 @@ from hypothesis import strategies as st
 from models import PANDA, PENGUINS, Nano
 
 import fastvlm_mlx as fv
+from fastvlm_mlx import ops
+from fastvlm_mlx.bench.graph import has_fused_attention
 from fastvlm_mlx.checkpoint.load import load_processor
+from fastvlm_mlx.generation import speculate
 from fastvlm_mlx.generation.decode import generate_tokens, make_kv_cache
 from fastvlm_mlx.generation.drafters import Drafter, DraftModel, PromptLookup
 from fastvlm_mlx.generation.inputs import read_inputs
@@ -477,3 +480,46 @@ def test_a_stream_may_be_left(model: FastVLM) -> None:
     assert drafter.drafted == 0  # the first token waits for no draft
     stream.close()  # type: ignore[attr-defined]
     assert list(stream) == [] and first == plain(model)[0]
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "most"),
+    [
+        (14, 2, 64, 4),  # 0.5B
+        (12, 2, 128, 5),  # 1.5B
+        (28, 4, 128, 4),  # 7B
+        (8, 8, 64, 8),
+        (64, 1, 64, 0),
+    ],
+)
+def test_a_step_checks_no_more_than_metals_attention_takes(
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    most: int,
+    assume: Callable[[str], None],
+) -> None:
+    assume("metal")
+    assert ops.most_queries(heads, kv_heads, head_dim) == most
+    for T in range(1, 9):
+        shapes = (1, heads, T, head_dim), (1, kv_heads, 300, head_dim)
+        assert has_fused_attention(*shapes, shapes[1]) is (most >= T)
+
+
+@pytest.mark.parametrize(("most", "options"), [(4, {}), (1, {}), (3, {"kv_bits": 8})], ids=str)
+def test_drafts_are_no_more_than_are_worth_checking(
+    most: int, options: dict[str, Any], model: FastVLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One for the answer's last token; a quantized cache has no such kernel."""
+    monkeypatch.setattr(speculate, "most_queries", lambda *_: most)
+    asked: list[int] = []
+
+    class Recorder(Guess):
+        def propose(self, answer: list[int], count: int) -> mx.array:
+            asked.append(count)
+            return super().propose(answer, count)
+
+    chosen = Options(**options)
+    tokens = plain(model, chosen)
+    assert speculated(model, Recorder(tokens, 10), chosen) == tokens
+    assert max(asked) == (10 if options else max(1, most - 1))

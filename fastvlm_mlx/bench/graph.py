@@ -135,15 +135,27 @@ def count_prefill(model: Any, tokens: int) -> Counts:
 
 def count_decode(model: Any, offset: int) -> Counts:
     """Counts of one token, greedy, after `offset` others in the KV cache."""
-    text = model.config.text
-    past = mx.zeros((1, text.num_key_value_heads, offset, text.head_dim), _dtype(model))
-    kv_cache = model.make_kv_cache()
-    for layer in kv_cache:
-        layer.update_and_fetch(past, past)
-    token = mx.zeros((1, 1), mx.int32)
-    mx.eval(model.parameters(), token, [layer.state for layer in kv_cache])
+    kv_cache = filled_cache(model, 1, offset)
+    mx.eval([layer.state for layer in kv_cache])
+    return count_step(model, kv_cache, 1)
+
+
+def count_step(model: Any, kv_cache: list[Any], rows: int) -> Counts:
+    """Counts of one token, greedy, of each row of a cache that holds others, computed."""
+    token = mx.zeros((rows, 1), mx.int32)
+    mx.eval(model.parameters(), token)
     with as_on_gpu():
         return count(_next_token(model, token, kv_cache, None))
+
+
+def filled_cache(model: Any, rows: int, offset: int) -> list[Any]:
+    """A KV cache of so many rows with `offset` tokens each, zeros."""
+    text = model.config.text
+    past = mx.zeros((rows, text.num_key_value_heads, offset, text.head_dim), _dtype(model))
+    kv_cache: list[Any] = model.make_kv_cache()
+    for layer in kv_cache:
+        layer.update_and_fetch(past, past)
+    return kv_cache
 
 
 def _next_token(

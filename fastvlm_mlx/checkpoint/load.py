@@ -114,21 +114,24 @@ def load_model(
     Args:
         folder: holds config.json and the weights.
         dtype: of the weights that are not quantized; by default float32 on the CPU, which is slow
-            at half precision, and otherwise the checkpoint's own.
+            at half precision, and otherwise the checkpoint's own, but float16 for bfloat16 on M1
+            and M2, whose GPUs lack it (unless a weight is beyond float16's range).
         quantize: bits per weight, a mode or preset by name, or a mapping; see
             `quantize.parse_quantize`.
 
     Raises:
         FileNotFoundError: there is no such folder.
         CheckpointError: a file, a field or a tensor is missing, surplus or wrong.
-        ValueError: `dtype` or `quantize` is unknown, or the checkpoint is already quantized.
+        ValueError: `dtype` or `quantize` is unknown, `dtype` can't hold a weight, or the checkpoint
+            is already quantized.
     """
     ops.check_process()
     folder = Path(folder).expanduser()
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no model folder {folder}.")
     config, weights = read_checkpoint(folder)
-    target = ops.fast_dtype(dtype_of(weights)) if dtype is None else resolve_dtype(dtype)
+    stored = dtype_of(weights)
+    target = ops.fast_dtype(stored) if dtype is None else resolve_dtype(dtype)
     if quantize is not None or target == mx.float32:
         weights = {name: cast(tensor, target) for name, tensor in weights.items()}
     if quantize is not None:
@@ -139,10 +142,25 @@ def load_model(
     parameters = fuse(weights, config)
     model.load_weights([(name, cast(value, target)) for name, value in parameters.items()])
     parameters.clear()
+    model.vision_tower.fold_biases()
     _evaluate(model)
     ops.note_computation()
+    if target == mx.float16 != stored and (name := _infinite(model)):
+        if dtype is None:
+            return load_model(folder, dtype=stored, quantize=quantize)
+        raise ValueError(
+            f"{name} has numbers beyond float16's largest, 65504: use dtype bfloat16 or float32."
+        )
     model.eval()
     return model
+
+
+def _infinite(model: FastVLM) -> str | None:
+    """The name of a parameter that is not finite, if there is one."""
+    parameters = dict(tree_flatten(model.parameters()))
+    found = {name: mx.isinf(value).any() for name, value in parameters.items()}
+    mx.eval(found)
+    return next((name for name, is_infinite in found.items() if is_infinite), None)
 
 
 def quantize_like(model: FastVLM, weights: Weights) -> None:
@@ -173,7 +191,6 @@ def _evaluate(model: FastVLM) -> None:
             mx.eval(waiting)
             waiting.clear()
     mx.eval(model.parameters())
-    ops.wire_memory()
 
 
 def resolve_dtype(dtype: mx.Dtype | str) -> mx.Dtype:

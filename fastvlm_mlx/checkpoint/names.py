@@ -80,7 +80,8 @@ def _fuse_layer(weights: Weights, i: int, whole: str, *, is_fused: bool) -> Weig
 
 
 def unfuse(model: FastVLM, *, folded: bool = False) -> Weights:
-    """The inverse of `fuse`, with neutral BatchNorms, layer scales and head.
+    """The inverse of `fuse`, with neutral BatchNorms, layer scales and head, and with zeros for the
+    biases that `vision_tower.fold_biases` left to other layers.
 
     Args:
         model: the model.
@@ -88,6 +89,10 @@ def unfuse(model: FastVLM, *, folded: bool = False) -> Weights:
     """
     config = model.config
     parameters: Weights = dict(tree_flatten(model.parameters()))
+    for name, value in list(parameters.items()):
+        if name.endswith(".convffn.conv.weight"):
+            zeros = mx.zeros(len(value), value.dtype)
+            parameters.setdefault(name.replace(".weight", ".bias"), zeros)
     weights: Weights = {}
     if not folded:
         encoder = fold.unfold_encoder(lambda name: parameters[VISION_TOWER + name], config.vision)

@@ -11,6 +11,7 @@ import mlx.core as mx
 from ..checks import check_whole_number
 from ..model.fastvlm import FastVLM
 from ..model.kv_cache import KVCache
+from ..ops import wired
 from .decode import prefill
 from .options import Options
 
@@ -31,6 +32,7 @@ class Beam(NamedTuple):
         return max(self.logprob / length**length_penalty for length in lengths)
 
 
+@wired
 def search_tokens(
     model: FastVLM,
     embeddings: mx.array,

@@ -10,6 +10,7 @@ from mlx.utils import tree_flatten
 
 from ..model.fastvlm import FastVLM
 from ..model.qwen2 import Qwen2
+from ..ops import wired
 from .options import Options
 from .sampling import Sampler, make_logits_processor, make_sampler
 
@@ -47,6 +48,7 @@ def prefill(decoder: Qwen2, embeddings: mx.array, cache: list[Any], step: int) -
     return decoder.hidden_states(None, cache, embeddings)
 
 
+@wired
 def generate_tokens(
     model: FastVLM,
     input_ids: Sequence[int],

@@ -11,7 +11,7 @@ import mlx.core as mx
 
 from ..image.load import ImageSource
 from ..model.fastvlm import FastVLM
-from ..ops import check_process
+from ..ops import check_process, clear_large_cache
 from ..processor import Processor
 from ..text.messages import Messages, collect_images
 from ..text.prompt import build_prompt
@@ -127,7 +127,7 @@ def compute_visual_tokens(
     """The visual tokens [n, hidden_size] of each image, computed, one image at a time."""
     visual_tokens = model.encode_images(pixel_values, image_sizes) if pixel_values else []
     mx.eval(visual_tokens)
-    mx.clear_cache()  # of the encoder's activations, which the decoder has no use for
+    clear_large_cache()  # of the encoder's activations, which the decoder has no use for
     return visual_tokens
 
 

@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import os
 import time
+import weakref
 from collections import deque
 from collections.abc import Mapping
+from contextlib import ExitStack
 from itertools import islice, takewhile
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -26,7 +28,7 @@ from ..checks import check_whole_number
 from ..model.batch_kv_cache import BatchKVCache
 from ..model.fastvlm import FastVLM
 from ..model.kv_cache import KVCache
-from ..ops import check_process, on_cpu
+from ..ops import check_process, on_cpu, wired_memory
 from ..processor import Processor
 from ..text.messages import Messages, collect_images
 from .decode import check_finite
@@ -118,6 +120,8 @@ class Batch:
         self._tokens = mx.array([], dtype=mx.uint32)  # one a row, computed but not yet read
         self._cache = BatchKVCache(len(model.layers))
         self._prefix = Prefix([], [])
+        self._wired = ExitStack()  # holds memory while there are requests
+        weakref.finalize(self, self._wired.close)
 
     def __len__(self) -> int:
         """Requests that have not ended."""
@@ -146,6 +150,8 @@ class Batch:
         images = collect_images(prompt, list_images(image))
         self.processor.num_visual_tokens(chosen.image_size)
         mx.eval([image for image in images if isinstance(image, mx.array)])  # for another thread
+        if not self:
+            self._wired.enter_context(wired_memory())
         id, self._count = self._count, self._count + 1
         start = time.perf_counter()
         self._waiting.append(PendingRequest(id, prompt, images, chosen, start))
@@ -160,6 +166,7 @@ class Batch:
         self._reading = deque(pair for pair in self._reading if pair[0].id != id)
         self._encoded = deque(request for request in self._encoded if request.id != id)
         self._read_ahead()
+        self._release()
 
     def step(self) -> list[tuple[int, Response]]:
         """Let requests in where there is room; then (id, response) of each that runs.
@@ -174,7 +181,13 @@ class Batch:
         try:
             return self._step()
         finally:
+            self._release()
             self._stepping.release()
+
+    def _release(self) -> None:
+        """Wire memory no longer if there are no requests."""
+        if not self:
+            self._wired.close()
 
     def _step(self) -> list[tuple[int, Response]]:
         self._keep([not row.done for row in self._rows])

@@ -9,12 +9,14 @@ the answer is the model's own choice; drafts only decide how many of them one st
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, cast
 
 import mlx.core as mx
 
 from ..model.fastvlm import FastVLM
+from ..ops import most_queries, wired
 from ..processor import Processor
 from ..text.messages import Messages
 from ..text.tokenizer import Tokenizer
@@ -27,6 +29,7 @@ from .sampling import Sampler, make_logits_processor, make_sampler
 TOKENS_COMPARED = 1000
 
 
+@wired
 def speculate_tokens(
     model: FastVLM,
     input_ids: Sequence[int],
@@ -58,9 +61,10 @@ def speculate_tokens(
     first = generate_tokens(model, input_ids, embeddings, cache, options, 1, sample)
     answer = list(first)
     yield answer[0]
+    most = _most_drafts(model, cache)
     while len(answer) < limit:
         # The model adds one token to those it agrees with, which must not exceed the limit.
-        count = min(drafter.num_draft_tokens, limit - len(answer) - 1)
+        count = min(drafter.num_draft_tokens, limit - len(answer) - 1, most)
         draft = drafter.propose(answer, count)
         tokens = mx.concatenate([mx.array(answer[-1:], mx.uint32), draft])
         logits = decoder.logits(decoder.hidden_states(tokens[None], cache)[0])
@@ -70,6 +74,15 @@ def speculate_tokens(
         trim(cache, len(tokens) - len(agreed))
         answer += agreed
         yield from agreed
+
+
+def _most_drafts(model: FastVLM, cache: list[Any]) -> int:
+    """The most drafts that are worth checking at once: more need slower attention."""
+    text = model.config.text
+    if hasattr(cache[0], "bits"):  # not read by the kernel in question
+        return sys.maxsize
+    queries = most_queries(text.num_attention_heads, text.num_key_value_heads, text.head_dim)
+    return max(1, queries - 1)
 
 
 def _make_chooser(

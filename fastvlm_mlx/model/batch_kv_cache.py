@@ -18,13 +18,14 @@ class BatchKVCache:
     """
 
     def __init__(self, num_layers: int):
-        self.layers = [_Layer(self) for _ in range(num_layers)]
+        self.layers = [BatchLayer(self) for _ in range(num_layers)]
+        self._places: tuple[mx.array, ...] | None = None
         self._resize([])
 
     @property
     def arrays(self) -> list[mx.array]:
         """All keys and values."""
-        return [array for layer in self.layers for array in (layer.keys, layer.values)]
+        return [layer.stored for layer in self.layers]
 
     def add(self, caches: Sequence[Any], lengths: Sequence[int]) -> None:
         """Add rows.
@@ -53,40 +54,59 @@ class BatchKVCache:
         self._move([order[i] for i in gaps], gaps)
         self._resize([self.lengths[i] for i in order])
         if not order:
-            self.layers = [_Layer(self) for _ in self.layers]
+            self.layers = [BatchLayer(self) for _ in self.layers]
         return order
 
     def advance(self) -> None:
         """Count the token that each row was given."""
         self._resize([length + 1 for length in self.lengths])
 
+    def places(self, kv_heads: int) -> tuple[mx.array, ...]:
+        """Where the next token of each row goes in what the layers store: indices of its first
+        four axes, [B, 2, kv_heads] together. They are the same in all layers."""
+        if self._places is None or self._places[2].size != kv_heads:
+            sides, rows = mx.array([0, 1])[:, None], mx.array(list(range(len(self.lengths))))
+            heads = mx.array(list(range(kv_heads)))
+            self._places = sides, rows[:, None, None], heads, self.offsets[:, None, None]
+        return self._places
+
     def _resize(self, lengths: list[int]) -> None:
         self.lengths = lengths
         self.offsets = mx.array(lengths, dtype=mx.int32)
+        self._places = None
 
     def _move(self, sources: list[int], targets: list[int]) -> None:
         if not sources:
             return
         index = mx.array(sources)
-        moved = [(layer.keys[index], layer.values[index]) for layer in self.layers]
+        moved = [layer.stored[:, index] for layer in self.layers]
         mx.eval(moved)  # while they are still to be read, the arrays can't be written in place
-        for layer, (keys, values) in zip(self.layers, moved, strict=True):
-            layer.keys[mx.array(targets)] = keys
-            layer.values[mx.array(targets)] = values
+        for layer, rows in zip(self.layers, moved, strict=True):
+            layer.stored[:, mx.array(targets)] = rows
 
 
-class _Layer:
-    """One layer of a `BatchKVCache`, with the interface of mlx_lm's caches."""
+class BatchLayer:
+    """One layer of a `BatchKVCache`, with the interface of mlx_lm's caches.
+
+    Keys and values are in one array, [2, rows, kv_heads, S, D], as those of a `KVCache`. With
+    the rows further out, Metal's attention would copy them: it takes heads that lie at equal
+    distances across rows (`kv_copy_unless` in MLX's scaled_dot_product_attention.cpp).
+    """
 
     step = 128
 
     def __init__(self, cache: BatchKVCache):
         self.cache = cache
-        self.keys = self.values = mx.zeros((0, 0, 0, 0))
+        self.stored = mx.zeros((2, 0, 0, 0, 0))
 
     @property
     def offset(self) -> mx.array:
         return self.cache.offsets
+
+    @property
+    def lengths(self) -> list[int]:
+        """As `offset`, known without computing."""
+        return self.cache.lengths
 
     def make_mask(
         self, N: int, return_array: bool = False, window_size: int | None = None
@@ -99,30 +119,32 @@ class _Layer:
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Append [B, kv_heads, 1, D] keys and values to the rows and return all of them."""
-        B, end = len(keys), max(self.cache.lengths) + 1
-        self._make_room(B, end, keys)
-        rows = mx.arange(B)
-        self.keys[rows, :, self.offset] = keys[:, :, 0]
-        self.values[rows, :, self.offset] = values[:, :, 0]
-        return self.keys[:B, :, :end], self.values[:B, :, :end]
+        return self.append(mx.stack([keys, values]))
+
+    def append(self, keys_and_values: mx.array) -> tuple[mx.array, mx.array]:
+        """As `update_and_fetch`, with both in one [2, B, kv_heads, 1, D]."""
+        _, B, kv_heads, _, _ = keys_and_values.shape
+        end = max(self.cache.lengths) + 1
+        self._make_room(B, end, keys_and_values)
+        self.stored[self.cache.places(kv_heads)] = keys_and_values.squeeze(3).swapaxes(0, 1)
+        keys, values = mx.split(self.stored[:, :B, :, :end], 2)
+        return keys.squeeze(0), values.squeeze(0)
 
     def add(self, keys: mx.array, values: mx.array) -> None:
         """Put [B, kv_heads, T, D] keys and values in new rows."""
         B, T, start = keys.shape[0], keys.shape[2], len(self.cache.lengths)
-        self._make_room(start + B, T, keys)
-        self.keys[start : start + B, :, :T] = keys
-        self.values[start : start + B, :, :T] = values
+        self._make_room(start + B, T, keys[None])
+        self.stored[0, start : start + B, :, :T] = keys
+        self.stored[1, start : start + B, :, :T] = values
 
     def _make_room(self, rows: int, length: int, like: mx.array) -> None:
         """Make room for rows of a length; it grows in steps, so that it rarely has to."""
-        had_rows, _, had_length, _ = self.keys.shape
+        _, had_rows, _, had_length, _ = self.stored.shape
         if rows <= had_rows and length <= had_length:
             return
         rows = max(rows, 2 * had_rows) if rows > had_rows else had_rows
         length = max(had_length, -(-length // self.step) * self.step)
-        shape = (rows, like.shape[1], length, like.shape[3])
-        keys, values = mx.zeros(shape, like.dtype), mx.zeros(shape, like.dtype)
+        stored = mx.zeros((2, rows, like.shape[2], length, like.shape[4]), like.dtype)
         if had_rows:
-            keys[:had_rows, :, :had_length] = self.keys
-            values[:had_rows, :, :had_length] = self.values
-        self.keys, self.values = keys, values
+            stored[:, :had_rows, :, :had_length] = self.stored
+        self.stored = stored

@@ -17,6 +17,7 @@ import mlx.nn as nn
 from .. import ops
 from ..config import TextConfig
 from ..ops import RMSNorm, RoPE, linear, swiglu
+from .batch_kv_cache import BatchLayer
 from .kv_cache import KVCache, LayerCache, Mask
 
 
@@ -137,7 +138,7 @@ class Qwen2(nn.Module):
         """What the output layer reads, [B, T, hidden_size]; arguments as for a call."""
         x = self.embed(input_ids) if input_embeddings is None else input_embeddings
         caches = [None] * len(self.layers) if cache is None else cache
-        mask = _make_mask(x.shape[1], caches[0])
+        mask = ops.spread_mask(_make_mask(x.shape[1], caches[0]), self.config.num_attention_heads)
         rope = _make_rope(self.config, x, caches[0])
         for layer, layer_cache in zip(self.layers, caches, strict=True):
             x = layer(x, mask, layer_cache, rope)
@@ -150,9 +151,9 @@ class Qwen2(nn.Module):
         return linear(self.lm_head, hidden_states)
 
 
-def _is_step(cache: LayerCache | None, length: int) -> TypeGuard[KVCache]:
-    """Whether one token follows those in a `KVCache`, the case with a shorter way."""
-    return length == 1 and isinstance(cache, KVCache) and isinstance(cache.offset, int)
+def _is_step(cache: LayerCache | None, length: int) -> TypeGuard[KVCache | BatchLayer]:
+    """Whether one token follows those in a cache of ours, the case with a shorter way."""
+    return length == 1 and isinstance(cache, (KVCache, BatchLayer))
 
 
 def _make_rope(config: TextConfig, x: mx.array, cache: LayerCache | None) -> RoPE:
@@ -166,7 +167,8 @@ def _make_rope(config: TextConfig, x: mx.array, cache: LayerCache | None) -> RoP
     if _is_step(cache, T):
         kv_heads = config.num_key_value_heads
         turned = config.num_attention_heads + kv_heads
-        offset = mx.array(([cache.offset] * turned + [0] * kv_heads) * B)
+        lengths = cache.lengths if isinstance(cache, BatchLayer) else [cache.offset] * B
+        offset = mx.array([n for end in lengths for n in [end] * turned + [0] * kv_heads])
     return RoPE(x, T, config.head_dim, config.rope_theta, offset)
 
 

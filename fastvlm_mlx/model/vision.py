@@ -9,6 +9,7 @@ original `mci.py`. Shapes: B images, H x W positions, C channels.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -38,6 +39,22 @@ class ConvFFN(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         return self.conv(x, then=lambda y, x: x + self.fc2(self.expand(y)))
 
+    def of_sum(self, x: mx.array, bias: mx.array) -> mx.array:
+        """self(x + bias), with its own last bias in the same kernel where that saves another."""
+        if not ops.adds_early(self.fc2):
+            return self(x + bias)
+        x, residual = ops.add_both(x, bias, self.fc2.bias)
+        return mx.addmm(residual, self.expand(self.conv(x)), self.fc2.weight.T)
+
+    def fold_bias(self) -> None:
+        """Leave the convolution's bias to `fc1`, whose product adds one at no cost.
+
+        fc1(x + b) is fc1(x) + W b. Not on the CPU, where a convolution adds one at no cost either.
+        """
+        if "bias" in self.conv and ops.adds_early(self.fc1):
+            weight, bias = (a.astype(mx.float32) for a in (self.fc1.weight, self.conv.drop_bias()))
+            self.fc1.bias = (self.fc1.bias + weight @ bias).astype(self.fc1.bias.dtype)
+
     def expand(self, x: mx.array) -> mx.array:
         return gelu(self.fc1(x))
 
@@ -52,12 +69,9 @@ class RepMixerBlock(nn.Module):
         self.convffn = ConvFFN(dim, mlp_ratio)
 
     def __call__(self, x: mx.array) -> mx.array:
-        ffn = self.convffn
-        if not ops.adds_early(ffn.fc2):
-            return ffn(self.token_mixer(x))
-        # The same with both biases in one kernel, and the residual in that of the last product.
-        x, residual = self.token_mixer.with_sum(x, ffn.fc2.bias)
-        return mx.addmm(residual, ffn.expand(ffn.conv(x)), ffn.fc2.weight.T)
+        if not ops.adds_early(self.convffn.fc2):
+            return self.convffn(self.token_mixer(x))
+        return self.convffn.of_sum(self.token_mixer.without_bias(x), self.token_mixer.bias)
 
 
 class Attention(nn.Module):
@@ -71,9 +85,13 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def __call__(self, x: mx.array) -> mx.array:
+        return self.proj(self.attend(x))
+
+    def attend(self, x: mx.array) -> mx.array:
+        """What `proj` is given."""
         B, H, W, C = x.shape
         x = ops.attention(self.qkv(x).reshape(B, H * W, 3 * self.num_heads, -1), self.scale)
-        return self.proj(x.reshape(B, H, W, C))
+        return x.reshape(B, H, W, C)
 
 
 class AttentionBlock(nn.Module):
@@ -86,7 +104,11 @@ class AttentionBlock(nn.Module):
         self.convffn = ConvFFN(dim, mlp_ratio)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.convffn(x + self.token_mixer(self.norm(x)))
+        mixer, proj = self.token_mixer, self.token_mixer.proj
+        if not ops.adds_early(proj):
+            return self.convffn(x + mixer(self.norm(x)))
+        y = mx.addmm(x, mixer.attend(self.norm(x)), proj.weight.T)
+        return self.convffn.of_sum(y, proj.bias)
 
 
 class Stem(nn.Module):
@@ -103,7 +125,11 @@ class Stem(nn.Module):
         return ops.in_row_bands(self._run, x, STEM_STRIDE, self.pointwise.bias.size)
 
     def _run(self, x: mx.array) -> mx.array:
-        return gelu(self.pointwise(gelu(self.depthwise(gelu(self.conv(x))))))
+        return gelu(self.pointwise(self.depthwise.gelu(self._conv_gelu(x))))
+
+    def _conv_gelu(self, x: mx.array) -> mx.array:
+        y = mx.conv2d(x, self.conv.weight, self.conv.stride, self.conv.padding)
+        return gelu(y, self.conv.bias)
 
 
 class Downsample(nn.Module):
@@ -119,8 +145,7 @@ class Downsample(nn.Module):
         self.pointwise = nn.Linear(out_dim, out_dim)
 
     def __call__(self, x: mx.array) -> mx.array:
-        x = mx.concatenate([conv(x) for conv in self.convs], axis=-1)
-        return gelu(self.pointwise(gelu(x)))
+        return gelu(self.pointwise(ops.concatenated_gelu(self.convs, x)))
 
 
 class Expand(nn.Module):
@@ -136,11 +161,9 @@ class Expand(nn.Module):
         self.expand = nn.Linear(out_dim // SE_REDUCTION, out_dim)
 
     def __call__(self, x: mx.array) -> mx.array:
-        B, H, W, _ = x.shape
-        x = mx.stack([conv(x) for conv in self.convs], axis=-1).reshape(B, H, W, -1)
-        squeezed = x.mean(axis=(1, 2), keepdims=True)
-        gate = mx.sigmoid(self.expand(nn.relu(self.reduce(squeezed))))
-        return gelu(x * gate)
+        x = ops.interleaved(self.convs, x)
+        squeezed = ops.mean_over_positions(x)
+        return ops.gated_gelu(x, self.expand(nn.relu(self.reduce(squeezed))))
 
 
 class FastViTHD(nn.Module):
@@ -172,6 +195,12 @@ class FastViTHD(nn.Module):
             x = layer(x)
         return self.conv_exp(x).flatten(1, 2)
 
+    def fold_biases(self) -> None:
+        """Leave each bias to the layer that adds it at the lowest cost; weights are loaded."""
+        for layer in self.network:
+            if isinstance(layer, (RepMixerBlock, AttentionBlock)):
+                layer.convffn.fold_bias()
+
     def _check(self, pixel_values: mx.array) -> None:
         shape, patch = pixel_values.shape, self.config.patch_size
         if len(shape) != 4 or shape[3] != 3:
@@ -186,7 +215,7 @@ def _as_float(pixel_values: mx.array, weight: mx.array) -> mx.array:
     return pixel_values.astype(weight.dtype)
 
 
-@mx.compile
+@partial(mx.compile, shapeless=True)
 def _rescale(pixel_values: mx.array, like: mx.array) -> mx.array:
     return pixel_values.astype(like.dtype) / 255
 

@@ -4,14 +4,15 @@ An operation has one signature on all devices and chooses its form itself: MLX's
 one for a GPU, or for float32 on the CPU the one in `cpu`.
 """
 
-from .activations import gelu, swiglu
-from .attention import attention, causal_attention
-from .conv import DepthwiseConv, in_row_bands
-from .device import assume, fast_dtype, on_cpu, on_metal, wire_memory
+from .activations import gated_gelu, gelu, swiglu
+from .attention import attention, causal_attention, most_queries, spread_mask
+from .conv import DepthwiseConv, concatenated_gelu, in_row_bands, interleaved
+from .device import assume, clear_large_cache, fast_dtype, on_cpu, on_metal, wired, wired_memory
 from .linear import (
     QuantizedEmbedding,
     QuantizedLinear,
     UnfusedLinear,
+    add_both,
     adds_early,
     as_linear,
     gains_from_fusing,
@@ -19,7 +20,7 @@ from .linear import (
     quantize,
     split_linear,
 )
-from .norm import RMSNorm
+from .norm import RMSNorm, mean_over_positions
 from .process import check_process, note_computation
 from .rope import RoPE
 
@@ -30,22 +31,31 @@ __all__ = [
     "RMSNorm",
     "RoPE",
     "UnfusedLinear",
+    "add_both",
     "adds_early",
     "as_linear",
     "assume",
     "attention",
     "causal_attention",
     "check_process",
+    "clear_large_cache",
+    "concatenated_gelu",
     "fast_dtype",
     "gains_from_fusing",
+    "gated_gelu",
     "gelu",
     "in_row_bands",
+    "interleaved",
     "linear",
+    "mean_over_positions",
+    "most_queries",
     "note_computation",
     "on_cpu",
     "on_metal",
     "quantize",
     "split_linear",
+    "spread_mask",
     "swiglu",
-    "wire_memory",
+    "wired",
+    "wired_memory",
 ]

@@ -1,21 +1,31 @@
-"""GELU and SwiGLU."""
+"""GELU and SwiGLU.
+
+Off the CPU each is one kernel, computed in float32 whatever the arrays are: in float16,
+1 + erf(x) keeps three digits of GELU's negative side, and 2 x overflows. Compiled functions are
+`shapeless`: otherwise MLX would trace and keep them again for each length of a prompt.
+"""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import cast
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from . import cpu
 from .device import on_cpu
 
 
-def gelu(x: mx.array) -> mx.array:
-    """The exact GELU: x times the normal distribution function of x."""
+def gelu(x: mx.array, bias: mx.array | None = None) -> mx.array:
+    """The exact GELU, x times the normal distribution function of x; of x + bias, if there is one.
+
+    Args:
+        x: [..., C].
+        bias: [C].
+    """
     if on_cpu() and x.dtype == mx.float32:
-        return cast(mx.array, cpu.gelu(x))
-    return nn.gelu(x)
+        return cast(mx.array, cpu.gelu(x if bias is None else x + bias))
+    return _gelu(x) if bias is None else _biased_gelu(x, bias)
 
 
 def swiglu(gate: mx.array, up: mx.array) -> mx.array:
@@ -25,6 +35,36 @@ def swiglu(gate: mx.array, up: mx.array) -> mx.array:
     return _swiglu(gate, up)
 
 
-@mx.compile
+def gated_gelu(x: mx.array, gate: mx.array) -> mx.array:
+    """gelu(sigmoid(gate) * x)."""
+    if on_cpu() and x.dtype == mx.float32:
+        return cast(mx.array, cpu.gelu(x * mx.sigmoid(gate)))
+    return _gated_gelu(x, gate)
+
+
+def gelu_in_float32(x: mx.array) -> mx.array:
+    """The exact GELU of float32, as a part of what is compiled."""
+    return 0.5 * x * (1 + mx.erf(x * 0.5**0.5))
+
+
+@partial(mx.compile, shapeless=True)
+def _gelu(x: mx.array) -> mx.array:
+    return gelu_in_float32(x.astype(mx.float32)).astype(x.dtype)
+
+
+@partial(mx.compile, shapeless=True)
+def _biased_gelu(x: mx.array, bias: mx.array) -> mx.array:
+    biased = x.astype(mx.float32) + bias.astype(mx.float32)
+    return gelu_in_float32(biased).astype(x.dtype)
+
+
+@partial(mx.compile, shapeless=True)
 def _swiglu(gate: mx.array, up: mx.array) -> mx.array:
-    return nn.silu(gate) * up
+    wide = gate.astype(mx.float32)
+    return (wide * mx.sigmoid(wide) * up.astype(mx.float32)).astype(gate.dtype)
+
+
+@partial(mx.compile, shapeless=True)
+def _gated_gelu(x: mx.array, gate: mx.array) -> mx.array:
+    scaled = x.astype(mx.float32) * mx.sigmoid(gate.astype(mx.float32))
+    return gelu_in_float32(scaled).astype(x.dtype)

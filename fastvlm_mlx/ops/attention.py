@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import mlx.core as mx
@@ -10,6 +11,14 @@ from . import cpu
 from .device import on_cpu, on_metal
 
 FUSED_HEAD_DIM = 64  # the narrowest heads that Metal's attention kernel takes
+# What Metal's kernel for few queries (`sdpa_vector`) takes, from `has_fused_kernel` in MLX's
+# scaled_dot_product_attention.cpp, where the rest is computed step by step:
+#     if (query_sequence_length > 8) { … } else { …
+#       if (query_sequence_length * gqa_factor > 32) { … return {false, msg.str()}; }
+# and of the heads, "the vector attention kernel supports head dims {64, 96, 128, 192, 256}", of
+# which `use_fallback` leaves out 192.
+VECTOR_QUERIES, VECTOR_QUERIES_PER_GROUP = 8, 32
+VECTOR_HEAD_DIMS = (64, 96, 128, 256)
 
 
 def attention(qkv: mx.array, scale: float) -> mx.array:
@@ -33,6 +42,25 @@ def attention(qkv: mx.array, scale: float) -> mx.array:
         return cpu.attention(q, k, v, scale).swapaxes(1, 2)
     y = mx.fast.scaled_dot_product_attention(q, k, v, scale=scale)
     return y.swapaxes(1, 2)[..., :D]
+
+
+def most_queries(num_heads: int, num_kv_heads: int, head_dim: int) -> int:
+    """The most new positions of a sequence whose attention is as fast as that of one."""
+    if not on_metal() or head_dim not in VECTOR_HEAD_DIMS:
+        return sys.maxsize
+    return min(VECTOR_QUERIES, VECTOR_QUERIES_PER_GROUP // (num_heads // num_kv_heads))
+
+
+def spread_mask(mask: mx.array | str | None, num_heads: int) -> mx.array | str | None:
+    """The mask of all layers as Metal's attention takes it: an array is written out for each head.
+
+    Otherwise the kernel for few queries would do so in every layer (`mask_copy_unless` in MLX's
+    scaled_dot_product_attention.cpp).
+    """
+    if not isinstance(mask, mx.array) or not on_metal() or mask.ndim < 4 or len(mask) == 1:
+        return mask
+    B, _, T, S = mask.shape
+    return mx.contiguous(mx.broadcast_to(mask, (B, num_heads, T, S)))
 
 
 def causal_attention(

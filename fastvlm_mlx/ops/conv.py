@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from . import cpu
+from .activations import gelu, gelu_in_float32
 from .device import on_cpu
 
 
@@ -15,7 +17,8 @@ class DepthwiseConv(nn.Module):
     """A convolution of each channel with a kernel of its own, zero-padded by half the kernel.
 
     With one output channel per input channel, kernels up to 7x7, strides up to 2 and channels in
-    multiples of 16, MLX's Metal backend has a fast kernel for it.
+    multiples of 16, MLX's Metal backend has a fast kernel for it. That kernel adds no bias: a
+    bias is another launch, so it is better left to what follows (`drop_bias`, `gelu`, `join`).
     """
 
     def __init__(self, channels: int, kernel_size: int, stride: int = 1):
@@ -33,28 +36,73 @@ class DepthwiseConv(nn.Module):
                 its input (of the same size, so for stride 1 only).
         """
         if on_cpu():
-            return cpu.depthwise_conv(x, self.weight, self.bias, self.stride, then)
-        y = self._convolve(x) + self.bias
+            bias = self.bias if "bias" in self else mx.zeros(len(self.weight), self.weight.dtype)
+            return cpu.depthwise_conv(x, self.weight, bias, self.stride, then)
+        y = self.without_bias(x)
+        y = y + self.bias if "bias" in self else y
         return y if then is None else then(y, x)
 
-    def with_sum(self, x: mx.array, term: mx.array) -> tuple[mx.array, mx.array]:
-        """(y, y + term) where y is what a call gives; both come from one kernel.
+    def gelu(self, x: mx.array) -> mx.array:
+        """The GELU of what a call gives."""
+        return gelu(self(x)) if on_cpu() else gelu(self.without_bias(x), self.bias)
 
-        Args:
-            x: [B, H, W, C].
-            term: [C].
-        """
-        return _add_both(self._convolve(x), self.bias, term)
-
-    def _convolve(self, x: mx.array) -> mx.array:
+    def without_bias(self, x: mx.array) -> mx.array:
+        """What a call gives, less the bias."""
         channels, kernel = self.weight.shape[:2]
         return mx.conv2d(x, self.weight, self.stride, kernel // 2, groups=channels)
 
+    def drop_bias(self) -> mx.array:
+        """The bias, which is added no more: the caller adds it elsewhere."""
+        bias: mx.array = self.pop("bias")
+        return bias
 
-@mx.compile
-def _add_both(x: mx.array, bias: mx.array, term: mx.array) -> tuple[mx.array, mx.array]:
-    y = x + bias
-    return y, y + term
+
+def concatenated_gelu(convs: Sequence[DepthwiseConv], x: mx.array) -> mx.array:
+    """The GELU of several convolutions of x, one after the other: [B, H, W, convs * C]."""
+    if on_cpu():
+        return gelu(mx.concatenate([conv(x) for conv in convs], axis=-1))
+    return _join(convs, x, -2, _join_gelu)
+
+
+def interleaved(convs: Sequence[DepthwiseConv], x: mx.array) -> mx.array:
+    """Several convolutions of x, channel by channel: [B, H, W, C * convs]."""
+    if on_cpu():
+        return mx.stack([conv(x) for conv in convs], axis=-1).flatten(-2)
+    return _join(convs, x, -1, _join_biased)
+
+
+def _join(
+    convs: Sequence[DepthwiseConv], x: mx.array, axis: int, join: Callable[..., mx.array]
+) -> mx.array:
+    """Stack the outputs of convolutions along a new axis, -2 or -1, and flatten it.
+
+    One kernel adds the biases and chooses each value's source, instead of two for each source.
+    """
+    outputs = [mx.expand_dims(conv.without_bias(x), axis) for conv in convs]
+    biases = [mx.expand_dims(conv.bias, axis) for conv in convs]
+    place = mx.array(list(range(len(convs))))
+    return join(place if axis == -1 else place[:, None], outputs, biases).flatten(-2)
+
+
+def _chosen(place: mx.array, outputs: list[mx.array], biases: list[mx.array]) -> mx.array:
+    """In float32, of each place the output of that number, with its bias."""
+    chosen, *others = (
+        y.astype(mx.float32) + bias.astype(mx.float32)
+        for y, bias in zip(outputs, biases, strict=True)
+    )
+    for i, other in enumerate(others, 1):
+        chosen = mx.where(place == i, other, chosen)
+    return chosen
+
+
+@partial(mx.compile, shapeless=True)
+def _join_biased(place: mx.array, outputs: list[mx.array], biases: list[mx.array]) -> mx.array:
+    return _chosen(place, outputs, biases).astype(outputs[0].dtype)
+
+
+@partial(mx.compile, shapeless=True)
+def _join_gelu(place: mx.array, outputs: list[mx.array], biases: list[mx.array]) -> mx.array:
+    return gelu_in_float32(_chosen(place, outputs, biases)).astype(outputs[0].dtype)
 
 
 def in_row_bands(

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -37,7 +38,7 @@ ERFC_QUARTICS = (
 )
 
 
-@mx.compile
+@partial(mx.compile, shapeless=True)
 def exp_negative(x: mx.array) -> mx.array:
     """exp(-x) for x from 0 on, within 5e-7."""
     # The factors and their first products lack the leading 1, so that near 0, where it counts,
@@ -62,7 +63,7 @@ def _gelu_gradient(x: mx.array, cotangent: mx.array, _: mx.array) -> mx.array:
     return cotangent * (distribution + x * mx.exp(-0.5 * x * x) * (2 * math.pi) ** -0.5)
 
 
-@mx.compile
+@partial(mx.compile, shapeless=True)
 def _gelu(x: mx.array) -> mx.array:
     # The positive part of x, less |x| / 2 erfc(|x| / sqrt 2). With a branch, or one operation more,
     # this would compile to several kernels, each of which fills memory of its own.
@@ -94,7 +95,7 @@ def _swiglu_gradient(
     return cotangent * up * share * (1 + gate * (1 - share)), cotangent * gate * share
 
 
-@mx.compile
+@partial(mx.compile, shapeless=True)
 def _swiglu(gate: mx.array, up: mx.array) -> mx.array:
     # The positive part of the gate, less |gate| / (1 + exp |gate|).
     size = mx.abs(gate)
@@ -107,12 +108,14 @@ def _swiglu(gate: mx.array, up: mx.array) -> mx.array:
 
 def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
     """RMSNorm in three steps, where MLX takes seven."""
-    return _normalise(x, mx.square(x).sum(axis=-1, keepdims=True), weight, eps)
+    return _normalise(x, mx.square(x).sum(axis=-1, keepdims=True), x.shape[-1], weight, eps)
 
 
-@mx.compile
-def _normalise(x: mx.array, square_sum: mx.array, weight: mx.array, eps: float) -> mx.array:
-    return x * mx.rsqrt(square_sum / x.shape[-1] + eps) * weight
+@partial(mx.compile, shapeless=True)
+def _normalise(
+    x: mx.array, square_sum: mx.array, width: int, weight: mx.array, eps: float
+) -> mx.array:
+    return x * mx.rsqrt(square_sum / width + eps) * weight
 
 
 def rope_tables(
@@ -139,7 +142,7 @@ def rotate(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
     return mx.concatenate(_rotate(a, b, cos, sin), axis=-1)
 
 
-@mx.compile
+@partial(mx.compile, shapeless=True)
 def _rotate(a: mx.array, b: mx.array, cos: mx.array, sin: mx.array) -> list[mx.array]:
     return [a * cos - b * sin, a * sin + b * cos]
 
@@ -248,14 +251,14 @@ def _shifted_conv(x: mx.array, taps: list[mx.array], bias: mx.array, stride: int
     return bias
 
 
-@mx.compile
+@partial(mx.compile, shapeless=True)
 def _sum_products(shifted: list[mx.array], taps: list[mx.array]) -> mx.array:
     return sum(
         (x * tap for x, tap in zip(shifted[1:], taps[1:], strict=True)), shifted[0] * taps[0]
     )
 
 
-@mx.compile
+@partial(mx.compile, shapeless=True)
 def _sum(start: mx.array, parts: list[mx.array]) -> mx.array:
     return sum(parts, start)
 

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import wraps
+from threading import RLock
+from typing import ParamSpec, TypeVar
 
 import mlx.core as mx
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+WORKING_SET = "max_recommended_working_set_size"  # of `mx.device_info`
+CACHE_SHARE = 4  # of memory is a fourth part
+FIRST_WITH_BFLOAT16 = 15  # the generation of M3
 
 _assumed: str | None = None
 
@@ -32,13 +43,88 @@ def assume(device: str) -> Iterator[None]:
 
 
 def fast_dtype(stored: mx.Dtype) -> mx.Dtype:
-    """The dtype to compute in, for weights stored in another: float32 on the CPU, which is slow at
-    half precision, and otherwise as stored."""
-    return mx.float32 if on_cpu() else stored
+    """The dtype to compute in, for weights stored in another.
+
+    float32 on the CPU, which is slow at half precision, and otherwise as stored; but float16, in
+    which the original runs, for bfloat16 on M1 and M2, whose GPUs have no instructions for it.
+    """
+    if on_cpu():
+        return mx.float32
+    return mx.float16 if stored == mx.bfloat16 and _lacks_bfloat16() else stored
 
 
-def wire_memory() -> None:
-    """On Metal, keep weights in memory: otherwise the system may page them out between answers."""
-    limit = mx.device_info().get("max_recommended_working_set_size") if on_metal() else None
-    if limit is not None:
-        mx.set_wired_limit(int(limit))
+def _lacks_bfloat16() -> bool:
+    """Whether this is a GPU of the generations of M1 ("applegpu_g13g") and M2 (g14) or before."""
+    if not on_metal():
+        return False
+    generation = re.match(r"applegpu_g(\d+)", str(mx.device_info().get("architecture", "")))
+    return generation is not None and int(generation[1]) < FIRST_WITH_BFLOAT16
+
+
+@contextmanager
+def wired_memory() -> Iterator[None]:
+    """On Metal, keep all arrays in memory meanwhile: otherwise the system may page them out.
+
+    Blocks may overlap in any way, as those of generators and threads do: the first sets the limit,
+    and the last sets back the one before it.
+    """
+    limit = mx.device_info().get(WORKING_SET) if on_metal() else None
+    if limit is None:
+        yield
+        return
+    stream = mx.default_stream(mx.default_device())
+    _wired.enter(int(limit))
+    try:
+        yield
+    finally:
+        # What still runs may use what is to be released. A generator may be dropped in a thread
+        # that doesn't have the stream.
+        with suppress(RuntimeError):
+            mx.synchronize(stream)
+        _wired.leave()
+
+
+def wired(generate: Callable[P, Iterator[T]]) -> Callable[P, Iterator[T]]:
+    """A generator function that runs within `wired_memory` until it ends or is dropped."""
+
+    @wraps(generate)
+    def run(*args: P.args, **kwargs: P.kwargs) -> Iterator[T]:
+        with wired_memory():
+            yield from generate(*args, **kwargs)
+
+    return run
+
+
+class _Wired:
+    """How many blocks of `wired_memory` there are, and the limit before the first."""
+
+    def __init__(self) -> None:
+        # Reentrant, since a generator may be dropped, and leave, wherever Python collects garbage.
+        self.lock, self.blocks, self.before = RLock(), 0, 0
+
+    def enter(self, limit: int) -> None:
+        with self.lock:
+            if self.blocks == 0:
+                self.before = mx.set_wired_limit(limit)
+            self.blocks += 1
+
+    def leave(self) -> None:
+        with self.lock:
+            self.blocks -= 1
+            if self.blocks == 0:
+                mx.set_wired_limit(self.before)
+
+
+_wired = _Wired()
+
+
+def clear_large_cache() -> None:
+    """Give back what MLX keeps of freed arrays, if that is a large part of the memory.
+
+    Less is kept: the next image, turn or token needs arrays of the same sizes, and allocating
+    them anew takes longer than computing many of them.
+    """
+    info = mx.device_info()
+    memory = info.get(WORKING_SET) or info.get("memory_size") or info.get("total_memory")
+    if memory is not None and mx.get_cache_memory() > int(memory) // CACHE_SHARE:
+        mx.clear_cache()

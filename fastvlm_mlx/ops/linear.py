@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -46,6 +47,13 @@ def adds_early(layer: nn.Module) -> bool:
     A product of floats takes one addend along at no cost. On the CPU it saves nothing.
     """
     return isinstance(layer, nn.Linear) and not on_cpu()
+
+
+@partial(mx.compile, shapeless=True)
+def add_both(x: mx.array, bias: mx.array, term: mx.array) -> tuple[mx.array, mx.array]:
+    """(x + bias, x + bias + term), both from one kernel; bias and term are [C]."""
+    y = x + bias
+    return y, y + term
 
 
 def gains_from_fusing(is_large: bool, is_quantized: bool) -> bool:

@@ -1,4 +1,4 @@
-"""RMSNorm."""
+"""RMSNorm, and means over positions."""
 
 from __future__ import annotations
 
@@ -17,3 +17,11 @@ class RMSNorm(nn.RMSNorm):
         if on_cpu() and x.dtype == mx.float32:
             return cpu.rms_norm(x, self.weight, self.eps)
         return mx.fast.rms_norm(x, self.weight, self.eps)
+
+
+def mean_over_positions(x: mx.array) -> mx.array:
+    """[B, H, W, C] → [B, 1, 1, C].
+
+    In float32 inside, since the sum overflows float16 from a mean of 255 on for 16x16 positions.
+    """
+    return x.astype(mx.float32).mean(axis=(1, 2), keepdims=True).astype(x.dtype)
