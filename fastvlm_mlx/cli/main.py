@@ -13,6 +13,7 @@ from ..version import __version__
 from .bench import FLOORS, bench
 from .chat import chat
 from .convert import convert
+from .doctor import doctor
 from .download import download
 from .generate import generate
 from .models import models
@@ -27,7 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (generate, chat, models, download, convert, upload):
+for command in (generate, chat, models, download, convert, upload, doctor):
     app.command()(command)
 app.command(epilog=FLOORS)(bench)
 
