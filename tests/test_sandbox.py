@@ -1,6 +1,10 @@
 """Chat templates as programs: what honest ones write, and what hostile ones may not do."""
 
+import json
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -63,8 +67,6 @@ def test_honest_templates_write_what_jinja_writes(template: str) -> None:
 
 
 def to_json(value: object, options: dict) -> str:
-    import json
-
     return json.dumps(value, **{**options, "ensure_ascii": False, "sort_keys": False})
 
 
@@ -78,11 +80,12 @@ def test_contents_come_through_unchanged(contents: list[str]) -> None:
 
 def test_a_long_chat_is_far_from_the_limit() -> None:
     """A thousand turns of 300 characters, more than any FastVLM has positions for."""
+    asked = "{% if loop.index0 == messages | length - 1 and messages is sequence %}!{% endif %}"
     turns = [{"role": "user", "content": "word " * 60}] * 1000
     template = (
         "{% for m in messages %}{% if m.role == 'user' and '</think>' in m.content %}x{% endif %}"
         "<|im_start|>{{ m.role + '\n' + m.content.split('</think>')[-1].strip() }}"
-        "{{ m.content | trim | replace('a', 'b') }}<|im_end|>{% endfor %}"
+        "{{ m.content | trim | replace('a', 'b') }}<|im_end|>" + asked + "{% endfor %}"
     )
     assert len(render(template, messages=turns)) > 300_000
 
@@ -145,9 +148,34 @@ HOSTILE = {
 @pytest.mark.parametrize("case", HOSTILE)
 def test_hostile_templates_end_soon(case: str) -> None:
     start = time.process_time()
-    with pytest.raises(TemplateTooLong, match=r"more steps or memory|not written in the format"):
+    with pytest.raises(TemplateTooLong, match=r"more steps or memory|not written in the form"):
         render(HOSTILE[case], messages=MESSAGES)
-    assert time.process_time() - start < 20  # seconds of this process; hours or gigabytes otherwise
+    assert time.process_time() - start < 20  # seconds of this process; otherwise it would be hours
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's way to tell sizes")
+def test_hostile_templates_take_little_memory() -> None:
+    """In a process that may have 500 MB of addresses more than it begins with."""
+    wide = {
+        case: t for case, t in HOSTILE.items() if not case.startswith(("loop", "what", "macro"))
+    }
+    script = (
+        "import json, resource, sys\n"
+        "from fastvlm_mlx.text.sandbox import TemplateTooLong, render\n"
+        "render('{{ 1 }}')\n"
+        "pages = int(open('/proc/self/statm').read().split()[0])\n"
+        "most = pages * resource.getpagesize() + 500_000_000\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (most, most))\n"
+        "for case, template in json.load(sys.stdin).items():\n"
+        "    try:\n        render(template)\n"
+        "    except TemplateTooLong:\n        pass\n"
+        "    except BaseException as error:\n        print(case, repr(error)[:100])\n"
+        "    else:\n        print(case)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], input=json.dumps(wide), capture_output=True, text=True
+    )
+    assert (done.stdout, done.returncode) == ("", 0), done.stderr
 
 
 def test_the_budget_is_that_of_one_rendering() -> None:
