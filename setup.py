@@ -16,13 +16,14 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["fastvlm_mlx", "fastvlm_mlx.*"]),
     package_data={"fastvlm_mlx": ["py.typed", "nano/*", "nano/images/*"]},
+    # The lowest that pass the tests; constraints/lowest.txt installs them, with reasons.
     install_requires=[
-        "mlx>=0.30",
-        "mlx-lm>=0.30",
-        "numpy",
-        "huggingface-hub>=1.0",
-        "safetensors",
-        "pillow>=10",
+        "mlx>=0.32.4",
+        "mlx-lm>=0.32.2",
+        "numpy>=2.0.2",
+        "huggingface-hub>=1.33",
+        "safetensors>=0.4.3",
+        "pillow>=10.1",
         # The photos of every iPhone are HEIC.
         "pillow-heif; sys_platform == 'darwin'",
     ],

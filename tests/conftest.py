@@ -29,12 +29,21 @@ FOREIGN += ("FASTVLM_MODEL", "COLUMNS", "LINES", "PYTHONWARNINGS", "PYTHONOPTIMI
 FOREIGN += ("FORCE_COLOR", "NO_COLOR", "CLICOLOR", "PY_COLORS", "TTY_", "GITHUB_ACTIONS")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--assume",
+        choices=("cpu", "metal", "cuda"),
+        help="Build all graphs as for this device; the CPU computes them.",
+    )
+
+
 def pytest_sessionstart(session: pytest.Session) -> None:
     """Give the tests, and the processes that they start, the same surroundings everywhere.
 
     This comes before any test file is imported, and with it huggingface_hub, which reads its
     settings only then. What tests need beyond it they set themselves.
     """
+    compute_exactly(session.config)
     for name in os.environ.copy():
         if name.upper().startswith(FOREIGN) or name.upper().endswith("_PROXY"):
             del os.environ[name]
@@ -43,14 +52,30 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     os.environ |= {"HF_HOME": caches.name, "FASTVLM_CACHE": caches.name}
     os.environ |= {"NO_PROXY": "*", "no_proxy": "*"}  # nor one from the system's settings
     os.environ |= {"PYTHONUTF8": "1"}
+    os.environ |= {"MLX_ENABLE_TF32": "0"}  # read at the first product
     for name in ("C.UTF-8", "en_US.UTF-8"):  # what files and pipes have by default in this process
         with contextlib.suppress(locale.Error):
             locale.setlocale(locale.LC_CTYPE, name)
             break
 
 
+def compute_exactly(config: pytest.Config) -> None:
+    """Compute on the CPU, whose float32 is exact, whatever else the machine has.
+
+    Processes that tests start compute on the device that they find, as a person's do: what is asked
+    of them is text, which no rounding changes. Tests marked `gpu` choose the GPU themselves.
+    """
+    mx.set_default_device(mx.cpu)
+    if (device := config.getoption("--assume")) is not None:
+        assumed = ExitStack()
+        assumed.enter_context(ops.assume(device))
+        config.add_cleanup(assumed.close)
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip what needs a library that is not installed."""
+    """Skip what needs a GPU or a library that is not there."""
+    if item.get_closest_marker("gpu") and not mx.is_available(mx.gpu):
+        pytest.skip("needs a GPU")
     for mark in item.iter_markers("needs"):
         if find_spec(mark.args[0]) is None:
             pytest.skip(f"needs {mark.args[0]}")
@@ -95,14 +120,14 @@ def small_tensors(small_folder: Path) -> dict[str, mx.array]:
 
 @pytest.fixture(scope="session")
 def small(small_folder: Path) -> fv.FastVLM:
-    """The model of `small_folder`."""
-    return fv.load_model(small_folder)
+    """The model of `small_folder`, in float32."""
+    return fv.load_model(small_folder, dtype="float32")
 
 
 @pytest.fixture(scope="session")
 def nano() -> tuple[fv.FastVLM, fv.Processor]:
-    """The bundled model and its processor."""
-    return fv.load()
+    """The bundled model in float32, and its processor."""
+    return fv.load(dtype="float32")
 
 
 @pytest.fixture

@@ -188,7 +188,8 @@ def test_dequantizing_is_one_launch(bits: int) -> None:
     assert (found["Dequantize"], found["Gather"]) == (1, 3)
 
 
-def test_nothing_is_left_behind(small: fv.FastVLM) -> None:
+def test_nothing_is_left_behind(small: fv.FastVLM, assume: Callable[[str], None]) -> None:
+    assume("cpu")
     pixel_values = mx.random.uniform(shape=(1, 128, 128, 3), key=mx.random.key(0))
     run = mx.compile(small.encode_image)
     expected = np.array(run(pixel_values))
@@ -217,7 +218,8 @@ def test_an_inner_block_leaves_the_outer_one_as_it_was() -> None:
     assert count_primitives(mx.cumprod(ones(4))) == {"CumProd": 1}
 
 
-def test_leaving_by_an_error() -> None:
+def test_leaving_by_an_error(assume: Callable[[str], None]) -> None:
+    assume("cpu")
     functions = [getattr(mx.fast, name) for name in graph.FAST]
     with pytest.raises(RuntimeError, match="on purpose"), as_on_gpu():
         raise RuntimeError("on purpose")

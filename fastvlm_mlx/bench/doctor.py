@@ -179,7 +179,8 @@ def read_question(
     """Token ids of the question; of random text, where there is no tokenizer."""
     if processor.tokenizer is None:
         return make_prompt(model, len(visual_tokens[0]), PROMPT_TOKENS)
-    return tokenize(model, processor, QUESTION, visual_tokens, OPTIONS)
+    counts = [len(tokens) for tokens in visual_tokens]
+    return tokenize(model, processor, QUESTION, counts, OPTIONS)
 
 
 def read_answer(processor: Processor, tokens: Sequence[int]) -> str | None:

@@ -25,6 +25,7 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 NEEDED = ("*.json", "*.safetensors", "*.jinja", "merges.txt", "*.mlpackage/*")
 LICENSES = ("LICENSE*", "README.md")  # a model card states the licence
 PICKLES = ("*.bin", "*.pth")
+WEIGHTS = (".safetensors", ".bin", ".pth")
 
 
 def resolve(source: str | os.PathLike[str] | None = None, *, revision: str | None = None) -> Path:
@@ -218,16 +219,19 @@ def _from_cache(repo: str, revision: str | None, error: Exception) -> Path:
     """Without a connection, what an earlier download completed."""
     from huggingface_hub import snapshot_download
 
+    said = f"{repo} is not downloaded and the Hub can't be reached ({reason(error)})."
     try:
-        return Path(
+        folder = Path(
             snapshot_download(
                 repo, revision=revision, allow_patterns=list(NEEDED), local_files_only=True
             )
         )
     except Exception:
-        raise OSError(
-            f"{repo} is not downloaded and the Hub can't be reached ({reason(error)})."
-        ) from None
+        raise OSError(said) from None
+    # Before huggingface-hub 2.4, an interrupted download counts as a whole one.
+    if not any(path.suffix in WEIGHTS for path in folder.iterdir()):
+        raise OSError(said)
+    return folder
 
 
 def cache_folder() -> Path:
