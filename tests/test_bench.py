@@ -192,7 +192,7 @@ def test_rate_is_of_the_best_size(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_rates_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "RATE_SECONDS", 0.02)
     monkeypatch.setattr(machine, "COPY_BYTES", 1 << 22)
-    model, _ = fv.load()
+    model, _ = fv.load(dtype="float32")
     rates = product_rates(model)
     assert {"float32", "8 bits"} <= set(rates)
     assert all(1e7 < rate < 1e16 for rate in rates.values())
