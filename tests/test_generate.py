@@ -782,3 +782,52 @@ def test_beam_search_is_an_option(nano: Nano) -> None:
     for _ in range(2):  # images come from the prompt cache, and no beam's KV cache goes there
         assert generate(*nano, ASK, image=PENGUINS, num_beams=3, prompt_cache=cache) == ANSWER
     assert generate(*nano, ASK, image=PENGUINS, prompt_cache=cache) == ANSWER
+
+
+# What would otherwise be a wrong answer without a word
+
+
+@pytest.mark.parametrize("change", [lambda x: x[0], lambda x: x[:, :5], lambda x: None], ids="abc")
+def test_a_logits_processor_that_returns_another_shape(change: Any, nano: Nano) -> None:
+    with pytest.raises(
+        ValueError, match=r"logits_processor must return logits of shape \(1, \d+\)"
+    ):
+        generate(*nano, ASK, **SMALL, logits_processor=lambda tokens, logits: change(logits))
+
+
+@pytest.mark.parametrize("others", [{}, {"top_k": 9}, {"min_p": 0.1}], ids=str)
+def test_the_smallest_top_p_keeps_the_likeliest_token(
+    others: dict, nano: Nano, tokens: list[int]
+) -> None:
+    options = {"temperature": 5.0, "top_p": 5e-324, "seed": 1, **others}
+    found = [response.token for response in stream_generate(*nano, ASK, **SMALL, **options)]
+    assert found == tokens
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_named(value: float) -> None:
+    model, processor = fv.load()
+    weight = model.language_model.norm.weight
+    model.language_model.norm.weight = mx.where(mx.arange(weight.size) == 3, value, weight)
+    for answer in (
+        lambda: generate(model, processor, ASK, max_tokens=2),
+        lambda: fv.batch_generate(model, processor, [(ASK, None)], max_tokens=2),
+    ):
+        with pytest.raises(ValueError, match=r"language_model\.norm\.weight holds NaN or infinite"):
+            answer()
+
+
+def test_a_prompt_that_is_too_long_is_refused_before_its_image_is_encoded(
+    nano: Nano, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, processor = nano
+    monkeypatch.setattr(FastVLM, "encode_image", lambda *_: pytest.fail("encodes"))
+    tight = replace(processor, max_length=200)
+    for ask in (
+        lambda: generate(model, tight, ASK, image=PENGUINS, image_size=1024),
+        lambda: fv.Chat(model, tight).ask(ASK, image=PENGUINS, image_size=1024),
+    ):
+        with pytest.raises(ValueError, match=r"The prompt has \d+ tokens, and the model's limit"):
+            ask()
+    with pytest.raises(fv.generation.batch.BatchError, match=r"The prompt has \d+ tokens"):
+        fv.batch_generate(model, tight, [(ASK, PENGUINS)], image_size=1024)

@@ -335,3 +335,14 @@ def test_tiled_images_end_to_end(merge_type: str, nano: tuple[fv.FastVLM, fv.Pro
     assert generate(model, processor, "What is this?", image=images, max_tokens=4) == generate(
         model, processor, f"{'<image>' + chr(10)}" * 5 + "What is this?", image=images, max_tokens=4
     )
+
+
+@pytest.mark.parametrize("merge_type", ["flat", "spatial", "spatial_unpad"])
+@pytest.mark.parametrize("size", [(100, 100), (300, 90), (90, 300), (130, 127), (1000, 10)])
+def test_visual_tokens_are_counted_without_encoding(merge_type: str, size: tuple[int, int]) -> None:
+    model = anyres_model(merge_type)
+    across, down = anyres_grid(size, model.config.image_grid_pinpoints, 128)
+    for tiles in (1, 1 + across * down):
+        pixels = mx.zeros((tiles, 128, 128, 3))
+        (found,) = model.encode_images([pixels], [size])
+        assert model.num_visual_tokens(pixels, size) == len(found)
