@@ -14,6 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 IMAGE = -200
+ROWS = 16  # sequences of a batch whose step is counted
 # What mlx-vlm's VisionConfig has as constants of its class, not as fields to read.
 VISION_CONSTANTS = (
     "layers",
@@ -39,6 +40,7 @@ class MlxSide:
     visual_tokens: Callable[[mx.array], mx.array]
     next_logits: Callable[[mx.array, Sequence[int]], mx.array]
     generate: Callable[[mx.array, Sequence[int], int], Iterator[int]]
+    batch_step: Callable[[int], Callable[[], mx.array]]
 
     def about(self) -> dict[str, str]:
         return {"library": version(self.package), "mlx": version("mlx"), "device": device_name()}
@@ -68,7 +70,8 @@ class MlxSide:
     def launches(
         self, folder: Path, dtype: str, image_size: int, prompt: Sequence[int], graph: str
     ) -> dict[str, Any]:
-        """Primitives and kernel launches of encoding an image and of one step of decoding.
+        """Primitives and kernel launches of encoding an image, of one step of decoding, and of one
+        step of `ROWS` sequences together.
 
         Args:
             folder, dtype: as `load` takes.
@@ -87,7 +90,10 @@ class MlxSide:
         next(tokens)
         with graphs.as_on_gpu():
             decode = graphs.count(next_submitted(tokens))
-        found = {"encode": encode, "decode": decode}
+        step = self.batch_step(ROWS)
+        with graphs.as_on_gpu():
+            batch = graphs.count(step())
+        found = {"encode": encode, "decode": decode, "batch": batch}
         return {
             name: {"launches": counts.launches, "primitives": dict(counts.primitives)}
             for name, counts in found.items()
@@ -128,6 +134,23 @@ class Ours(MlxSide):
         _, embeddings = self._read(pixel_values, prompt)
         hidden_states = self.model.language_model.hidden_states(None, None, embeddings)
         return self.model.language_model.logits(hidden_states[0, -1])
+
+    def batch_step(self, rows: int) -> Callable[[], mx.array]:
+        """A greedy step of sequences of unlike lengths, to be counted; their cache is computed."""
+        from fastvlm_mlx.model.batch_kv_cache import BatchKVCache
+
+        decoder, lengths = self.model.language_model, list(range(1, rows + 1))
+        prefilled = self.model.make_kv_cache()
+        decoder.hidden_states(mx.zeros((rows, rows), mx.int32), prefilled)
+        cache, token = BatchKVCache(len(prefilled)), mx.zeros((rows, 1), mx.int32)
+        cache.add(prefilled, lengths)
+        mx.eval(cache.arrays, token)
+
+        def step() -> mx.array:
+            hidden_states = decoder.hidden_states(token, cache.layers)
+            return mx.argmax(decoder.logits(hidden_states[:, -1]), axis=-1)
+
+        return step
 
     def _read(self, pixel_values: mx.array, prompt: Sequence[int]) -> tuple[list[int], mx.array]:
         visual_tokens = self.model.encode_images(pixel_values)
@@ -182,6 +205,22 @@ class MlxVlm(MlxSide):
         embeddings = self.model.get_input_embeddings(input_ids, channels_first, mask=mask)
         output = self.model.language_model(None, inputs_embeds=embeddings.inputs_embeds)
         return output.logits[0, -1]
+
+    def batch_step(self, rows: int) -> Callable[[], mx.array]:
+        """As that of `Ours`, with the cache that mlx-vlm's own batches have."""
+        from mlx_vlm.models.cache import BatchKVCache
+
+        decoder, padding = self.model.language_model, list(range(rows - 1, -1, -1))
+        cache = [BatchKVCache(padding) for _ in decoder.model.layers]
+        decoder(mx.zeros((rows, rows), mx.int32), cache=cache)
+        token = mx.zeros((rows, 1), mx.int32)
+        mx.eval([layer.state for layer in cache], token)
+
+        def step() -> mx.array:
+            logits = decoder(token, cache=cache).logits[:, -1]
+            return mx.argmax(logits - mx.logsumexp(logits, axis=-1, keepdims=True), axis=-1)
+
+        return step
 
     def _read(
         self, pixel_values: mx.array, prompt: Sequence[int]

@@ -174,7 +174,10 @@ def launches(result: Result) -> Section:
     for stage, one, what in (
         ("encode", "one image", "an image"),
         ("decode", "one token", "a token"),
+        ("batch", "one step of 16 sequences", "a step of 16 sequences"),
     ):
+        if stage not in counts[OURS]:  # of a result from before it was counted
+            continue
         found = {side: counts[side][stage]["launches"] for side in counts}
         share = f"{found[OURS] / found[PEER]:.2f}"
         rows.append((one, *map(str, found.values()), share))
@@ -193,7 +196,7 @@ def launches(result: Result) -> Section:
 def primitives_table(counts: dict[str, Any]) -> str:
     columns = {
         f"{stage}, {side}": Counter(counts[side][stage]["primitives"])
-        for stage in ("encode", "decode")
+        for stage in counts[OURS]
         for side in counts
     }
     names = [name for name, _ in sum(columns.values(), Counter()).most_common()]

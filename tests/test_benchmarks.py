@@ -358,6 +358,7 @@ def test_this_side_answers_every_request(nano_folders: Path, tmp_path: Path) -> 
     graph = str(ROOT / "fastvlm_mlx" / "bench" / "graph.py")
     counts = side.ask("launches", image_size=64, prompt=prompt, graph=graph)
     assert counts["encode"]["launches"] > counts["decode"]["launches"] > 0
+    assert counts["batch"]["launches"] > counts["decode"]["launches"]
     assert counts["decode"]["primitives"]["ScaledDotProductAttention"] == 4  # one a layer
     side.close()
     with pytest.raises((RuntimeError, ValueError)):

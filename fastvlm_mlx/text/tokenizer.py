@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..checks import shown
 from ..config import CheckpointError, read_json
 
 if TYPE_CHECKING:
@@ -237,7 +238,7 @@ def _read_chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None
         named = [entry for entry in template if isinstance(entry, dict)]
         template = next((e.get("template") for e in named if e.get("name") == "default"), None)
     if template is not None and not isinstance(template, str):
-        raise CheckpointError(f"{path}: chat_template must be a text, found {template!r}.")
+        raise CheckpointError(f"{path}: chat_template must be a text, found {shown(template)}.")
     return template
 
 
