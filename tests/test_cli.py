@@ -202,7 +202,7 @@ fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 from fastvlm_mlx.model.qwen2 import Qwen2
 quick = Qwen2.hidden_states
 def slow(*arguments):
-    time.sleep(0.1)
+    time.sleep(0.2)
     return quick(*arguments)
 Qwen2.hidden_states = slow
 from fastvlm_mlx.cli.main import main
