@@ -5,6 +5,9 @@ so that every step passes over memory; loops are vectorised only where the compi
 arrays don't overlap; exp and erf are scalar loops; and its BLAS repacks large matrices before it
 multiplies.
 
+What runs on prompts, of any length, compiles once for all shapes (`shapeless`); what runs on
+images, of few sizes, once for each, which passes over memory faster.
+
 Gradients pass through all of them. Where that of a form would overflow, its own stands beside it
 (`gelu`, `swiglu`), which is also the place of a form made for training.
 """
@@ -63,7 +66,7 @@ def _gelu_gradient(x: mx.array, cotangent: mx.array, _: mx.array) -> mx.array:
     return cotangent * (distribution + x * mx.exp(-0.5 * x * x) * (2 * math.pi) ** -0.5)
 
 
-@partial(mx.compile, shapeless=True)
+@mx.compile
 def _gelu(x: mx.array) -> mx.array:
     # The positive part of x, less |x| / 2 erfc(|x| / sqrt 2). With a branch, or one operation more,
     # this would compile to several kernels, each of which fills memory of its own.
@@ -251,14 +254,14 @@ def _shifted_conv(x: mx.array, taps: list[mx.array], bias: mx.array, stride: int
     return bias
 
 
-@partial(mx.compile, shapeless=True)
+@mx.compile
 def _sum_products(shifted: list[mx.array], taps: list[mx.array]) -> mx.array:
     return sum(
         (x * tap for x, tap in zip(shifted[1:], taps[1:], strict=True)), shifted[0] * taps[0]
     )
 
 
-@partial(mx.compile, shapeless=True)
+@mx.compile
 def _sum(start: mx.array, parts: list[mx.array]) -> mx.array:
     return sum(parts, start)
 
