@@ -26,6 +26,7 @@ from .checkpoint.processor_files import (
 from .checkpoint.quantize import Quantize, parse_quantize, quantize_checkpoint
 from .checkpoint.read import read_checkpoint
 from .checkpoint.target import atomic_folder, check_apart, check_target
+from .checks import shown
 from .config import FastVLMConfig
 from .hub.resolve import resolve
 from .progress import progress_bar
@@ -127,7 +128,7 @@ class _Checkpoint:
 
 def _check_options(layout: str, dtype: str | None, quantize: Any, calibrate: Any) -> None:
     if layout not in WRITTEN:
-        raise ValueError(f"layout must be one of {', '.join(WRITTEN)}, found {layout!r}.")
+        raise ValueError(f"layout must be one of {', '.join(WRITTEN)}, found {shown(layout)}.")
     if calibrate is not None and quantize is None:
         raise ValueError("calibrate tunes a quantized model; give quantize too.")
     if calibrate is not None and layout != "mlx":

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,13 +17,15 @@ from command import Result, Run
 from hub_server import REPO, TOKEN, Fault, Hub, everything, fill_disk, special, use, zipped
 from sources import LAYOUTS, full_nano, with_tokenizer
 
+import fastvlm_mlx as fv
 from fastvlm_mlx.checkpoint.files import read_tensors, save_checkpoint
 from fastvlm_mlx.checkpoint.layouts.coreml import writer
-from fastvlm_mlx.checkpoint.load import load_model
+from fastvlm_mlx.checkpoint.load import load_model, resolve_dtype
 from fastvlm_mlx.checkpoint.read import read_checkpoint
 from fastvlm_mlx.config import CheckpointError
 from fastvlm_mlx.hub import registry as zoo
 from fastvlm_mlx.hub.resolve import NANO, resolve
+from fastvlm_mlx.image.resize import choose_resize
 
 ARCHIVE = "llava-fastvithd_0.5b_stage2"
 PENGUINS = str(NANO / "images" / "penguins.png")
@@ -423,3 +426,20 @@ def test_an_archive_by_its_name_is_checked_like_a_folder(server: Hub) -> None:
     server.archives[f"/{ARCHIVE}.zip"] = zipped({"model/config.json": b"{}"})
     with pytest.raises(CheckpointError, match="model_type"):
         load_model(resolve(ARCHIVE))
+
+
+@pytest.mark.parametrize(
+    "fails",
+    [
+        lambda model, long: fv.batch_generate(*model, [long]),
+        lambda model, long: fv.generate(*model, "Hi", conv_mode=long),
+        lambda _, long: resolve_dtype(long),
+        lambda _, long: fv.convert(NANO, "never-written", layout=long),
+        lambda _, long: choose_resize(256, long, None),
+    ],
+    ids=["request", "conv_mode", "dtype", "layout", "mode"],
+)
+def test_no_message_quotes_a_value_at_length(fails: Callable[..., object]) -> None:
+    with pytest.raises(ValueError) as raised:
+        fails(fv.load(), "x" * 10**6)
+    assert "'xxx" in str(raised.value) and len(str(raised.value)) < 500

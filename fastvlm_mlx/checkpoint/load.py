@@ -11,7 +11,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from .. import ops
-from ..checks import brief
+from ..checks import brief, shown
 from ..config import FastVLMConfig, load_config, read_json
 from ..fields import CheckpointError, token_ids
 from ..hub.resolve import resolve
@@ -201,7 +201,7 @@ def resolve_dtype(dtype: mx.Dtype | str) -> mx.Dtype:
     """
     found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if found is None or found not in DTYPES.values():
-        raise ValueError(f"dtype must be {', '.join(DTYPES)}, found {dtype!r}.")
+        raise ValueError(f"dtype must be {', '.join(DTYPES)}, found {shown(dtype)}.")
     return found
 
 

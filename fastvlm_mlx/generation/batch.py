@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, TypeAlias
 
+from ..checks import shown
 from ..model.fastvlm import FastVLM
 from ..processor import Processor
 from ..text.messages import Messages
@@ -129,5 +130,5 @@ def _run(
 
 def _checked_pair(request: Any) -> Request:
     if not isinstance(request, (tuple, list)) or len(request) != 2:
-        raise ValueError(f"A request must be a pair (prompt, image), found {request!r}.")
+        raise ValueError(f"A request must be a pair (prompt, image), found {shown(request)}.")
     return request[0], request[1]

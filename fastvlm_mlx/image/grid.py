@@ -6,7 +6,7 @@ import ast
 from collections.abc import Sequence
 from typing import Any
 
-from ..checks import brief
+from ..checks import brief, shown
 from .decode import MAX_PIXELS
 
 
@@ -30,7 +30,7 @@ def anyres_grid(
     if image_size <= 0:
         raise ValueError(f"image_size must be positive, not {image_size}.")
     if len(size) != 2 or min(size) <= 0:
-        raise ValueError(f"The size of an image must be (width, height), not {size!r}.")
+        raise ValueError(f"The size of an image must be (width, height), not {shown(size)}.")
     width, height = best_size(size, parse_pinpoints(grid_pinpoints, image_size))
     return width // image_size, height // image_size
 

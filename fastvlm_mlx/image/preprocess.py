@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
+from ..checks import shown
 from .decode import Purpose
 from .load import ImageSource, read_picture
 from .resize import Resize, choose_resize
@@ -91,9 +92,9 @@ def preprocess_each(
         ValueError, OSError: at an image, whatever `load_image` finds.
     """
     if not isinstance(image_size, int) or image_size <= 0 or image_size % 64:
-        raise ValueError(f"image_size must be a positive multiple of 64, not {image_size!r}.")
+        raise ValueError(f"image_size must be a positive multiple of 64, not {shown(image_size)}.")
     if not isinstance(dtype, mx.Dtype) or dtype not in (mx.float32, mx.uint8):
-        raise ValueError(f"dtype must be mlx.core.float32 or uint8, not {dtype!r}.")
+        raise ValueError(f"dtype must be mlx.core.float32 or uint8, not {shown(dtype)}.")
     resize, purpose = choose_resize(image_size, mode, grid_pinpoints)
     purpose = purpose if fast else purpose._replace(reduction=None)
     work = partial(_read_and_resize, resize=resize, purpose=purpose)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
+from ..checks import shown
 from .decode import MAX_PIXELS, Picture, Purpose, crop
 from .grid import best_size, parse_pinpoints
 
@@ -40,7 +41,7 @@ def choose_resize(
         check = partial(_check_cropped, side)
         return partial(_resize_cropped, side), Purpose(check, lambda size: min(size) / side)
     if mode != "anyres":
-        raise ValueError(f'mode must be "pad", "square" or "anyres", not {mode!r}.')
+        raise ValueError(f'mode must be "pad", "square" or "anyres", not {shown(mode)}.')
     if grid_pinpoints is None:
         raise ValueError('Mode "anyres" needs grid_pinpoints, the sizes to choose from.')
     pinpoints = parse_pinpoints(grid_pinpoints, side)

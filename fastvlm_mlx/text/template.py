@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ..checks import brief
+from ..checks import brief, shown
 from .messages import IMAGE_MARK, IMAGE_PLACE, ROLES, Messages, Turn, read_messages
 from .sandbox import render
 from .tokenizer import Tokenizer
@@ -97,7 +97,9 @@ def render_turns(
     if conv_mode is not None:
         if conv_mode not in CONV_MODES:
             known = ", ".join(CONV_MODES)
-            raise ValueError(f"Unknown conversation mode {conv_mode!r}: choose one of {known}.")
+            raise ValueError(
+                f"Unknown conversation mode {shown(conv_mode)}: choose one of {known}."
+            )
         return CONV_MODES[conv_mode].render(turns, add_generation_prompt)
     if tokenizer.chat_template is not None:
         probe = [{**turn, "content": PROBE} for turn in turns]

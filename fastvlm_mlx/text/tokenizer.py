@@ -221,7 +221,7 @@ def _added_tokens(folder: Path, settings: Mapping[str, Any]) -> dict[int, tokeni
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{folder / 'tokenizer_config.json'} or added_tokens.json lists its added tokens "
-            f"in an unknown way ({error!r})."
+            f"in an unknown way ({shown(error)})."
         ) from None
     return added
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ...checks import brief, is_number, reason
+from ...checks import brief, is_number, reason, shown
 from ...config import CheckpointError, read_json
 from ..files import Weights
 from . import llava
@@ -107,7 +107,7 @@ def _check_settings(settings: dict[str, Any], names: list[str]) -> None:
     of which no tensor is among `names`."""
     kind = settings.get("peft_type", "LORA")
     if kind != "LORA":
-        raise CheckpointError(f"adapter_config.json: peft_type must be LORA, found {kind!r}.")
+        raise CheckpointError(f"adapter_config.json: peft_type must be LORA, found {shown(kind)}.")
     init = str(settings.get("init_lora_weights"))
     asked = [name for name in UNSUPPORTED if settings.get(name)]
     asked += [f"init_lora_weights={init}"] if init.lower().startswith(CHANGE_THE_BASE) else []
@@ -160,7 +160,8 @@ def _scale(module: str, rank: int, settings: dict[str, Any]) -> float:
     expected = _setting(module, "r", "rank_pattern", settings)
     if expected != rank:
         raise CheckpointError(
-            f"adapter_config.json gives {module} the rank {expected!r}; its matrices have {rank}."
+            f"adapter_config.json gives {module} the rank {shown(expected)}; "
+            f"its matrices have {rank}."
         )
     alpha = _setting(module, "lora_alpha", "alpha_pattern", settings)
     return float(alpha / (rank**0.5 if settings.get("use_rslora") else rank))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from ....checks import reason
+from ....checks import reason, shown
 from ....config import VisionConfig
 from ... import fold
 from ...files import Weights
@@ -44,7 +44,7 @@ def write_vision_package(
         OSError: the package can't be written.
     """
     if precision not in ("float32", "float16"):
-        raise ValueError(f"precision must be float32 or float16, found {precision!r}.")
+        raise ValueError(f"precision must be float32 or float16, found {shown(precision)}.")
     import_coremltools(f"write {path}")
     import coremltools as ct
     from coremltools.converters.mil import Builder as mb
