@@ -1,5 +1,5 @@
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import zip_longest
 from typing import Any
@@ -133,6 +133,12 @@ def test_quantized_cache_is_close(bits: int, nano: Nano, small_answer: str) -> N
     error = mx.abs(whole - quantized).mean().item()
     assert 0 < error < {4: 0.5, 6: 0.1, 8: 0.03}[bits]
     assert bits < 8 or generate(*nano, ASK, **SMALL, kv_bits=bits) == small_answer
+
+
+def test_kv_bits_on_cuda(small: fv.FastVLM, assume: Callable[[str], None]) -> None:
+    assume("cuda")
+    with pytest.raises(ValueError, match="kv_bits does not work with MLX on CUDA; use max_kv_size"):
+        make_kv_cache(small, Options(kv_bits=8))
 
 
 def test_kv_bits_needs_fitting_heads() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 import pytest
 from checkpoints import MIB, PLACES, logits_of, one_sentence, peak_memory, rewrite
 from mlx.utils import tree_flatten
@@ -441,3 +442,15 @@ def test_a_weight_beyond_float16_does_not_become_infinite(
     assert load_model(folder).language_model.norm.weight.dtype == mx.bfloat16
     with pytest.raises(ValueError, match=r"layers\.1\.mlp.*beyond float16"):
         load_model(folder, dtype="float16")
+
+
+@pytest.mark.parametrize("source", ["small_folder", "training_folder"])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_kernels_lie_row_by_row(source, dtype, request):
+    """MLX's GPU backends copy any other at every call."""
+    model = fv.load_model(request.getfixturevalue(source), dtype=dtype)
+    kernels = [p for _, p in tree_flatten(model.parameters()) if p.ndim == 4]
+    assert len(kernels) > 10
+    for kernel in kernels:
+        wanted = np.empty(kernel.shape, dtype).strides
+        assert np.array(kernel, copy=False).strides == wanted

@@ -140,7 +140,7 @@ def load_model(
     model = FastVLM(config)
     quantize_like(model, weights)
     parameters = fuse(weights, config)
-    model.load_weights([(name, cast(value, target)) for name, value in parameters.items()])
+    model.load_weights([(k, _row_by_row(cast(v, target))) for k, v in parameters.items()])
     parameters.clear()
     model.vision_tower.fold_biases()
     _evaluate(model)
@@ -153,6 +153,15 @@ def load_model(
         )
     model.eval()
     return model
+
+
+def _row_by_row(kernel: mx.array) -> mx.array:
+    """The kernel of a convolution with its last axis closest in memory.
+
+    PyTorch's, transposed, is a view with strides of its own, which MLX's GPU backends copy at every
+    call, and for which cuDNN takes slow kernels. Other parameters stay as they are.
+    """
+    return kernel.reshape(-1).reshape(kernel.shape) if kernel.ndim == 4 else kernel
 
 
 def _infinite(model: FastVLM) -> str | None:

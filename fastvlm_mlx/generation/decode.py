@@ -10,7 +10,7 @@ from mlx.utils import tree_flatten
 
 from ..model.fastvlm import FastVLM
 from ..model.qwen2 import Qwen2
-from ..ops import wired
+from ..ops import takes_quantized_caches, wired
 from .options import Options
 from .sampling import Sampler, make_logits_processor, make_sampler
 
@@ -28,6 +28,8 @@ def make_kv_cache(model: FastVLM, options: Options) -> list[Any]:
         group_size = next((size for size in (64, 32) if D % size == 0), None)
         if group_size is None:
             raise ValueError(f"kv_bits needs heads in multiples of 32, and the model's are {D}.")
+        if not takes_quantized_caches():
+            raise ValueError("kv_bits does not work with MLX on CUDA; use max_kv_size instead.")
         return [QuantizedKVCache(group_size, options.kv_bits) for _ in model.layers]
     return model.make_kv_cache()
 
@@ -73,11 +75,8 @@ def generate_tokens(
     seen = mx.array([i for i in input_ids if i >= 0])
     decoder = model.language_model
 
-    def next_token(hidden_states: mx.array, first: bool = False) -> mx.array:
+    def next_token(logits: mx.array) -> mx.array:
         nonlocal seen
-        logits = decoder.logits(hidden_states[:, -1])
-        if first:
-            check_finite(model, logits)
         if process is not None:
             logits = process(seen, logits)
         token = sample(logits)
@@ -86,18 +85,25 @@ def generate_tokens(
         mx.async_eval(token, seen)  # nothing is left for another thread that may go on
         return token
 
+    def step(token: mx.array) -> mx.array:
+        return decoder.logits(decoder.hidden_states(token[None], cache)[:, -1])
+
     hidden_states = prefill(decoder, embeddings, cache, options.prefill_step_size)
-    token = next_token(hidden_states, first=True)
-    for _ in range(limit - 1):
-        following = next_token(decoder.hidden_states(token[None], cache))
+    logits = decoder.logits(hidden_states[:, -1])
+    is_finite = mx.isfinite(logits).all()
+    mx.async_eval(is_finite)  # before the next token, so that reading it won't wait for that one
+    token = next_token(logits)
+    for i in range(1, limit + 1):
+        following = next_token(step(token)) if i < limit else token
+        if i == 1:
+            check_finite(model, is_finite, logits.dtype)
         yield int(token)
         token = following
-    yield int(token)
 
 
-def check_finite(model: FastVLM, logits: mx.array) -> None:
-    """ValueError if logits are not finite, which says where that comes from."""
-    if mx.isfinite(logits).all():
+def check_finite(model: FastVLM, is_finite: mx.array, dtype: mx.Dtype) -> None:
+    """ValueError that says where it comes from if logits, of this dtype, are not finite."""
+    if is_finite:
         return
     parameters = dict(tree_flatten(model.parameters()))
     broken = [
@@ -112,6 +118,5 @@ def check_finite(model: FastVLM, logits: mx.array) -> None:
             "convert the checkpoint again."
         )
     raise ValueError(
-        f"The model can't answer: its logits overflow in {logits.dtype}; load it with "
-        'dtype="float32".'
+        f'The model can\'t answer: its logits overflow in {dtype}; load it with dtype="float32".'
     )

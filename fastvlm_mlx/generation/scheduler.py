@@ -256,7 +256,7 @@ class Batch:
         last = [length - known - 1 for length in lengths]
         hidden_states = self._hidden_states_at(last, embeddings[:, known:], caches, step)
         logits = self.model.language_model.logits(hidden_states)
-        check_finite(self.model, logits)
+        check_finite(self.model, mx.isfinite(logits).all(), logits.dtype)
         tokens = self._next_tokens(rows, logits)
         mx.async_eval(tokens)
         self._tokens = mx.concatenate([self._tokens, tokens])

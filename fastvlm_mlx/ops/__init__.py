@@ -5,7 +5,13 @@ one for a GPU, or for float32 on the CPU the one in `cpu`.
 """
 
 from .activations import gated_gelu, gelu, swiglu
-from .attention import attention, causal_attention, most_queries, spread_mask
+from .attention import (
+    attention,
+    causal_attention,
+    most_queries,
+    spread_mask,
+    takes_quantized_caches,
+)
 from .conv import DepthwiseConv, concatenated_gelu, in_row_bands, interleaved
 from .device import assume, clear_large_cache, fast_dtype, on_cpu, on_metal, wired, wired_memory
 from .linear import (
@@ -56,6 +62,7 @@ __all__ = [
     "split_linear",
     "spread_mask",
     "swiglu",
+    "takes_quantized_caches",
     "wired",
     "wired_memory",
 ]

@@ -44,6 +44,12 @@ def attention(qkv: mx.array, scale: float) -> mx.array:
     return y.swapaxes(1, 2)[..., :D]
 
 
+def takes_quantized_caches() -> bool:
+    """Whether a KV cache may be quantized: MLX on CUDA lacks the products that attention over one
+    is made of."""
+    return on_cpu() or on_metal()
+
+
 def most_queries(num_heads: int, num_kv_heads: int, head_dim: int) -> int:
     """The most new positions of a sequence whose attention is as fast as that of one."""
     if not on_metal() or head_dim not in VECTOR_HEAD_DIMS:
