@@ -38,6 +38,14 @@ setup(
         "coreml": ["coremltools>=8"],
         # Reads HEIC photos on Linux too.
         "heic": ["pillow-heif"],
+        # `fastvlm serve`: the HTTP interfaces, their metrics, and answers that follow a schema.
+        "serve": ["fastapi", "uvicorn", "prometheus-client", "llguidance"],
+        # Answers that follow a schema, a regular expression or a list of choices.
+        "schema": ["llguidance"],
+        # Reads video files, cameras and streams; and the screen.
+        "video": ["av", "mss"],
+        # Reads and writes tables of captions in Parquet.
+        "parquet": ["pyarrow"],
         # Draws the plots of `python -m benchmarks report`.
         "benchmark": ["matplotlib"],
         "test": ["pytest", "hypothesis"],

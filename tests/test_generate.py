@@ -135,10 +135,10 @@ def test_quantized_cache_is_close(bits: int, nano: Nano, small_answer: str) -> N
     assert bits < 8 or generate(*nano, ASK, **SMALL, kv_bits=bits) == small_answer
 
 
-def test_kv_bits_on_cuda(small: fv.FastVLM, assume: Callable[[str], None]) -> None:
+def test_kv_bits_on_cuda(nano: Nano, assume: Callable[[str], None]) -> None:
     assume("cuda")
     with pytest.raises(ValueError, match="kv_bits does not work with MLX on CUDA; use max_kv_size"):
-        make_kv_cache(small, Options(kv_bits=8))
+        make_kv_cache(nano[0], Options(kv_bits=8))
 
 
 def test_kv_bits_needs_fitting_heads() -> None:

@@ -29,9 +29,12 @@ LEVELS = {room: level for level, rooms in enumerate(ORDER) for room in rooms.spl
 
 # Imported only where they are needed: what is slow to import, and what need not be installed.
 SLOW = {"mlx_lm", "transformers", "huggingface_hub", "tokenizers", "jinja2", "PIL", "numpy"}
-OPTIONAL = {"torch", "coremltools", "fastapi", "av", "matplotlib", "pillow_heif"}
+OPTIONAL = {"torch", "coremltools", "matplotlib", "pillow_heif", "llguidance"}
+OPTIONAL |= {"fastapi", "pydantic", "starlette", "uvicorn", "prometheus_client"}  # of the server
+OPTIONAL |= {"av", "mss", "pyarrow"}
 HEAVY = SLOW | OPTIONAL | {"rich", "tqdm", "typer"}
-HEAVY_ALLOWED = {"cli/": {"typer"}}
+# The command imports the server only when it is to serve.
+HEAVY_ALLOWED = {"cli/": {"typer"}, "serve/": {"fastapi", "pydantic", "starlette"}}
 
 DEVICE_QUESTIONS = {"on_cpu", "on_metal"}
 DEVICE_ASKED = {
