@@ -1,4 +1,5 @@
-"""Count the GPU kernels that this library and mlx-vlm launch, for an image and for a token.
+"""Count the GPU kernels that this library and mlx-vlm launch, for an image and for a token, and the
+bytes that this library moves for an image.
 
 Both build their graphs as they would on Metal, and the graphs are counted, not computed: no GPU is
 needed, and the dtype and the machine make no difference.
@@ -12,7 +13,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+
+import fastvlm_mlx as fv
 from fastvlm_mlx.bench import graph
+from fastvlm_mlx.bench.traffic import bytes_moved
+from fastvlm_mlx.bench.work import stage_needs
 
 from .peers import Worker, pythons_of, random_prompt, write_folders
 from .tables import Result
@@ -39,6 +45,8 @@ def measure(args: argparse.Namespace) -> Result:
             )
             versions[side] = worker.ask("about")
             worker.close()
+        note("counting bytes")
+        traffic = image_traffic(folder, size)
     model = {key: config[key] for key in ("hidden_size", "num_hidden_layers")}
     return {
         "kind": "launches",
@@ -46,4 +54,15 @@ def measure(args: argparse.Namespace) -> Result:
         "image_size": size,
         "versions": versions,
         "counts": counts,
+        "bytes": traffic,
     }
+
+
+def image_traffic(folder: Path, image_size: int) -> dict[str, int]:
+    """Bytes that encoding an image moves in float16, and the least that it needs."""
+    with graph.as_on_gpu():
+        model = fv.load_model(folder, dtype="float16")
+    image = mx.zeros((1, image_size, image_size, 3), mx.uint8)
+    mx.eval(model.parameters(), image)
+    floor = stage_needs(model, (1, image_size), (image_size, image_size), 1, 1)["encode"].bytes
+    return {"moved": bytes_moved(model.encode_image, image), "floor": floor}

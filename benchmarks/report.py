@@ -183,14 +183,26 @@ def launches(result: Result) -> Section:
         rows.append((one, *map(str, found.values()), share))
         goal = f"kernel launches of {what}, {name}, over those of {PEER}"
         goals.append((goal, f"≤ {MOST_LAUNCHES}", share))
+    said = [versions_in_words(versions, "Metal, counted")]
+    if "bytes" in result:  # not in a result from before they were counted
+        said.append(bytes_in_words(result["bytes"]))
     body = (
-        f"{markdown_list(versions_in_words(versions, 'Metal, counted'))}\n\n"
+        f"{markdown_list(*said)}\n\n"
         f"{markdown_table(('kernel launches', *counts, 'ratio'), rows)}\n\n"
         "<details><summary>Primitives by name</summary>\n\n"
         f"{primitives_table(counts)}\n\n</details>"
     )
     title = f"Kernel launches on Metal: {name}, {result['image_size']} pixels"
     return Section(title, body, goals)
+
+
+def bytes_in_words(traffic: dict[str, int]) -> str:
+    moved, floor = (traffic[key] / 1e9 for key in ("moved", "floor"))
+    return (
+        f"For an image in float16, the kernels of {OURS} read and write {moved:.3g} GB, counted "
+        f"from the graph without caches: {moved / floor:.2f} times the {floor:.3g} GB that its "
+        "products, convolutions and attention need, with all that comes between them fused."
+    )
 
 
 def primitives_table(counts: dict[str, Any]) -> str:
@@ -207,12 +219,18 @@ def primitives_table(counts: dict[str, Any]) -> str:
 def second_question(result: Result) -> Section:
     name, seconds = result["model"]["name"], result["seconds"]
     rows = [(f"{which} question", spread(found)) for which, found in seconds.items()]
-    what = f"time to first token of a second question, {name}, of the first's"
+    what = f"time to first token of a second question, {name}{on_gpu(result)}, of the first's"
     return Section(
-        f"A second question: {name}, {result['image_size']} pixels",
+        f"A second question: {name}, {result['image_size']} pixels{on_gpu(result)}",
         f"{setting(result)}\n\n{markdown_table(('', 'time to first token, s'), rows)}",
         [(what, f"≤ {MOST_OF_FIRST}", f"{ratio(seconds['second'], seconds['first']):.3f}")],
     )
+
+
+def on_gpu(result: Result) -> str:
+    """For a title: the GPU, if there was one."""
+    gpus = result["machine"]["gpus"]
+    return f", on {gpus[0]['name']}" if gpus else ""
 
 
 def setting(result: Result, *lines: str) -> str:
@@ -234,7 +252,7 @@ def growth(result: Result) -> Section:
         growth_table(result["encode"], "image, pixels square", "s per megapixel", encode),
         growth_table(result["prefill"], "prompt, tokens", "s per thousand tokens", prefill),
     )
-    drifted = f"memory of the process, growth over {generations} generations"
+    drifted = f"memory of the process, growth over {generations} generations{on_gpu(result)}"
     most = f"≤ {MOST_DEPARTURE:.0%}"
     goals = [
         (f"{title}: encoding, departure from proportional to pixels", most, departure(encode)),
@@ -269,8 +287,9 @@ def memory(result: Result) -> Section:
         f"{SIZES[size]['num_hidden_layers']}.",
         "The peaks are those of arrays, without the weights.",
     )
-    title = f"Memory beyond the weights: {size}, {result['bits']} bits"
-    what = f"{size}, {result['bits']} bits, {result['image_size']} pixels: GB at most"
+    title = f"Memory beyond the weights: {size}, {result['bits']} bits{on_gpu(result)}"
+    pixels = f"{result['image_size']} pixels{on_gpu(result)}"
+    what = f"{size}, {result['bits']} bits, {pixels}: GB at most"
     peak = max(whole["encoding"], whole["answering"])
     goal = (f"{what} beyond the weights", f"≤ {MOST_BYTES / 1e9}", f"{peak / 1e9:.2f}")
     return Section(title, f"{lines}\n\n{markdown_table(('', 'GB'), rows)}", [goal])
@@ -287,7 +306,7 @@ def batch(result: Result) -> Section:
         for name, seconds in result["seconds (median)"].items()
     ]
     answers = f"answers of {tokens / requests:.0f} tokens"
-    title = f"{requests} requests together, {result['model']}, {answers}"
+    title = f"{requests} requests together, {result['model']}, {answers}{on_gpu(result)}"
     body = (
         f"{setting(result)}\n\n{markdown_table(['', 's', 'tokens/s'], rows)}\n\n"
         f"- {faster:.2f} times as fast ({least:.2f}–{most:.2f}); "

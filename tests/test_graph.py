@@ -13,6 +13,8 @@ import fastvlm_mlx as fv
 from fastvlm_mlx import ops
 from fastvlm_mlx.bench import graph
 from fastvlm_mlx.bench.graph import as_on_gpu, count, count_primitives, kernel_launches
+from fastvlm_mlx.bench.traffic import Trace, bytes_moved, kernels
+from fastvlm_mlx.bench.work import encoder_work
 from fastvlm_mlx.config import VisionConfig
 from fastvlm_mlx.model.batch_kv_cache import BatchKVCache
 from fastvlm_mlx.model.qwen2 import Block
@@ -351,3 +353,31 @@ def test_the_file_alone_in_an_environment_without_this_package(tmp_path: Path) -
 def test_counts_are_of_both_kinds() -> None:
     y = mx.exp(ones(4).reshape(2, 2))
     assert count(y) == (Counter({"Exp": 1, "Reshape": 1}), 1)
+
+
+def test_bytes_of_kernels_known_by_hand() -> None:
+    """Pointwise neighbours are one kernel, views are read where they lie, products stand alone."""
+    shapes = ((8, 4), (4, 16), (4, 16), (16,))
+    x, w, v, bias = (mx.zeros(shape, mx.float16) for shape in shapes)
+    mx.eval(x, w, v, bias)
+    product = 2 * (8 * 4 + 4 * 16 + 8 * 16)
+    assert bytes_moved(lambda x: x @ w, x) == product
+    assert bytes_moved(lambda x: mx.erf(x @ w + bias) * 2, x) == product + 2 * (8 * 16 * 2 + 16) + 2
+    # The sum is used twice: it is written, and read by the second product.
+    assert bytes_moved(lambda x: (y := mx.abs(x)) @ w + y @ v, x) == (
+        2 * 2 * 8 * 4 + 2 * product + 3 * 2 * 8 * 16
+    )
+    assert bytes_moved(lambda x: x.T[:2].reshape(-1), x) == 0
+
+
+def test_bytes_of_an_image_in_their_order(small: fv.FastVLM) -> None:
+    """Every kernel of the graph is there, and the bytes are no less than the floor."""
+    with as_on_gpu():
+        model = FastViTHD(small.config.vision)
+        image = mx.zeros((1, 64, 64, 3), mx.uint8)
+        mx.eval(model.parameters(), image)
+        trace = Trace(model, image)
+    counted = graph.count_encode(small, 64).launches
+    assert abs(len(list(kernels(trace))) - counted) < 0.1 * counted
+    floor = encoder_work(small.config.vision, 64)
+    assert bytes_moved(model, image) > 4 * (floor.weights + floor.activations)

@@ -57,7 +57,7 @@ KERNELS = {
 # Primitives that models do not use, standing for the functions of `mx.fast`.
 STAND_INS = {
     "CumProd": "RMSNorm",
-    "CumLogAddExp": "LayerNorm",
+    "Partition": "LayerNorm",
     "CumMax": "RoPE",
     "CumMin": "ScaledDotProductAttention",
     "Sort": "Dequantize",
@@ -253,7 +253,7 @@ def _rms_norm(x: mx.array, weight: mx.array | None, eps: float, **_: Any) -> mx.
 def _layer_norm(
     x: mx.array, weight: mx.array | None, bias: mx.array | None, eps: float, **_: Any
 ) -> mx.array:
-    return _after(mx.logcumsumexp(x, -1), weight, bias)
+    return _after(mx.partition(x, 0, -1), weight, bias)
 
 
 def _rope(
