@@ -271,7 +271,7 @@ def test_a_file_may_say_how_many_bits_its_grey_has() -> None:
     [
         Image.fromarray(RGBA),
         Image.fromarray(RGBA).convert("LA"),
-        Image.fromarray(RGBA).convert("La"),
+        Image.fromarray(RGBA).convert("LA").convert("La"),
         Image.fromarray(RGBA[..., 0]).convert("P"),
         Image.fromarray(RGBA[..., 0].astype(np.int32) * 257),
         Image.fromarray(RGBA[..., 0].astype(np.float32)),
