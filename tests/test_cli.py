@@ -6,6 +6,7 @@ import pty
 import re
 import select
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -33,7 +34,7 @@ from fastvlm_mlx.cli.printing import sentence
 from fastvlm_mlx.generation.chat import Chat
 from fastvlm_mlx.generation.options import Options
 from fastvlm_mlx.hub.resolve import NANO
-from fastvlm_mlx.model.qwen2 import Block
+from fastvlm_mlx.model.qwen2 import Block, Qwen2
 from fastvlm_mlx.model.vision import FastViTHD
 from fastvlm_mlx.version import __version__
 
@@ -195,16 +196,19 @@ def read_until(terminal: int, text: str, seconds: float = 30) -> str:
     return shown
 
 
-# A child with the terminal as its own, in which each token takes a while.
-SLOW_CHAT = """
-import fcntl, sys, termios, time
+# A child with the terminal as its own, which after a token gives time for a Ctrl-C; who starts
+# the tests in the background of a script has it ignored.
+WAITING_CHAT = """
+import fcntl, signal, sys, termios, time
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from fastvlm_mlx.model.qwen2 import Qwen2
-quick = Qwen2.hidden_states
-def slow(*arguments):
-    time.sleep(0.2)
+steps, quick = [], Qwen2.hidden_states
+def waiting(*arguments):
+    steps.append(1)
+    time.sleep(10 if len(steps) == 3 else 0)
     return quick(*arguments)
-Qwen2.hidden_states = slow
+Qwen2.hidden_states = waiting
 from fastvlm_mlx.cli.main import main
 main()
 """
@@ -212,7 +216,7 @@ main()
 
 def test_ctrl_c_in_a_terminal_stops_the_answer() -> None:
     terminal, theirs = pty.openpty()
-    arguments = [sys.executable, "-c", SLOW_CHAT, "chat", "--image", PENGUINS]
+    arguments = [sys.executable, "-c", WAITING_CHAT, "chat", "--image", PENGUINS]
     streams = {"stdin": theirs, "stdout": theirs, "stderr": theirs}
     process = subprocess.Popen(arguments, start_new_session=True, **streams)
     try:
@@ -225,8 +229,7 @@ def test_ctrl_c_in_a_terminal_stops_the_answer() -> None:
         assert "[stopped]" in shown and "penguins" not in shown
         time.sleep(0.5)  # it shows the prompt a moment before it waits for a line
         os.write(terminal, b"\x03")
-        shown = read_until(terminal, "> ")
-        assert "Ctrl-D or /quit leaves." in shown
+        assert "Ctrl-D or /quit leaves." in read_until(terminal, "> ")
         os.write(terminal, b"How many penguins are there?\n")
         shown = read_until(terminal, "> ")
         assert "6 penguins" in shown and "Traceback" not in shown
@@ -809,6 +812,32 @@ def test_ctrl_c_stops_an_answer(call: int, run: Run, monkeypatch: pytest.MonkeyP
     assert result.code == 0
     assert first.endswith("[stopped]") and first.startswith("The" if call > 7 else " [")
     assert second == "There are 6 penguins."
+
+
+class Callback:
+    """As those of weak references and of C++: an exception that is raised in it gets lost."""
+
+    def __del__(self) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_ctrl_c_is_not_lost_in_a_callback(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    compute, calls = Qwen2.hidden_states, iter(range(100))
+
+    def hidden_states(*arguments: Any) -> mx.array:
+        if next(calls) == 3:
+            Callback()
+        return compute(*arguments)
+
+    monkeypatch.setattr(Qwen2, "hidden_states", hidden_states)
+    monkeypatch.setattr(signal, "getsignal", lambda _: signal.default_int_handler)
+    result = run("chat", "--image", PENGUINS, stdin=f"{ASK}\n{ASK}\n")
+    first, second, *_ = result.out.replace("> ", "").split("\n")
+    assert first.startswith("The image") and first.endswith("[stopped]")
+    assert (result.code, second) == (0, ANSWER) and "ignored" not in result.err
+    calls = iter(range(100))
+    result = run("generate", "--image", PENGUINS)
+    assert result.code == 130 and ANSWER not in result.out and "ignored" not in result.err
 
 
 def test_ctrl_c_while_the_image_is_read(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from ..checkpoint.load import load
 from ..generation.chat import Chat
 from .arguments import Bits, Dtype, Images, Model, Revision, option_flags
 from .images import NamedImage, named_image
+from .interrupts import forget_interrupt
 from .printing import print_answer, print_error, print_nano_note
 
 CHAT_HELP = """\
@@ -109,6 +110,7 @@ def _add_image(pending: list[NamedImage], path: str) -> None:
 def _answer(conversation: Chat, question: str, pending: list[NamedImage]) -> list[NamedImage]:
     """Print the answer to a question about the pending images, and return those now known."""
     turns, paths = len(conversation.messages), [image.path for image in pending]
+    forget_interrupt()
     try:
         print_answer(conversation.ask(question, image=paths, stream=True))
     except KeyboardInterrupt:
