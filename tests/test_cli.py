@@ -224,6 +224,7 @@ def test_ctrl_c_in_a_terminal_stops_the_answer() -> None:
         read_until(terminal, "> ")
         os.write(terminal, b"Describe the image.\n")
         read_until(terminal, "The")
+        time.sleep(0.3)  # until it waits
         os.write(terminal, b"\x03")
         shown = read_until(terminal, "> ")
         assert "[stopped]" in shown and "penguins" not in shown

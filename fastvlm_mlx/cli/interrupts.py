@@ -2,7 +2,7 @@
 
 Python raises KeyboardInterrupt wherever the main thread is at that moment. In the callback of a
 weak reference it is printed and forgotten, and C++ code that tries one conversion after the other
-takes it for a failed try. So a Ctrl-C is noted, too, and looked for between two pieces of an answer.
+takes it for a failed try. So a Ctrl-C is also noted, and looked for between pieces of an answer.
 """
 
 from __future__ import annotations
