@@ -768,6 +768,28 @@ def test_paths_dragged_into_the_terminal(way: str, run: Run, tmp_path: Path) -> 
     assert run("chat", "--image", dragged, stdin="/images\n").out.count("1. ") == 1
 
 
+@pytest.mark.parametrize("way", ["escaped", "double quotes", "single quotes", "url"])
+def test_several_files_dragged_in_at_once(way: str, run: Run, tmp_path: Path) -> None:
+    paths = [tmp_path / f"my photo {n}.png" for n in (1, 2, 3)]
+    for path in paths:
+        shutil.copyfile(PENGUINS, path)
+    dragged = " ".join(DRAGGED[way](str(path)) for path in paths) + " "
+    listed = run("chat", stdin=f"/image {dragged}\n/images\n").out
+    assert all(f"{n}. {path} (" in listed for n, path in enumerate(paths, 1)), listed
+    assert run("chat", "--image", dragged, stdin="/images\n").out.count(". /") == 3
+    result = run("chat", stdin=f"/image {dragged} nothing.png\n/images\n")
+    assert "nothing.png" in result.err and "No image yet" in result.out
+
+
+def test_several_images_after_one_flag(run: Run) -> None:
+    asked = run("chat", "--image", PENGUINS, PANDA, "--seed", "1", stdin="/images\n").out
+    assert "1. " in asked and f"2. {PANDA}" in asked and "3. " not in asked
+    parts = run("generate", f"--image={PENGUINS}", PANDA, "--prompt", "<image> A", "--model", NANO)
+    assert_one_error(parts, "1 <image> mark(s) for 2 image(s)")
+    for arguments in (["--prompt", "A", "B"], ["B", "--image", PANDA], ["--image"]):
+        assert run("generate", *arguments).code == 2
+
+
 def test_a_backslash_may_be_part_of_a_name(run: Run, tmp_path: Path) -> None:
     odd = shutil.copyfile(PENGUINS, tmp_path / "a\\ b'.png")
     assert run("generate", "--image", odd).out == f"{ANSWER}\n"
