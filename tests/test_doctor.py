@@ -193,6 +193,7 @@ RESULT: dict[str, Any] = {
     "system": {
         "versions": {"mlx": "0.32.4", "numpy": "2.0.0"},
         "chip": "Apple M3 Max",
+        "compiler": True,
         "system": "macOS 26.2",
         "device_info": {"max_recommended_working_set_size": 10 * 10**9},
     },
@@ -238,6 +239,7 @@ SLOW_BLAS = {"float32": 1e9, "numpy float32": 5e10}
         (bfloat16_on("Apple M2 Ultra"), "no native bfloat16"),
         (changed("compared", "products", to="tf32"), "MLX_ENABLE_TF32=0"),
         (changed("compared", "gpu", to=False), "does not see this Mac's GPU"),
+        (changed("system", "compiler", to=False), "no C++ compiler"),
         (changed("bench", "stages", "memory", "median", to=15.8), "quantize it"),
         (changed("bench", "rates", "products", to=SLOW_BLAS), "Preload OpenBLAS"),
     ],
@@ -248,6 +250,19 @@ def test_each_known_fault_is_said(
     monkeypatch.setattr(doctor, "requires", lambda _: [])
     (sentence,) = known_faults(result)
     assert said in sentence
+
+
+def test_the_compiler_is_looked_for_as_mlx_does(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    compiler = tmp_path / "g++"
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    for script, found in (("echo clang", True), ("exit 1", False)):  # as a Mac's without Xcode
+        compiler.write_text(f"#!/bin/sh\n{script}\n")
+        compiler.chmod(0o755)
+        assert machine.has_compiler() is found
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+    assert not machine.has_compiler()
 
 
 def test_bfloat16_is_fine_on_later_chips(monkeypatch: pytest.MonkeyPatch) -> None:
