@@ -92,6 +92,7 @@ def convert(
     check_target(target, overwrite=overwrite)
     folder = resolve(source, revision=revision)
     check_apart(target, folder)
+    _check_range(folder, "float16" if layout == APPLE else dtype, layout)
     checkpoint = _read(folder, layout, dtype, quantize, shown=progress)
     with atomic_folder(target, overwrite=overwrite) as temporary:
         if quantize is not None and calibrate is not None:
@@ -166,6 +167,23 @@ def _read(
             "not expanded again; convert a full-precision source."
         )
     return _Checkpoint(folder, config, weights, encoder, chosen)
+
+
+def _check_range(folder: Path, dtype: str | None, layout: str) -> None:
+    """Raise a CheckpointError if a tensor has numbers beyond the range of float16, if asked for.
+
+    The tensors are read for it once more, so that memory holds one at a time. The encoder of the
+    Apple export has its own precision and is checked before it is written.
+    """
+    if dtype != "float16":
+        return
+    _, weights = read_checkpoint(folder)
+    if mlx_vlm.dtype_of(weights) == mx.float16:
+        return
+    while weights:
+        name, tensor = weights.popitem()
+        if layout != APPLE or not name.startswith(mlx_vlm.ENCODER):
+            check_finite(name, cast(tensor, mx.float16))
 
 
 def _check_exportable(folder: Path, config: FastVLMConfig, weights: Weights) -> None:

@@ -63,6 +63,38 @@ def png(depth: int, colour: int, width: int, rows: list[bytes], **chunks: bytes)
     return start + extra + chunk(b"IDAT", body) + chunk(b"IEND", b"")
 
 
+def tiff(samples: np.ndarray, order: str = "<", compressed: bool = False, most: int = 0) -> bytes:
+    """A TIFF of 16-bit RGB [H, W, 3], which PIL does not write.
+
+    Args:
+        order: of the bytes, "<" or ">".
+        most: MaxSampleValue, if the file has one.
+    """
+    data = samples.astype(f"{order}u2").tobytes()
+    data = zlib.compress(data) if compressed else data
+    height, width, _ = samples.shape
+    tags = {256: width, 257: height, 258: (16, 16, 16), 259: 8 if compressed else 1, 262: 2}
+    tags |= {273: 8, 277: 3, 278: height, 279: len(data), 284: 1}
+    tags |= {281: (most, most, most)} if most else {}
+    data += b"\0" * (len(data) % 2)
+    head = struct.pack(f"{order}2sHI", b"II" if order == "<" else b"MM", 42, 8 + len(data) + 12)
+    extra = b""
+    for tag in (258, 281):  # 12 bytes each beyond what fits an entry
+        if tag in tags:
+            values = tags[tag]
+            tags[tag] = 8 + len(data) + len(extra)
+            extra += struct.pack(f"{order}3H", *values)
+    extra = extra.ljust(12, b"\0")
+    entries = b"".join(
+        struct.pack(f"{order}HHII", tag, 3, 3, value)
+        if tag in (258, 281)
+        else struct.pack(f"{order}HHII", tag, 4, 1, value)
+        for tag, value in sorted(tags.items())
+    )
+    count = struct.pack(f"{order}H", len(tags))
+    return head + data + extra + count + entries + b"\0\0\0\0"
+
+
 def over_white(colour: np.ndarray, alpha: np.ndarray) -> np.ndarray:
     """A colour [H, W, 3] with alpha [H, W] on white."""
     alpha = alpha[..., None].astype(np.float64) / 255

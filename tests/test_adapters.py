@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from checkpoints import one_sentence
 
+from fastvlm_mlx.checkpoint import read
 from fastvlm_mlx.checkpoint.files import read_tensors
 from fastvlm_mlx.checkpoint.layouts import adapters
 from fastvlm_mlx.checkpoint.load import load_model
@@ -205,6 +206,26 @@ def test_base_that_is_missing_or_quantized(lora):
         load_model(folder)
     write_settings(folder, base_model_name_or_path=str(NANO))
     with pytest.raises(CheckpointError, match="full precision"):
+        load_model(folder)
+
+
+def test_the_revision_of_the_base_is_the_one_it_was_trained_on(lora, small_folder, monkeypatch):
+    folder, _ = lora
+    asked = []
+
+    def resolve(name, revision):
+        asked.append((name, revision))
+        return small_folder
+
+    monkeypatch.setattr(read, "resolve", resolve)
+    for revision in ("v1.5", None):
+        write_settings(folder, base_model_name_or_path="user/base", revision=revision)
+        load_model(folder)
+    write_settings(folder, base_model_name_or_path=str(small_folder), revision="v1.5")
+    load_model(folder)  # a folder has no revisions
+    assert asked == [("user/base", "v1.5"), ("user/base", None), (str(small_folder), None)]
+    write_settings(folder, base_model_name_or_path="user/base", revision=5)
+    with pytest.raises(CheckpointError, match="revision must be a text, found 5"):
         load_model(folder)
 
 

@@ -6,6 +6,7 @@ import pty
 import re
 import select
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -33,7 +34,7 @@ from fastvlm_mlx.cli.printing import sentence
 from fastvlm_mlx.generation.chat import Chat
 from fastvlm_mlx.generation.options import Options
 from fastvlm_mlx.hub.resolve import NANO
-from fastvlm_mlx.model.qwen2 import Block
+from fastvlm_mlx.model.qwen2 import Block, Qwen2
 from fastvlm_mlx.model.vision import FastViTHD
 from fastvlm_mlx.version import __version__
 
@@ -195,16 +196,19 @@ def read_until(terminal: int, text: str, seconds: float = 30) -> str:
     return shown
 
 
-# A child with the terminal as its own, in which each token takes a while.
-SLOW_CHAT = """
-import fcntl, sys, termios, time
+# A child with the terminal as its own, which after a token gives time for a Ctrl-C; who starts
+# the tests in the background of a script has it ignored.
+WAITING_CHAT = """
+import fcntl, signal, sys, termios, time
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from fastvlm_mlx.model.qwen2 import Qwen2
-quick = Qwen2.hidden_states
-def slow(*arguments):
-    time.sleep(0.2)
+steps, quick = [], Qwen2.hidden_states
+def waiting(*arguments):
+    steps.append(1)
+    time.sleep(10 if len(steps) == 3 else 0)
     return quick(*arguments)
-Qwen2.hidden_states = slow
+Qwen2.hidden_states = waiting
 from fastvlm_mlx.cli.main import main
 main()
 """
@@ -212,7 +216,7 @@ main()
 
 def test_ctrl_c_in_a_terminal_stops_the_answer() -> None:
     terminal, theirs = pty.openpty()
-    arguments = [sys.executable, "-c", SLOW_CHAT, "chat", "--image", PENGUINS]
+    arguments = [sys.executable, "-c", WAITING_CHAT, "chat", "--image", PENGUINS]
     streams = {"stdin": theirs, "stdout": theirs, "stderr": theirs}
     process = subprocess.Popen(arguments, start_new_session=True, **streams)
     try:
@@ -220,13 +224,13 @@ def test_ctrl_c_in_a_terminal_stops_the_answer() -> None:
         read_until(terminal, "> ")
         os.write(terminal, b"Describe the image.\n")
         read_until(terminal, "The")
+        time.sleep(0.3)  # until it waits
         os.write(terminal, b"\x03")
         shown = read_until(terminal, "> ")
         assert "[stopped]" in shown and "penguins" not in shown
         time.sleep(0.5)  # it shows the prompt a moment before it waits for a line
         os.write(terminal, b"\x03")
-        shown = read_until(terminal, "> ")
-        assert "Ctrl-D or /quit leaves." in shown
+        assert "Ctrl-D or /quit leaves." in read_until(terminal, "> ")
         os.write(terminal, b"How many penguins are there?\n")
         shown = read_until(terminal, "> ")
         assert "6 penguins" in shown and "Traceback" not in shown
@@ -764,6 +768,28 @@ def test_paths_dragged_into_the_terminal(way: str, run: Run, tmp_path: Path) -> 
     assert run("chat", "--image", dragged, stdin="/images\n").out.count("1. ") == 1
 
 
+@pytest.mark.parametrize("way", ["escaped", "double quotes", "single quotes", "url"])
+def test_several_files_dragged_in_at_once(way: str, run: Run, tmp_path: Path) -> None:
+    paths = [tmp_path / f"my photo {n}.png" for n in (1, 2, 3)]
+    for path in paths:
+        shutil.copyfile(PENGUINS, path)
+    dragged = " ".join(DRAGGED[way](str(path)) for path in paths) + " "
+    listed = run("chat", stdin=f"/image {dragged}\n/images\n").out
+    assert all(f"{n}. {path} (" in listed for n, path in enumerate(paths, 1)), listed
+    assert run("chat", "--image", dragged, stdin="/images\n").out.count(". /") == 3
+    result = run("chat", stdin=f"/image {dragged} nothing.png\n/images\n")
+    assert "nothing.png" in result.err and "No image yet" in result.out
+
+
+def test_several_images_after_one_flag(run: Run) -> None:
+    asked = run("chat", "--image", PENGUINS, PANDA, "--seed", "1", stdin="/images\n").out
+    assert "1. " in asked and f"2. {PANDA}" in asked and "3. " not in asked
+    parts = run("generate", f"--image={PENGUINS}", PANDA, "--prompt", "<image> A", "--model", NANO)
+    assert_one_error(parts, "1 <image> mark(s) for 2 image(s)")
+    for arguments in (["--prompt", "A", "B"], ["B", "--image", PANDA], ["--image"]):
+        assert run("generate", *arguments).code == 2
+
+
 def test_a_backslash_may_be_part_of_a_name(run: Run, tmp_path: Path) -> None:
     odd = shutil.copyfile(PENGUINS, tmp_path / "a\\ b'.png")
     assert run("generate", "--image", odd).out == f"{ANSWER}\n"
@@ -809,6 +835,32 @@ def test_ctrl_c_stops_an_answer(call: int, run: Run, monkeypatch: pytest.MonkeyP
     assert result.code == 0
     assert first.endswith("[stopped]") and first.startswith("The" if call > 7 else " [")
     assert second == "There are 6 penguins."
+
+
+class Callback:
+    """As those of weak references and of C++: an exception that is raised in it gets lost."""
+
+    def __del__(self) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_ctrl_c_is_not_lost_in_a_callback(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    compute, calls = Qwen2.hidden_states, iter(range(100))
+
+    def hidden_states(*arguments: Any) -> mx.array:
+        if next(calls) == 3:
+            Callback()
+        return compute(*arguments)
+
+    monkeypatch.setattr(Qwen2, "hidden_states", hidden_states)
+    monkeypatch.setattr(signal, "getsignal", lambda _: signal.default_int_handler)
+    result = run("chat", "--image", PENGUINS, stdin=f"{ASK}\n{ASK}\n")
+    first, second, *_ = result.out.replace("> ", "").split("\n")
+    assert first.startswith("The image") and first.endswith("[stopped]")
+    assert (result.code, second) == (0, ANSWER) and "ignored" not in result.err
+    calls = iter(range(100))
+    result = run("generate", "--image", PENGUINS)
+    assert result.code == 130 and ANSWER not in result.out and "ignored" not in result.err
 
 
 def test_ctrl_c_while_the_image_is_read(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

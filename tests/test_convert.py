@@ -240,6 +240,33 @@ def test_numbers_too_large_for_a_dtype_are_not_written(small_folder, tmp_path):
     assert names_in(tmp_path) == ["bfloat16", "float32", "source"]
 
 
+@pytest.mark.parametrize("layout", ["mlx", "llava", "transformers"])
+@pytest.mark.parametrize("name", [LINEAR, "model.embed_tokens.weight", "model.mm_projector.0.bias"])
+def test_float16_is_refused_before_any_work(small_folder, tmp_path, monkeypatch, layout, name):
+    source = spoiled(small_folder, tmp_path / "source", name, -70_000.0)
+    monkeypatch.setattr(sys.modules["fastvlm_mlx.convert"], "atomic_folder", None)
+    with pytest.raises(CheckpointError, match=r"holds .* infinity in float16") as error:
+        converted(source, tmp_path / "target", dtype="float16", layout=layout)
+    assert name.rpartition(".")[0].split(".", 1)[-1].split(".")[0] in str(error.value)
+
+
+@pytest.mark.parametrize("part", ["scales", "biases"])
+@pytest.mark.parametrize("layout", ["mlx", "apple-export"])
+def test_packed_weights_beyond_float16_are_named(small_folder, tmp_path, part, layout):
+    if layout == "mlx":
+        converted(small_folder, tmp_path / "packed", quantize={"bits": 8, "group_size": 32})
+        names = [name for name in tensors_of(tmp_path / "packed") if name.endswith(part)]
+        source = spoiled(tmp_path / "packed", tmp_path / "source", names[-1], 1e5)
+        layer = names[-1].rpartition(".")[0]
+    else:
+        pytest.importorskip("coremltools")
+        source = spoiled(small_folder, tmp_path / "source", LINEAR, 1e5)
+        layer = "gate_proj"
+    with pytest.raises(CheckpointError, match="infinity in float16") as error:
+        converted(source, tmp_path / "target", dtype="float16", layout=layout)
+    assert layer in str(error.value) and not (tmp_path / "target").exists()
+
+
 def test_a_quantized_source_keeps_its_bits(nano_folder):
     config = read(nano_folder / "config.json")
     assert config["quantization"] == read(NANO / "config.json")["quantization"]

@@ -24,6 +24,7 @@ from fastvlm_mlx.bench.doctor import (
     known_faults,
     lowest_versions,
     product_kind,
+    rounded,
 )
 
 
@@ -131,6 +132,70 @@ def test_coarser_rounding_than_that_of_the_dtype_is_found(
     assert [check.holds for check in checks[:2]] == [False, False]
 
 
+DEEP = 24
+
+
+@pytest.fixture(scope="module")
+def deep(
+    request: pytest.FixtureRequest, small_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Outputs, bool]:
+    """A deep random decoder, its exact outputs, and whether it amplifies much."""
+    folder = tmp_path_factory.mktemp("deep")
+    mx.random.seed(0)
+    tensors: dict[str, mx.array] = {}
+    for name, tensor in mx.load(str(small_folder / "model.safetensors")).items():
+        if name.startswith("model.layers.0."):
+            for i in range(DEEP):
+                noise = request.param * mx.std(tensor) * mx.random.normal(tensor.shape)
+                own = name.replace("layers.0.", f"layers.{i}.")
+                tensors[own] = tensor if "norm" in name else noise
+        elif not name.startswith("model.layers."):
+            tensors[name] = tensor
+    mx.save_safetensors(str(folder / "model.safetensors"), tensors)
+    config = json.loads((small_folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": DEEP}))
+    with ops.assume("cpu"):
+        return folder, compute_outputs(folder, "float32", None), request.param > 1
+
+
+USUAL, LARGE = 1, 4  # weights; in bfloat16, the large ones leave no digit right
+DEEP_CASES = [(USUAL, "float32"), (USUAL, "float16"), (USUAL, "bfloat16")]
+DEEP_CASES += [(LARGE, "float32"), (LARGE, "float16")]
+
+
+@pytest.mark.parametrize(("deep", "dtype"), DEEP_CASES, indirect=["deep"])
+@pytest.mark.parametrize("device", ["metal", "cuda"])
+def test_rounding_of_a_deep_model_is_within_bounds(
+    dtype: str, device: str, deep: tuple[Path, Outputs, bool]
+) -> None:
+    folder, exact, amplifies = deep
+    with ops.assume(device):
+        found = compute_outputs(folder, dtype, None, exact.tokens)
+    checks = compare(found, exact, ROUNDOFF[dtype])
+    assert all(check.holds for check in checks), checks
+    if amplifies and dtype == "float16":  # more than a bound for all models would allow
+        assert checks[1].error > LOGIT_FACTOR * ROUNDOFF[dtype]
+    assert checks[1].bound <= 0.5
+
+
+@pytest.mark.parametrize("deep", [USUAL], indirect=True)
+def test_a_wrong_layer_of_a_deep_model_is_found(
+    deep: tuple[Path, Outputs, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, exact, _ = deep
+    spoil(monkeypatch, "language_model.layers.11.self_attn.o_proj.weight", 1.0)
+    with ops.assume("metal"):
+        found = compute_outputs(folder, "float16", None, exact.tokens)
+    visual, logits, _ = compare(found, exact, ROUNDOFF["float16"])
+    assert visual.holds and not logits.holds
+
+
+def test_a_rounded_number_has_the_digits_of_float16() -> None:
+    x = mx.random.normal((1000,), key=mx.random.key(0))
+    assert mx.array_equal(rounded(x), x.astype(mx.float16).astype(mx.float32))
+    assert mx.isfinite(rounded(x * 1e6)).all()  # beyond float16's range
+
+
 def outputs(**changed: Any) -> Outputs:
     logits = np.array([[0.0, 1.0, 2.0, 3.0], [3.0, 2.0, 1.0, 0.0]])
     fields = {"visual_tokens": np.ones((2, 4)), "tokens": [3, 0], "logits": logits}
@@ -193,6 +258,7 @@ RESULT: dict[str, Any] = {
     "system": {
         "versions": {"mlx": "0.32.4", "numpy": "2.0.0"},
         "chip": "Apple M3 Max",
+        "compiler": True,
         "system": "macOS 26.2",
         "device_info": {"max_recommended_working_set_size": 10 * 10**9},
     },
@@ -238,6 +304,7 @@ SLOW_BLAS = {"float32": 1e9, "numpy float32": 5e10}
         (bfloat16_on("Apple M2 Ultra"), "no native bfloat16"),
         (changed("compared", "products", to="tf32"), "MLX_ENABLE_TF32=0"),
         (changed("compared", "gpu", to=False), "does not see this Mac's GPU"),
+        (changed("system", "compiler", to=False), "no C++ compiler"),
         (changed("bench", "stages", "memory", "median", to=15.8), "quantize it"),
         (changed("bench", "rates", "products", to=SLOW_BLAS), "Preload OpenBLAS"),
     ],
@@ -248,6 +315,19 @@ def test_each_known_fault_is_said(
     monkeypatch.setattr(doctor, "requires", lambda _: [])
     (sentence,) = known_faults(result)
     assert said in sentence
+
+
+def test_the_compiler_is_looked_for_as_mlx_does(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    compiler = tmp_path / "g++"
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    for script, found in (("echo clang", True), ("exit 1", False)):  # as a Mac's without Xcode
+        compiler.write_text(f"#!/bin/sh\n{script}\n")
+        compiler.chmod(0o755)
+        assert machine.has_compiler() is found
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+    assert not machine.has_compiler()
 
 
 def test_bfloat16_is_fine_on_later_chips(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,6 +68,16 @@ def test_the_cache_has_a_default(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert cache_folder() == tmp_path / "models"
 
 
+def test_a_folder_with_only_litter_is_empty(server: Hub, tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    target.mkdir()
+    (target / ".DS_Store").touch()
+    (target / "._model").touch()
+    assert download_model(REPO, to=target) == target
+    assert (target / "config.json").is_file() and not (target / ".DS_Store").exists()
+    assert [path.name for path in tmp_path.iterdir() if "target" in path.name] == ["target"]
+
+
 def test_nothing_is_fetched_for_a_target_that_exists(server: Hub, tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("mine")
     for name, stage in (("0.5b", 2), ("0.5b", 3), (REPO, None)):

@@ -346,6 +346,8 @@ def test_an_encrypted_archive(tmp_path: Path) -> None:
 def test_a_target_that_exists(tmp_path: Path) -> None:
     archive = saved(zipped({"a": b"1"}), tmp_path)
     (tmp_path / "empty").mkdir()
+    for litter in (".DS_Store", "._.DS_Store"):  # of macOS's, in any folder that was looked at
+        (tmp_path / "empty" / litter).touch()
     assert everything(unpack(archive, tmp_path / "empty")) == ["a"]
     for target in (tmp_path / "empty", archive):
         with pytest.raises(FileExistsError, match="exists already; remove it or choose"):

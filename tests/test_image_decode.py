@@ -23,6 +23,7 @@ from images import (
     pixels,
     png,
     saved,
+    tiff,
     unit,
 )
 from PIL import Image
@@ -199,6 +200,32 @@ HIGH = grey(0, 0, 1, 0x12, 0x80, 255)
 )
 def test_16_bit_grey_keeps_its_high_byte(source: Any) -> None:
     np.testing.assert_array_equal(pixels(source), HIGH)
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
+def test_colour_of_cameras_fills_its_bits(bits: int, order: str, compressed: bool) -> None:
+    samples = np.random.default_rng(bits).integers(0, 1 << bits, (9, 7, 3), np.uint16)
+    samples[4, 3, 1] = (1 << bits) - 1
+    data = tiff(samples, order, compressed)
+    np.testing.assert_array_equal(pixels(data), (samples >> (bits - 8)).astype(np.uint8))
+
+
+def test_dark_colour_that_says_how_bright_it_can_be() -> None:
+    samples = np.full((2, 2, 3), 0x0123, np.uint16)
+    assert (pixels(tiff(samples)) == 0x0123 >> 2).all()
+    assert (pixels(tiff(samples, most=4095)) == 0x12).all()
+    assert (pixels(tiff(samples, most=65535)) == 1).all()
+    assert (pixels(tiff(samples * 0)) == 0).all()
+
+
+def test_large_colour_is_joined_band_by_band(monkeypatch: pytest.MonkeyPatch) -> None:
+    samples = np.random.default_rng(0).integers(0, 4096, (50, 30, 3), np.uint16)
+    whole = pixels(tiff(samples))
+    monkeypatch.setattr(flatten, "BAND", 100)
+    np.testing.assert_array_equal(pixels(tiff(samples)), whole)
+    np.testing.assert_array_equal(whole, (samples >> 4).astype(np.uint8))
 
 
 def forms_of_grey(values: np.ndarray) -> dict[str, Any]:

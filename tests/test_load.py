@@ -442,6 +442,9 @@ def test_a_weight_beyond_float16_does_not_become_infinite(
     assert load_model(folder).language_model.norm.weight.dtype == mx.bfloat16
     with pytest.raises(ValueError, match=r"layers\.1\.mlp.*beyond float16"):
         load_model(folder, dtype="float16")
+    for quantize in ({"bits": 4, "group_size": 32}, "mxfp4", "nvfp4"):
+        with pytest.raises(ValueError, match=r"layers\.1\.mlp.*weight has .* beyond float16"):
+            load_model(folder, dtype="float16", quantize=quantize)
 
 
 @pytest.mark.parametrize("source", ["small_folder", "training_folder"])

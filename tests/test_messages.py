@@ -93,12 +93,22 @@ SOURCES = [
     {"type": "image_url", "image_url": {"url": "here", "detail": "auto"}},
     {"type": "input_image", "image_url": "here"},
     {"type": "image", "image_url": {"url": "here"}},
+    {"type": "image", "source": {"type": "url", "url": "here"}},
 ]
 
 
 @pytest.mark.parametrize("part", SOURCES, ids=str)
 def test_sources_as_each_library_writes_them(part: dict[str, Any]) -> None:
     assert collect_images([user(part, {"type": "input_text", "text": "A"})], []) == ["here"]
+
+
+def test_base64_as_anthropic_writes_it(nano: Nano) -> None:
+    data = base64.b64encode(Path(PENGUINS).read_bytes()).decode()
+    source = {"type": "base64", "media_type": "image/png", "data": data}
+    part = {"type": "image", "source": source, "cache_control": {"type": "ephemeral"}}
+    assert collect_images([user(part)], []) == [f"data:image/png;base64,{data}"]
+    answer = fv.generate(*nano, [user(part, text("Describe the image."))], max_tokens=20)
+    assert answer == "The image shows 6 penguins."
 
 
 def test_open_places_take_the_images_given_beside() -> None:
@@ -119,6 +129,7 @@ MALFORMED = [
     ([user({"type": "image", "image": "a", "url": "b"})], "part 1 has its image twice, as image"),
     ([user({"type": "image_url"})], "Turn 1 of the messages: part 1 has no image"),
     ([user({"type": "image_url", "image_url": {"detail": "low"}})], "part 1 has no image"),
+    ([user({"type": "image", "source": {"type": "file", "file_id": "x"}})], "its source must be"),
     ([{"role": "assistant", "content": [PLACE]}], "Turn 1 of the messages: part 1 is an image"),
     ([user(PLACE)], "1 image part.*first in turn 1.* 0 image"),
     ([{"role": "user", "content": {"type": "text"}}], "Turn 1 of the messages must have a role"),

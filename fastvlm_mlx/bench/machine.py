@@ -118,6 +118,11 @@ def _output_of(*command: str) -> str:
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
+def has_compiler() -> bool:
+    """Whether there is the C++ compiler that MLX looks for to fuse what the CPU computes."""
+    return _output_of("g++", "--version") != ""
+
+
 def product_rates(model: FastVLM) -> dict[str, float]:
     """Floating-point operations per second of large matrix products, by their kind.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from ..hub.resolve import resolve
 from ..model.fastvlm import FastVLM
 from ..processor import Processor
 from ..text.tokenizer import Tokenizer
-from .files import Weights
+from .files import NAN_SCALE, Weights
 from .layouts.mlx_vlm import dtype_of
 from .names import fuse, fused_rows, quantized_linears, stored_name, unfused_layers
 from .quantize import Quantize, quantize_checkpoint
@@ -165,11 +166,19 @@ def _row_by_row(kernel: mx.array) -> mx.array:
 
 
 def _infinite(model: FastVLM) -> str | None:
-    """The name of a parameter that is not finite, if there is one."""
+    """The name of a weight that is infinite or was when it was packed, if there is one."""
     parameters = dict(tree_flatten(model.parameters()))
-    found = {name: mx.isinf(value).any() for name, value in parameters.items()}
+    found = {name: _has_infinity(name, value) for name, value in parameters.items()}
     mx.eval(found)
-    return next((name for name, is_infinite in found.items() if is_infinite), None)
+    infinite = (name for name, is_infinite in found.items() if is_infinite)
+    return next((re.sub("scales$", "weight", name) for name in infinite), None)
+
+
+def _has_infinity(name: str, value: mx.array) -> mx.array:
+    """Whether a tensor holds infinity; the scales of what does are no numbers."""
+    if not name.endswith(".scales"):
+        return mx.isinf(value).any()
+    return ((value == NAN_SCALE) if value.dtype == mx.uint8 else ~mx.isfinite(value)).any()
 
 
 def quantize_like(model: FastVLM, weights: Weights) -> None:

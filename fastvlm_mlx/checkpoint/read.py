@@ -27,7 +27,10 @@ def read_checkpoint(folder: Path) -> tuple[FastVLMConfig, Weights]:
     Raises:
         CheckpointError: a file, a field or a tensor is missing, surplus or wrong.
     """
-    base = resolve(adapters.base_of(folder)) if adapters.is_adapter(folder) else folder
+    base = folder
+    if adapters.is_adapter(folder):
+        name, revision = adapters.base_of(folder)
+        base = resolve(name, revision=revision)
     config = load_config(folder if (folder / "config.json").is_file() else base)
     weights, layout = read_layout(base)
     if base is not folder:

@@ -50,7 +50,10 @@ Bits = Annotated[
 ]
 Images = Annotated[
     list[str] | None,
-    typer.Option(help="Path, URL or data: URI, also as dragged in. Repeat it for several images."),
+    typer.Option(
+        help="Path, URL or data: URI, also as dragged in; several stand one after the other, or "
+        "each after its own --image."
+    ),
 ]
 ImageSize = Annotated[
     int | None,

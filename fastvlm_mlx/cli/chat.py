@@ -10,7 +10,8 @@ import typer
 from ..checkpoint.load import load
 from ..generation.chat import Chat
 from .arguments import Bits, Dtype, Images, Model, Revision, option_flags
-from .images import NamedImage, named_image
+from .images import NamedImage, named_images
+from .interrupts import forget_interrupt
 from .printing import print_answer, print_error, print_nano_note
 
 CHAT_HELP = """\
@@ -50,7 +51,7 @@ def chat(
     loaded = load(model, revision=revision, dtype=dtype, quantize=quantize)
     conversation = Chat(*loaded, **options)
     known: list[NamedImage] = []
-    pending = [named_image(path) for path in image or []]
+    pending = [shown for text in image or [] for shown in named_images(text)]
     if model is None:
         print_nano_note()
     typer.echo("Ask away; /help lists the commands.", err=True)
@@ -96,12 +97,12 @@ def _list_images(known: list[NamedImage], pending: list[NamedImage]) -> None:
 
 
 def _add_image(pending: list[NamedImage], path: str) -> None:
-    """Put an image before the next question, or say why it can't be."""
+    """Put an image, or several, before the next question, or say why that can't be."""
     if not path:
         typer.echo("Name an image: /image PATH.", err=True)
         return
     try:
-        pending.append(named_image(path))
+        pending += named_images(path)
     except (ValueError, OSError) as error:
         print_error(error)
 
@@ -109,6 +110,7 @@ def _add_image(pending: list[NamedImage], path: str) -> None:
 def _answer(conversation: Chat, question: str, pending: list[NamedImage]) -> list[NamedImage]:
     """Print the answer to a question about the pending images, and return those now known."""
     turns, paths = len(conversation.messages), [image.path for image in pending]
+    forget_interrupt()
     try:
         print_answer(conversation.ask(question, image=paths, stream=True))
     except KeyboardInterrupt:

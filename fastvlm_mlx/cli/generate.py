@@ -15,7 +15,7 @@ from ..evaluate.questions import DEFAULT_QUESTION
 from ..generation.generate import stream_generate
 from ..generation.options import Options
 from ..hub.resolve import NANO
-from ..image.load import dragged_path
+from ..image.load import dragged_paths
 from ..text.messages import Messages
 from .arguments import Bits, Dtype, Images, Model, Revision, option_flags
 from .images import is_bundled
@@ -66,7 +66,7 @@ def generate(
     if not image and prompt is None and messages is None:
         image = [str(SAMPLE_IMAGE)]
         typer.echo(f"No --image and no --prompt: describing {SAMPLE_IMAGE}.", err=True)
-    images = [dragged_path(path) for path in image or []]
+    images = [path for text in image or [] for path in dragged_paths(text)]
     responses = stream_generate(*loaded, question, image=images, **vars(chosen))
     text, last = print_answer(responses, quiet=as_json)
     if model is None and (question != DEFAULT_QUESTION or not all(map(is_bundled, images))):

@@ -16,6 +16,8 @@ from .convert import convert
 from .doctor import doctor
 from .download import download
 from .generate import generate
+from .images import repeat_image_flag
+from .interrupts import interrupts_noted
 from .models import models
 from .printing import errors_as_sentences
 from .upload import upload
@@ -67,7 +69,10 @@ def main() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
     if isinstance(sys.stdin, TextIOWrapper):  # bytes of another encoding may be part of a path
         sys.stdin.reconfigure(errors="surrogateescape")
-    with errors_as_sentences():
+    with errors_as_sentences(), interrupts_noted():
         if sys.stdout is None:
             raise ValueError("Standard output is closed: there is nowhere to write to.")
-        app(prog_name="fastvlm")
+        arguments = sys.argv[1:]
+        if arguments[:1] in (["generate"], ["chat"]):
+            arguments = repeat_image_flag(arguments)
+        app(arguments, prog_name="fastvlm")

@@ -12,12 +12,14 @@ import typer
 
 from ..generation.response import Response
 from ..hub.registry import find
+from .interrupts import check_interrupt
 
 
 def print_answer(responses: Iterator[Response], *, quiet: bool = False) -> tuple[str, Response]:
     """Print an answer as it appears; the whole text and the last response."""
     text = ""
     for response in responses:  # there is always one, since max_tokens is at least 1
+        check_interrupt()
         text += response.text
         if not quiet:
             typer.echo(response.text, nl=False)

@@ -33,10 +33,11 @@ def generate(
     Args:
         model, processor: from `load`.
         prompt: a question, in which `<image>` may mark the images' places; or a chat as a list of
-            {"role", "content"}, whose contents are texts or lists of parts as OpenAI, transformers
-            and mlx-vlm write them: {"type": "text", "text": …}, {"type": "image", "image": …} (or
-            "url", "path"), {"type": "image_url", "image_url": {"url": …}}. {"type": "image"} by
-            itself is the next of `image`. A text that a ChatML template wrote is taken as it is.
+            {"role", "content"}, whose contents are texts or lists of parts as OpenAI, Anthropic,
+            transformers and mlx-vlm write them: {"type": "text", "text": …}, {"type": "image",
+            "image": …} (or "url", "path", "source"), {"type": "image_url", "image_url":
+            {"url": …}}. {"type": "image"} by itself is the next of `image`. A text that a ChatML
+            template wrote is taken as it is.
         image: one image or several: path, URL, bytes, PIL image or array.
         prompt_cache: what earlier calls computed, so that an image asked about again is neither
             encoded nor read by the decoder again.

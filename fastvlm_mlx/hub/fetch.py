@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from .. import http
 from ..checks import brief, is_litter, reason
 from ..progress import progress_bar
+from .target import check_free, put_in_place
 
 if TYPE_CHECKING:
     import zipfile
@@ -302,7 +303,7 @@ def unpack(archive: str | Path, target: str | Path, *, progress: bool = True) ->
             with progress_bar(total, target.name, unit="B", shown=progress) as bar:
                 for info, path in members:
                     _extract(whole, info, temporary / path, bar)
-        temporary.replace(target)
+        put_in_place(temporary, target)
     except broken as error:
         raise ValueError(f"{archive} is not a whole zip archive ({error}).") from None
     except OSError as error:
@@ -312,12 +313,6 @@ def unpack(archive: str | Path, target: str | Path, *, progress: bool = True) ->
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return target
-
-
-def check_free(target: Path) -> None:
-    """FileExistsError if a folder to be written exists, unless it is empty."""
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise FileExistsError(f"{target} exists already; remove it or choose another folder.")
 
 
 def _members(whole: zipfile.ZipFile, archive: Path) -> list[tuple[zipfile.ZipInfo, PurePosixPath]]:

@@ -12,13 +12,13 @@ from ..checks import reason
 from . import registry
 from .fetch import (
     DiskFullError,
-    check_free,
     check_room,
     disk_full_said,
     fetch,
     missing,
     unpack,
 )
+from .target import check_free, put_in_place
 
 NANO = Path(__file__).parent.parent / "nano"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -129,7 +129,7 @@ def download(repo: str, revision: str | None = None, *, to: Path | None = None) 
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     shutil.rmtree(temporary / ".cache", ignore_errors=True)  # the Hub library's own files
-    temporary.replace(to)
+    put_in_place(temporary, to)
     return to
 
 

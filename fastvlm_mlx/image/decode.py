@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TypeAlias
 import mlx.core as mx
 
 from ..checks import reason
-from .flatten import flatten, samples_to_bytes, transparent_colour
+from .flatten import (
+    decode_low_bytes,
+    flatten,
+    is_dark_colour,
+    join_bytes,
+    samples_to_bytes,
+    transparent_colour,
+)
 from .open import open_image, quiet_pil
 
 if TYPE_CHECKING:
@@ -130,7 +137,19 @@ def from_file(stream: BinaryIO, name: str, purpose: Purpose | None = None) -> Pi
             suit the purpose.
     """
     image = open_image(stream, name)
-    return _to_picture(image, name, purpose, purpose.reduction if purpose else None)
+    picture = _to_picture(image, name, purpose, purpose.reduction if purpose else None)
+    return _brightened(picture, image, stream, name) if is_dark_colour(image) else picture
+
+
+def _brightened(picture: Picture, image: PILImage, stream: BinaryIO, name: str) -> Picture:
+    """The picture of a TIFF that has values of fewer than 16 bits in 16, decoded once more."""
+    stream.seek(0)
+    low = open_image(stream, name)
+    if not decode_low_bytes(low):
+        return picture
+    with _decoding(name):
+        low.load()
+        return picture._replace(image=join_bytes(image, low))
 
 
 def from_pil(image: PILImage, purpose: Purpose | None = None) -> Picture:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
     import numpy as np
@@ -68,6 +70,54 @@ def _from_samples(image: PILImage, key: Key) -> PILImage:
             same = found == np.array(key)
             mask = Image.fromarray(same.all(-1) if same.ndim == 3 else same)
             rgb.paste("white", (*place, place[0] + band.width, place[1] + band.height), mask)
+    return rgb
+
+
+# Colour of 16 bits, of which PIL keeps the high ones
+
+
+def is_dark_colour(image: PILImage) -> bool:
+    """Whether a decoded TIFF of 16-bit colour leaves two bits unused, as cameras do."""
+    if image.format != "TIFF" or image.mode != "RGB":
+        return False
+    stored = getattr(image, "tag_v2", {}).get(258)  # BitsPerSample
+    extrema: Any = image.getextrema()
+    return stored == (16, 16, 16) and max(high for _, high in extrema) < 64
+
+
+def decode_low_bytes(image: PILImage) -> bool:
+    """Have a TIFF of 16-bit colour, not yet decoded, give its low bytes; False if it can't be."""
+    swapped = {"L": "B", "B": "L", "N": "B" if sys.byteorder == "little" else "L"}
+    tiles: list[Any] = []
+    for tile in image.tile:  # type: ignore[attr-defined]
+        codec, extents, offset, args = tile
+        if not (isinstance(args, tuple) and re.fullmatch(r"RGB;16[LBN]", str(args[0]))):
+            return False
+        rawmode = args[0][:-1] + swapped[args[0][-1]]
+        changed = codec, extents, offset, (rawmode, *args[1:])
+        tiles.append(changed if type(tile) is tuple else type(tile)(*changed))
+    image.tile = tiles  # type: ignore[attr-defined]
+    return True
+
+
+def join_bytes(high: PILImage, low: PILImage) -> PILImage:
+    """RGB of the high 8 of the bits that 16-bit samples have, by the rule for grey ones.
+
+    Args:
+        high, low: RGB images of the samples' high and low bytes.
+    """
+    import numpy as np
+    from PIL import Image
+
+    def samples(place: tuple[int, int], band: PILImage) -> np.ndarray:
+        box = (*place, place[0] + band.width, place[1] + band.height)
+        return np.asarray(band).astype(np.uint16) << 8 | np.asarray(low.crop(box))
+
+    most = max(int(samples(place, band).max()) for place, band in _bands(high))
+    rgb = Image.new("RGB", high.size)
+    for place, band in _bands(high):
+        found = samples_to_bytes(samples(place, band), 0, most, _declared_bits(high))
+        rgb.paste(Image.fromarray(found), place)
     return rgb
 
 

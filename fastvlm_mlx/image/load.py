@@ -41,8 +41,8 @@ def load_image(
 
     Grey samples and integers keep the high 8 of their bits. A file may say how many they have
     (TIFF's BitsPerSample below 16, or MaxSampleValue); otherwise they have the fewest of 8, 10, 12,
-    14 and 16 that hold the greatest value, since cameras store 12 bits in 16. Of 16-bit colour the
-    high byte remains.
+    14 and 16 that hold the greatest value, since cameras store 12 bits in 16. Colour in a TIFF file
+    follows the same rule; of other 16-bit colour the high byte remains.
 
     Args:
         source: a path (`~` is expanded), an http, https, file or data URL, the bytes of an image
@@ -246,6 +246,18 @@ def dragged_path(text: str) -> str:
             read = _from_file_url(read[7:], shown(read))
     read = _expand(read)
     return next((path for path in (text, text.strip()) if _exists(path)), read)
+
+
+def dragged_paths(text: str) -> list[str]:
+    """As `dragged_path`, of one file or of several that were dragged in at once."""
+    path = dragged_path(text)
+    try:
+        words = shlex.split(text)
+    except ValueError:  # a quote alone
+        return [path]
+    paths = [dragged_path(shlex.quote(word)) for word in words]
+    several = len(paths) > 1 and not _exists(path) and any(map(_exists, paths))
+    return paths if several else [path]
 
 
 def _unquoted(text: str) -> str:

@@ -12,11 +12,11 @@ from .tokenizer import SURROGATES
 ROLES = ("system", "user", "assistant")
 IMAGE_MARK = "<image>"  # where an image stands in a text; also its token in readers that need one
 IMAGE_PLACE = "\ud801"  # where it stands in a turn: a lone surrogate, which no text has
-# The types of parts that OpenAI's two interfaces, transformers and mlx-vlm have, and the keys under
-# which they name an image.
+# The types of parts that OpenAI's two interfaces, Anthropic's, transformers and mlx-vlm have, and
+# the keys under which they name an image.
 TEXT_PARTS = ("text", "input_text", "output_text")
 IMAGE_PARTS = ("image", "image_url", "input_image")
-SOURCES = ("image", "image_url", "url", "path", "base64")
+SOURCES = ("image", "image_url", "url", "path", "base64", "source")
 # Closed turns and then an opened one of the assistant's, in which the answer may have begun.
 TEMPLATED = re.compile(
     r"\s*<\|im_start\|>(?:system|user|assistant)\n.*<\|im_end\|>"
@@ -177,10 +177,25 @@ def _source(part: Mapping[str, Any], name: str) -> Any:
             return None
         raise ValueError(f"{name} has no image: give its URL as image_url.")
     ((key, source),) = given.items()
-    if isinstance(source, Mapping):  # OpenAI's {"url": …, "detail": …}
-        if not isinstance(source.get("url"), str):
-            raise ValueError(f'{name} has no image: {key} must be a URL or {{"url": …}}.')
-        return source["url"]
+    if isinstance(source, Mapping):
+        return _from_mapping(key, source, name)
     if key == "base64" and isinstance(source, str) and not source.startswith("data:"):
         return f"data:;base64,{source}"
     return source
+
+
+def _from_mapping(key: str, source: Mapping[str, Any], name: str) -> str:
+    """The URL in OpenAI's {"url": …, "detail": …}, or in Anthropic's {"type": "url", "url": …} and
+    {"type": "base64", "media_type": …, "data": …}."""
+    if isinstance(url := source.get("url"), str):
+        return url
+    if key != "source":
+        raise ValueError(f'{name} has no image: {key} must be a URL or {{"url": …}}.')
+    if not isinstance(data := source.get("data"), str):
+        raise ValueError(
+            f'{name} has no image: its source must be {{"type": "base64", "media_type": …, '
+            '"data": …} or {"type": "url", "url": …}.'
+        )
+    return (
+        data if data.startswith("data:") else f"data:{source.get('media_type', '')};base64,{data}"
+    )

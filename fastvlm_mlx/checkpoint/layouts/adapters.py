@@ -43,22 +43,32 @@ def is_adapter(folder: Path) -> bool:
     return not whole and any((folder / name).is_file() for name in (*ADAPTER, *TRAINED))
 
 
-def base_of(folder: Path) -> str:
-    """The base model that the folder names.
+def base_of(folder: Path) -> tuple[str, str | None]:
+    """The base model that the folder names, and its revision if it is on the Hub and has one.
 
     Raises:
-        CheckpointError: it names none.
+        CheckpointError: it names none, or the revision is no text.
     """
     for file, field in (
         ("adapter_config.json", "base_model_name_or_path"),
         ("config.json", "_name_or_path"),
     ):
         if (folder / file).is_file() and (name := read_json(folder / file).get(field)):
-            return str(name)
+            return str(name), _revision(folder / file, str(name))
     raise CheckpointError(
         f"{folder} holds only trained parts and names no base model: "
         "set base_model_name_or_path in adapter_config.json."
     )
+
+
+def _revision(settings: Path, base: str) -> str | None:
+    """The revision of the base in adapter_config.json; a folder has none."""
+    found = read_json(settings).get("revision") or None
+    if settings.name != "adapter_config.json" or Path(base).expanduser().is_dir():
+        return None
+    if found is not None and not isinstance(found, str):
+        raise CheckpointError(f"{settings}: revision must be a text, found {shown(found)}.")
+    return found
 
 
 def apply(base: Weights, files: dict[str, Weights], settings: dict[str, Any]) -> Weights:
