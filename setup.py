@@ -15,7 +15,7 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=find_packages(include=["fastvlm_mlx", "fastvlm_mlx.*"]),
-    package_data={"fastvlm_mlx": ["py.typed", "nano/*", "nano/images/*"]},
+    package_data={"fastvlm_mlx": ["py.typed", "nano/*", "nano/images/*", "serve/page/*"]},
     # The lowest that pass the tests; constraints/lowest.txt installs them, with reasons.
     install_requires=[
         "mlx>=0.32.4",
