@@ -1,6 +1,7 @@
 """A server with the page's files and a model that says what a test tells it to."""
 
 import base64
+import contextlib
 import json
 import mimetypes
 import socket
@@ -60,6 +61,8 @@ class PageServer:
     left: int = 0
     """Clients that went away in the middle of an answer."""
     broken: bool = False
+    finish: str = "stop"
+    """Why an answer ends."""
 
     def start(self) -> None:
         self.broken = False
@@ -75,10 +78,8 @@ class PageServer:
         self.http.shutdown()
         self.http.server_close()
         for connection in list(self.open):
-            try:
+            with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass
 
     @property
     def address(self) -> str:
@@ -174,7 +175,7 @@ def handler(server: PageServer) -> type[BaseHTTPRequestHandler]:
                     self.chunk(piece)
                 if isinstance(piece, dict) and "error" in piece:
                     return
-            self.end("stop")
+            self.end(server.finish)
 
         def end(self, finish: str) -> None:
             self.chunk({"choices": [{"index": 0, "delta": {}, "finish_reason": finish}]})

@@ -115,7 +115,7 @@ function keptNames(start) {
 
 // The server
 
-const server = { up: false, model: null, key: "", asking: null, heard: -Infinity };
+const server = { up: false, model: null, key: "", asking: null };
 
 try {
   server.key = sessionStorage.getItem(PREFIX + "key") ?? "";
@@ -194,11 +194,15 @@ async function check() {
     if (!server.up && !server.asking) await readModel();
   } catch (error) {
     if (error instanceof Said && !error.lost) return say($("answer-alert"), error.message);
-    // A server that is sending an answer lives, however busy it is.
-    if (performance.now() - server.heard < 8000) return;
-    server.up = false;
-    link("down", "Server away, trying again");
+    // A server may be too busy with an answer to reply in time; a dead one refuses at once.
+    if (error.name === "TimeoutError" && running) return;
+    away();
   }
+}
+
+function away() {
+  server.up = false;
+  link("down", "Server away, trying again");
 }
 
 async function watchServer() {
@@ -622,6 +626,7 @@ async function askOnce(prompt = $("question").value.trim()) {
     await ask(prompt, added);
   } catch (error) {
     if (error.name === "AbortError") return;
+    if (error.lost) away();
     if (!$("question").value) setQuestion(prompt);
     say($("answer-alert"), sentence(error), error.again ? () => askOnce(prompt) : null);
   }
@@ -702,7 +707,6 @@ function watchSilence(stopper) {
   const watch = { over: false, timer: 0 };
   watch.stop = () => clearTimeout(watch.timer);
   watch.heard = () => {
-    server.heard = performance.now();
     watch.stop();
     watch.timer = setTimeout(() => {
       watch.over = true;
@@ -1129,10 +1133,7 @@ async function askAboutFrame(prompt, mine) {
     if (error.name === "AbortError" || mine.signal.aborted) return;
     say($("answer-alert"), `${sentence(error)}${error.again ? " It goes on by itself." : ""}`);
     if (!error.again) return stopContinuous();
-    if (error.lost) {
-      server.up = false;
-      link("down", "Server away, trying again");
-    }
+    if (error.lost) away();
     await Promise.race([pause(1000 * (error.wait || 1)), event(mine.signal, "abort")]);
     await untilUp(mine.signal);
   }
