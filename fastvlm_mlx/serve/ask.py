@@ -15,8 +15,10 @@ from ..generation.response import Response
 from .engine import Engine
 from .errors import ApiError, bad, too_long
 from .facts import facts_of
+from .fields import FIRST_SEED
 from .media import Media, image_parts
 from .metrics import Metrics
+from .penalties import Penalties
 from .prompt import count_tokens
 from .settings import Settings
 from .ticket import EngineDied, QueueFull, Request, RequestError, Ticket
@@ -35,6 +37,7 @@ class Question:
         n: how many answers.
         logprobs: how many alternatives of each token to report; None for no log probabilities.
         constraint: what the answer must follow: `schema`, `regex` or `choices` of `generate`.
+        frequency_penalty, presence_penalty: see `Penalties`.
     """
 
     messages: Sequence[Mapping[str, Any]]
@@ -42,6 +45,8 @@ class Question:
     n: int = 1
     logprobs: int | None = None
     constraint: Mapping[str, Any] | None = None
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
 
 
 @dataclass
@@ -133,11 +138,14 @@ class Service:
         return await self._count(await self.media.read(question.messages), question, COUNTABLE)
 
     async def _count(self, messages: Any, question: Question, limit: int) -> int:
-        engine = self.engine
-        try:
+        """The tokens of a prompt whose images are read; also checks the options of the request."""
+
+        def work() -> int:
             options = Options.of({**question.options, **(question.constraint or {})})
-            asked = engine.model, engine.processor, messages, options, limit
-            return await asyncio.to_thread(count_tokens, *asked)
+            return count_tokens(self.engine.model, self.engine.processor, messages, options, limit)
+
+        try:
+            return await asyncio.to_thread(work)
         except ValueError as error:
             raise bad(str(error)) from None
 
@@ -152,7 +160,7 @@ class Service:
         tickets: list[Ticket] = []
         try:
             for n in range(question.n):
-                tickets.append(self.engine.submit(_nth(request, n)))
+                tickets.append(self.engine.submit(_nth(request, question, n)))
         except Exception as error:
             for ticket in tickets:
                 ticket.cancel()
@@ -172,7 +180,7 @@ class Service:
             seconds = f"{self.settings.timeout:g}"
             return ApiError(504, f"The answer was not ready within {seconds} seconds.", "timeout")
         if isinstance(error, ContextTooLong):
-            return too_long(error.tokens, error.limit)
+            return too_long(error.tokens, error.limit - 1, error.limit)
         if isinstance(error, (RequestError, ValueError)):
             return bad(str(error))
         raise error
@@ -230,12 +238,15 @@ async def _pump(number: int, ticket: Ticket, queue: asyncio.Queue[Any]) -> None:
         queue.put_nowait((number, error))
 
 
-def _nth(request: Request, n: int) -> Request:
-    """The request for one of several answers: with a seed, each has the next one."""
-    seed = request.options.get("seed")
-    if seed is None or n == 0:
-        return request
-    return replace(request, options={**request.options, "seed": (seed + n) % 2**64})
+def _nth(request: Request, question: Question, n: int) -> Request:
+    """The request for one of several answers: each has penalties of its own and the next seed."""
+    options = dict(request.options)
+    if question.frequency_penalty or question.presence_penalty:
+        penalties = Penalties(question.frequency_penalty, question.presence_penalty)
+        options["logits_processor"] = penalties
+    if n and "seed" in options:
+        options["seed"] = (options["seed"] + n) % FIRST_SEED
+    return replace(request, options=options)
 
 
 async def until_left(receive: Any, answers: Any) -> Any:

@@ -54,11 +54,12 @@ def bad(message: str, param: str | None = None, code: str | None = None) -> ApiE
     return ApiError(400, message, code, param)
 
 
-def too_long(tokens: int | str, limit: int) -> ApiError:
-    """A prompt that leaves no room for an answer."""
+def too_long(tokens: int | str, limit: int, context: int) -> ApiError:
+    """A prompt that leaves no room for an answer, or is longer than the server allows."""
     return bad(
-        f"This model's maximum context length is {limit} tokens, and the prompt has {tokens} "
-        "tokens, images included; shorten it, or use fewer or smaller images.",
+        f"This model's maximum context length is {context} tokens with the answer. A prompt may "
+        f"have at most {limit}, and this one has {tokens}, images included; shorten it, or use "
+        "fewer or smaller images.",
         "messages",
         "context_length_exceeded",
     )

@@ -68,9 +68,6 @@ def options_of(given: Mapping[str, Any]) -> dict[str, Any]:
     if "stop" in options:
         stop = options["stop"]
         options["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
-    for name in ("frequency_penalty", "presence_penalty"):
-        if options.get(name) == 0:
-            del options[name]
     return options
 
 

@@ -155,17 +155,25 @@ def _question(asked: Asked, messages: list[dict[str, Any]], service: Service) ->
     given = asked.options or ModelOptions.model_validate({})
     same = ("temperature", "top_p", "top_k", "min_p", "stop", "image_size")
     options = {name: getattr(given, name) for name in same}
-    options |= {name: getattr(given, name) for name in ("presence_penalty", "frequency_penalty")}
     options["stop"] = options["stop"] or None
     options["repetition_penalty"] = given.repeat_penalty
     options["seed"] = None if (given.seed or 0) < 0 else given.seed  # below 0 it is by chance
     most = given.num_predict if (given.num_predict or 0) > 0 else None  # below 0 it has no limit
     options["max_tokens"] = service.output_limit(most, "num_predict")
-    constraint = {"schema": asked.format} if isinstance(asked.format, dict) else None
-    if asked.format == "json":
-        constraint = {"schema": {"type": "object"}}
+    constraint: dict[str, Any] | None = None
+    if isinstance(asked.format, dict):
+        constraint = {"schema": asked.format}
+    elif asked.format == "json":
+        constraint = {"schema": "json_object"}
     logprobs = (asked.top_logprobs or 0) if asked.logprobs else None
-    return Question(messages, options_of(options), logprobs=logprobs, constraint=constraint)
+    return Question(
+        messages,
+        options_of(options),
+        logprobs=logprobs,
+        constraint=constraint,
+        frequency_penalty=given.frequency_penalty or 0.0,
+        presence_penalty=given.presence_penalty or 0.0,
+    )
 
 
 # Replies

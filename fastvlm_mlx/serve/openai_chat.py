@@ -221,7 +221,7 @@ def constraint_of(request: ChatRequest) -> dict[str, Any] | None:
             raise bad("response_format has no schema.", "response_format.json_schema.schema")
         wanted["schema"] = form.json_schema.schema_
     elif form is not None and form.type == "json_object":
-        wanted["schema"] = {"type": "object"}
+        wanted["schema"] = "json_object"
     if request.guided_regex is not None:
         wanted["regex"] = request.guided_regex
     if request.guided_choice is not None:
@@ -238,8 +238,7 @@ def question_of(request: ChatRequest, service: Service) -> Question:
         raise bad("top_logprobs needs logprobs: true.", "top_logprobs")
     asked = request.max_completion_tokens or request.max_tokens
     same = ("temperature", "top_p", "min_p", "seed", "stop", "image_size")
-    penalties = ("frequency_penalty", "presence_penalty", "repetition_penalty")
-    options = {name: getattr(request, name) for name in (*same, *penalties)}
+    options = {name: getattr(request, name) for name in (*same, "repetition_penalty")}
     options["top_k"] = None if request.top_k is None else max(request.top_k, 0)
     options["max_tokens"] = service.output_limit(asked)
     messages = [
@@ -252,6 +251,8 @@ def question_of(request: ChatRequest, service: Service) -> Question:
         n=request.n or 1,
         logprobs=(request.top_logprobs or 0) if request.logprobs else None,
         constraint=constraint_of(request),
+        frequency_penalty=request.frequency_penalty or 0.0,
+        presence_penalty=request.presence_penalty or 0.0,
     )
 
 

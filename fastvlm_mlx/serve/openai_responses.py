@@ -196,7 +196,7 @@ def _constraint(form: Format | None) -> dict[str, Any] | None:
     if form is None or form.type == "text":
         return None
     if form.type == "json_object":
-        return {"schema": {"type": "object"}}
+        return {"schema": "json_object"}
     if form.schema_ is None:
         raise bad("text.format has no schema.", "text.format.schema")
     return {"schema": form.schema_}

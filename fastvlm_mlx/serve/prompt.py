@@ -40,7 +40,7 @@ def count_tokens(
     """
     texts = (part["text"] for m in messages for part in m["content"] if part["type"] == "text")
     if sum(map(len, texts)) > limit * MOST_CHARACTERS_PER_TOKEN:
-        raise too_long(f"more than {limit}", limit)
+        raise too_long(f"more than {limit}", limit, processor.max_length)
     size = processor.image_size if options.image_size is None else options.image_size
     processor.num_visual_tokens(size)  # is it a size at all?
     if size > LARGEST_SIZE * processor.image_size:
@@ -56,7 +56,7 @@ def count_tokens(
         image_token_index=model.config.image_token_index,
     )
     if len(ids) > limit:
-        raise too_long(len(ids), limit)
+        raise too_long(len(ids), limit, processor.max_length)
     return len(ids)
 
 

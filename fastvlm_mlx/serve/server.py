@@ -6,13 +6,18 @@ import asyncio
 import signal
 import socket
 from math import ceil
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from fastapi import FastAPI
 
 from ..checks import reason, shown
 from .app import create_app
 from .engine import Engine
 from .logs import log_to_stderr
 from .settings import Place, Settings
+
+if TYPE_CHECKING:
+    import uvicorn
 
 IDLE = 75  # seconds that a connection may stay open between two requests
 HEADER_PATIENCE = 15.0  # seconds that the headers of a request may take
@@ -44,8 +49,23 @@ def run(engine: Engine, settings: Settings, place: Place, listening: socket.sock
     import uvicorn
 
     log_to_stderr()
-    config = uvicorn.Config(
-        create_app(engine, settings),
+    config = configure(create_app(engine, settings), place)
+    engine.start()
+    # uvicorn raises a signal that ended it again, for the handlers of before: these let it be.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
+    try:
+        uvicorn.Server(config).run(sockets=[listening])
+    finally:
+        asyncio.run(engine.close(0))
+
+
+def configure(app: FastAPI, place: Place) -> uvicorn.Config:
+    """How uvicorn serves an application."""
+    import uvicorn
+
+    return uvicorn.Config(
+        app,
         http=_protocol(),
         ws="none",
         log_config=None,
@@ -57,14 +77,6 @@ def run(engine: Engine, settings: Settings, place: Place, listening: socket.sock
         ssl_certfile=place.certfile,
         ssl_keyfile=place.keyfile,
     )
-    engine.start()
-    # uvicorn raises a signal that ended it again, for the handlers of before: these let it be.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: None)
-    try:
-        uvicorn.Server(config).run(sockets=[listening])
-    finally:
-        asyncio.run(engine.close(0))  # again, if a second signal left the application no time
 
 
 def _protocol() -> type[asyncio.Protocol]:
