@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Generator, Iterator
 from threading import RLock, get_ident
 from threading import enumerate as enumerate_threads
@@ -17,6 +18,7 @@ from .inputs import ImageSources, answer_limit, list_images, read_inputs
 from .options import DRAFTS, Options, refuse
 from .prefix import common_prefix
 from .response import Response, stream_responses
+from .sampling import Logprobs
 
 
 class Chat:
@@ -152,7 +154,9 @@ class Chat:
         limit = answer_limit(input_ids, options, self.processor)
         unknown = inputs.embeddings[:, known:]
         mx.eval(unknown)  # another thread may read the answer
-        tokens = generate_tokens(self.model, input_ids, unknown, self._cache, options, limit)
+        logprobs: deque[Logprobs] | None = None if options.logprobs is None else deque()
+        asked = self.model, input_ids, unknown, self._cache, options, limit
+        tokens = generate_tokens(*asked, logprobs=logprobs)
         responses = stream_responses(
             self._remember(input_ids, tokens),
             self.processor,
@@ -160,6 +164,7 @@ class Chat:
             options.stop,
             limit,
             inputs.times,
+            logprobs,
         )
         self._unread = messages, visual_tokens
         return self._record(messages, visual_tokens, responses)

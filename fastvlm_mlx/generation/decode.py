@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -12,7 +13,14 @@ from ..model.fastvlm import FastVLM
 from ..model.qwen2 import Qwen2
 from ..ops import takes_quantized_caches, wired
 from .options import Options
-from .sampling import Sampler, make_logits_processor, make_sampler
+from .sampling import (
+    LazyLogprobs,
+    Logprobs,
+    Sampler,
+    find_logprobs,
+    make_logits_processor,
+    make_sampler,
+)
 
 
 def make_kv_cache(model: FastVLM, options: Options) -> list[Any]:
@@ -59,6 +67,7 @@ def generate_tokens(
     options: Options,
     limit: int,
     sampler: Sampler | None = None,
+    logprobs: deque[Logprobs] | None = None,
 ) -> Iterator[int]:
     """Prefill, then one token after the other, each computed while the previous one is read.
 
@@ -69,17 +78,20 @@ def generate_tokens(
         options: see `Options`.
         limit: the most tokens to generate.
         sampler: what chooses tokens; made from the options by default.
+        logprobs: to append those of each token to, before the token comes.
     """
     sample = make_sampler(options) if sampler is None else sampler
     process = make_logits_processor(options)
     seen = mx.array([i for i in input_ids if i >= 0])
+    found: deque[LazyLogprobs] = deque()
     decoder = model.language_model
 
     def next_token(logits: mx.array) -> mx.array:
         nonlocal seen
-        if process is not None:
-            logits = process(seen, logits)
-        token = sample(logits)
+        processed = logits if process is None else process(seen, logits)
+        token = sample(processed)
+        if logprobs is not None:
+            found.append(find_logprobs(logits, token, options.logprobs or 0))
         if process is not None:
             seen = mx.concatenate([seen, token])
         mx.async_eval(token, seen)  # nothing is left for another thread that may go on
@@ -97,6 +109,8 @@ def generate_tokens(
         following = next_token(step(token)) if i < limit else token
         if i == 1:
             check_finite(model, is_finite, logits.dtype)
+        if logprobs is not None:
+            logprobs.append(found.popleft().read())
         yield int(token)
         token = following
 

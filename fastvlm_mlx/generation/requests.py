@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,10 +15,17 @@ from ..image.load import ImageSource
 from ..model.fastvlm import FastVLM
 from ..processor import Processor
 from ..text.messages import Messages
-from .inputs import answer_limit, tokenize
-from .options import Options
+from .inputs import answer_limit, preprocess_images, tokenize
+from .options import LogitsProcessor, Options
 from .response import Response, stream_responses
-from .sampling import filter_logits, is_greedy, make_logits_processor
+from .sampling import (
+    LazyLogprobs,
+    Logprobs,
+    filter_logits,
+    find_logprobs,
+    is_greedy,
+    make_logits_processor,
+)
 
 # Pixel values of an image, uint8 [n, S, S, 3], and its original (width, height)
 Picture: TypeAlias = tuple[mx.array, tuple[int, int]]
@@ -25,21 +33,45 @@ Picture: TypeAlias = tuple[mx.array, tuple[int, int]]
 
 @dataclass(eq=False)
 class PendingRequest:
-    """A request on its way to the decoder."""
+    """A request on its way to the decoder.
+
+    Attributes:
+        start, reading, preprocessed, encoding, encoded: when it came, its images began to be read
+            and were, and they, all together, began to be encoded and were.
+        pictures: its images that are read and not yet encoded.
+        visual_tokens: of those that are encoded, which are the first.
+        process: its logits processor.
+    """
 
     id: int
     prompt: Messages
     images: list[ImageSource]
     options: Options
     start: float
+    reading: float = 0.0
     preprocessed: float = 0.0
+    encoding: float = 0.0
     encoded: float = 0.0
+    pictures: list[Picture] = field(default_factory=list)
     visual_tokens: list[mx.array] = field(default_factory=list)
     input_ids: list[int] = field(default_factory=list)
+    process: LogitsProcessor | None = None
 
-    def tokenize(self, model: FastVLM, processor: Processor, pictures: Sequence[Picture]) -> None:
+    def read(self, processor: Processor) -> PendingRequest:
+        """Do on a thread of its own what needs no MLX: read the images, say; errors as
+        `load_image`."""
+        self.reading = time.perf_counter()
+        options = self.options
+        found = preprocess_images(processor, self.images, options.image_size, fast=options.fast)
+        self.pictures = list(zip(*found, strict=True))
+        self.images = []  # they may be large
+        self.process = make_logits_processor(options)
+        self.preprocessed = time.perf_counter()
+        return self
+
+    def tokenize(self, model: FastVLM, processor: Processor) -> None:
         """Find `input_ids`, now that the images are read; errors as `inputs.tokenize`."""
-        counts = [model.num_visual_tokens(*picture) for picture in pictures]
+        counts = [model.num_visual_tokens(*picture) for picture in self.pictures]
         self.input_ids = tokenize(model, processor, self.prompt, counts, self.options)
 
 
@@ -50,12 +82,16 @@ class Row:
         self.id = request.id
         self.options = options = request.options
         self.limit = answer_limit(request.input_ids, options, processor)
-        self.process = make_logits_processor(options)
+        self.process = request.process
         self.seen = mx.array([i for i in request.input_ids if i >= 0])
         self.key = None if options.seed is None else mx.random.key(options.seed)
         self.generated = 0
         self.done = False
+        self.request = request
+        self.entering = time.perf_counter()
         self._tokens: deque[int] = deque()
+        self._lazy: deque[LazyLogprobs] = deque()
+        self._logprobs: deque[Logprobs] | None = None if options.logprobs is None else deque()
         self._responses = stream_responses(
             iter(self._tokens.popleft, None),
             processor,
@@ -63,14 +99,35 @@ class Row:
             options.stop,
             self.limit,
             (request.start, request.preprocessed, request.encoded),
+            self._logprobs,
         )
+
+    def choose(self, logits: mx.array, token: mx.array) -> None:
+        """Note a token [1] that is computed for later, chosen by logits [1, vocab_size]."""
+        if self._logprobs is not None:
+            self._lazy.append(find_logprobs(logits, token, self.options.logprobs or 0))
+        if self.process is not None:
+            self.seen = mx.concatenate([self.seen, token])
 
     def read(self, token: int) -> Response:
         """What one more token brings."""
         self._tokens.append(token)
-        response = next(self._responses)
+        if self._logprobs is not None:
+            self._logprobs.append(self._lazy.popleft().read())
+        response = self._timed(next(self._responses))
         self.generated = response.generation_tokens
-        self.done = response.finish_reason is not None
+        self.done = self.done or response.finish_reason is not None
+        return response
+
+    def _timed(self, response: Response) -> Response:
+        """A response whose times leave out what the request waited for others."""
+        asked = self.request
+        first = response.ttft + asked.start
+        response.preprocess_time = asked.preprocessed - asked.reading
+        response.encode_time = asked.encoded - asked.encoding
+        response.prefill_time = first - self.entering
+        worked = response.preprocess_time + response.encode_time + response.prefill_time
+        response.queue_time = max(0.0, response.ttft - worked)
         return response
 
 

@@ -16,9 +16,9 @@ import os
 import time
 import weakref
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from itertools import islice, takewhile
+from itertools import takewhile
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +32,7 @@ from ..ops import check_process, on_cpu, wired_memory
 from ..processor import Processor
 from ..text.messages import Messages, collect_images
 from .decode import check_finite
-from .inputs import ImageSources, list_images, preprocess_images
+from .inputs import ImageSources, list_images
 from .options import CACHE_KINDS, DRAFTS, Options, refuse
 from .prefix import Prefix, common_prefix
 from .requests import PendingRequest, Picture, Row, encode_together, sample_rows
@@ -85,6 +85,8 @@ class Batch:
         max_batch: sequences that are decoded at a time.
         encode_batch: images that are encoded, and requests that enter the decoder, at a time; by
             default 8, or fewer if they have more than 4 million pixels.
+        when_read: called, from any thread, when the images of a request were read. With it,
+            `step` never waits for images: requests go on as they are read, not in their order.
 
     Raises:
         ValueError: one of the numbers is below 1.
@@ -97,6 +99,7 @@ class Batch:
         *,
         max_batch: int = MAX_BATCH,
         encode_batch: int | None = None,
+        when_read: Callable[[], None] | None = None,
     ):
         from concurrent.futures import ThreadPoolExecutor
 
@@ -109,11 +112,13 @@ class Batch:
         self.processor = processor
         self.max_batch = max_batch
         self.encode_batch = encode_batch
+        self.when_read = when_read
         self._threads = ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1))
         self._stepping = Lock()
         self._count = 0
         self._waiting: deque[PendingRequest] = deque()
-        self._reading: deque[tuple[PendingRequest, Future[list[Picture]]]] = deque()
+        self._reading: deque[tuple[PendingRequest, Future[PendingRequest]]] = deque()
+        self._read: deque[PendingRequest] = deque()
         self._encoded: deque[PendingRequest] = deque()
         self._failed: deque[RequestError] = deque()
         self._rows: list[Row] = []
@@ -125,8 +130,19 @@ class Batch:
 
     def __len__(self) -> int:
         """Requests that have not ended."""
-        entering = len(self._waiting) + len(self._reading) + len(self._encoded)
-        return entering + len(self._failed) + sum(not row.done for row in self._rows)
+        reading = len(self._waiting) + len(self._reading)
+        return reading + len(self._read) + len(self._encoded) + len(self._failed) + self.running
+
+    @property
+    def running(self) -> int:
+        """Requests that are being answered."""
+        return sum(not row.done for row in self._rows)
+
+    @property
+    def is_blocked(self) -> bool:
+        """Whether nothing can be done before an image is read."""
+        ready = self._rows or self._read or self._encoded or self._failed
+        return not ready and not any(future.done() for _, future in self._reading)
 
     @property
     def wants_more(self) -> bool:
@@ -164,6 +180,7 @@ class Batch:
             row.done = row.done or row.id == id
         self._waiting = deque(request for request in self._waiting if request.id != id)
         self._reading = deque(pair for pair in self._reading if pair[0].id != id)
+        self._read = deque(request for request in self._read if request.id != id)
         self._encoded = deque(request for request in self._encoded if request.id != id)
         self._read_ahead()
         self._release()
@@ -209,37 +226,85 @@ class Batch:
     def _read_ahead(self) -> None:
         while self._waiting and len(self._reading) < READ_AHEAD * self.encode_batch:
             request = self._waiting.popleft()
-            future = self._threads.submit(_read, self.processor, request)
+            future = self._threads.submit(request.read, self.processor)
             self._reading.append((request, future))
+            if self.when_read is not None:
+                future.add_done_callback(self._tell)
+
+    def _tell(self, _: Any) -> None:
+        if self.when_read is not None:
+            self.when_read()
 
     def _let_in(self) -> None:
         """Prefill what is encoded, as far as there is room; encode first if nothing is."""
         if not self._encoded:
-            self._encode()
+            if not self._read:
+                self._tokenize()
+            chosen = self._next_images()
+            self._try(self._encode, chosen, [request for request, _ in chosen])
+            self._pass_on()
         room = self.max_batch - len(self._rows)
         entering = [self._encoded.popleft() for _ in range(min(room, len(self._encoded)))]
         if entering:
-            self._prefill(entering)
+            self._try(self._prefill, entering, entering)
 
-    def _encode(self) -> None:
-        """Tokenize the prompts of the next few requests, and encode their images."""
-        found: list[tuple[PendingRequest, list[Picture]]] = []
-        for _ in range(min(self.encode_batch, len(self._reading))):
-            request, future = self._reading.popleft()
+    def _tokenize(self) -> None:
+        """Tokenize the prompts of the next few requests, now that their images are read."""
+        ready = [pair for pair in self._reading if self.when_read is None or pair[1].done()]
+        for pair in ready[: self.encode_batch]:
+            request, future = pair
+            self._reading.remove(pair)
             try:
-                pictures = future.result()
-                request.preprocessed = time.perf_counter()
-                request.tokenize(self.model, self.processor, pictures)
-                found.append((request, pictures))
-            except (ValueError, OSError) as error:
+                future.result().tokenize(self.model, self.processor)
+                self._read.append(request)
+            except Exception as error:
                 self._failed.append(RequestError(request.id, error))
         self._read_ahead()
-        images = [image for _, images in found for image in images]
-        visual_tokens = iter(encode_together(self.model, images, self.encode_batch))
-        for request, images in found:
-            request.visual_tokens = list(islice(visual_tokens, len(images)))
+
+    def _try(
+        self, work: Callable[[list[Any]], None], items: list[Any], requests: list[PendingRequest]
+    ) -> None:
+        """Do some work on all items; one by one if that fails, so that a fault stays with its
+        request."""
+        try:
+            work(items)
+        except Exception as error:
+            if len(items) == 1:
+                self.remove(requests[0].id)
+                self._failed.append(RequestError(requests[0].id, error))
+                return
+            for item, request in zip(items, requests, strict=True):
+                self._try(work, [item], [request])
+
+    def _encode(self, chosen: list[tuple[PendingRequest, Picture]]) -> None:
+        """Encode images together."""
+        start = time.perf_counter()
+        pictures = [picture for _, picture in chosen]
+        encoded = encode_together(self.model, pictures, self.encode_batch)
+        for (request, _), visual_tokens in zip(chosen, encoded, strict=True):
+            request.encoding = request.encoding or start
+            request.visual_tokens.append(visual_tokens)
+            request.pictures.pop(0)
+
+    def _pass_on(self) -> None:
+        """The requests whose images are all encoded can enter."""
+        for request in [request for request in self._read if not request.pictures]:
+            self._read.remove(request)
             request.encoded = time.perf_counter()
+            request.encoding = request.encoding or request.encoded
             self._encoded.append(request)
+
+    def _next_images(self) -> list[tuple[PendingRequest, Picture]]:
+        """Those that are encoded at a time, each with its request."""
+        chosen: list[tuple[PendingRequest, Picture]] = []
+        squares = 0
+        for request in self._read:
+            for picture in request.pictures:
+                squares += len(picture[0])
+                if chosen and squares > self.encode_batch:
+                    return chosen
+                chosen.append((request, picture))
+        return chosen
 
     def _prefill(self, requests: list[PendingRequest]) -> None:
         """Start a sequence for each request, up to its first token."""
@@ -317,19 +382,25 @@ class Batch:
 
     def _next_tokens(self, rows: list[Row], logits: mx.array) -> mx.array:
         """[B, vocab_size] → tokens [B]."""
+        processed = logits
         if any(row.process for row in rows):
-            each = [
-                logits[i : i + 1]
-                if row.process is None
-                else row.process(row.seen, logits[i : i + 1])
-                for i, row in enumerate(rows)
-            ]
-            logits = mx.concatenate(each)
-        tokens = sample_rows(rows, logits)
+            each = [self._process(row, logits[i : i + 1]) for i, row in enumerate(rows)]
+            processed = mx.concatenate(each)
+        tokens = sample_rows(rows, processed)
         for i, row in enumerate(rows):
-            if row.process is not None:
-                row.seen = mx.concatenate([row.seen, tokens[i : i + 1]])
+            row.choose(logits[i : i + 1], tokens[i : i + 1])
         return tokens
+
+    def _process(self, row: Row, logits: mx.array) -> mx.array:
+        """What a row's own processor makes of its logits; if that fails, only the row does."""
+        if row.process is None or row.done:
+            return logits
+        try:
+            return row.process(row.seen, logits)
+        except Exception as error:
+            row.done = True
+            self._failed.append(RequestError(row.id, error))
+            return logits
 
     def _keep(self, kept: list[bool]) -> None:
         """Drop the other rows."""
@@ -338,10 +409,3 @@ class Batch:
         order = self._cache.keep(kept)
         self._rows = [self._rows[i] for i in order]
         self._tokens = self._tokens[mx.array(order, dtype=mx.int32)]
-
-
-def _read(processor: Processor, request: PendingRequest) -> list[Picture]:
-    """The images of a request, on a thread of their own."""
-    options = request.options
-    found = preprocess_images(processor, request.images, options.image_size, fast=options.fast)
-    return list(zip(*found, strict=True))
