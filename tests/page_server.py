@@ -19,7 +19,7 @@ from PIL import Image
 PREFIX = "/a/proxy's/way/"  # the page must work below any path
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
-    "media-src 'self' blob:; connect-src 'self'"
+    "media-src 'self' blob:; connect-src 'self'; base-uri 'none'; form-action 'none'"
 )
 TIMINGS = {
     "queue": 0.0011,
@@ -142,9 +142,10 @@ def handler(server: PageServer) -> type[BaseHTTPRequestHandler]:
             self.send_bytes(json.dumps(body).encode(), "application/json", status, headers)
 
         def send_page(self, name: str) -> None:
-            if name not in ("index.html", "app.js", "style.css"):
+            file = files("fastvlm_mlx").joinpath("serve", "page", name)
+            if not file.is_file():
                 return self.send(404, {"error": {"message": f"There is no {name}."}})
-            content = files("fastvlm_mlx").joinpath("serve", "page", name).read_bytes()
+            content = file.read_bytes()
             kind = mimetypes.guess_type(name)[0] or ""
             self.send_bytes(content, kind, 200, {"Content-Security-Policy": POLICY})
 

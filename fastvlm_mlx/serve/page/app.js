@@ -424,6 +424,16 @@ function stripItem(picture, index) {
   return make("li", {}, choose, remove);
 }
 
+/** A picture that comes with the page, with a question that fits it. */
+async function takeSample(button) {
+  const address = button.firstElementChild.getAttribute("src");
+  const response = await fetch(address).catch(() => null);
+  if (!response?.ok) return say($("picture-alert"), "The server can't be reached.");
+  const name = address.replace("sample-", "");
+  if (!$("question").value.trim()) setQuestion(button.dataset.question);
+  await take([new File([await response.blob()], name, { type: "image/png" })]);
+}
+
 function filesOf(transfer) {
   const files = [...(transfer?.files ?? [])];
   if (files.length) return files;
@@ -736,8 +746,7 @@ async function* chunks(response, heard) {
       for (const line of lines) {
         if (!line.startsWith("data:")) continue; // blank lines, comments and names of events
         const data = line.slice(5).trim();
-        if (data === "[DONE]") return;
-        if (data) yield JSON.parse(data);
+        if (data && data !== "[DONE]") yield JSON.parse(data);
       }
     }
   } finally {
@@ -803,17 +812,21 @@ function turnHead(entry, thumbs) {
   return head;
 }
 
-/** Add to the answer; whoever has scrolled up to read stays there. */
+/** Add to the answer. It is shown once per frame of the screen, however fast it comes. */
 function append(turn, text) {
-  if (!turn.node.isConnected) place(turn);
-  following(() => {
-    turn.entry.answer += text;
-    turn.text.append(text);
-    if (turn.first) showFigures(turn.entry);
+  turn.entry.answer += text;
+  if (turn.first) {
     turn.first = false;
+    if (!turn.node.isConnected) place(turn);
+    following(() => showFigures(turn.entry));
+  }
+  turn.drawing ??= requestAnimationFrame(() => {
+    turn.drawing = null;
+    if (!turn.ended) following(() => (turn.text.textContent = turn.entry.answer));
   });
 }
 
+/** Whoever has scrolled up to read stays there; who was at the end stays at the end. */
 function following(change) {
   const box = $("reading");
   const follows = box.scrollHeight - box.scrollTop - box.clientHeight < 32;
@@ -823,6 +836,7 @@ function following(change) {
 
 function endTurn(turn, talk, asked, added) {
   const { entry, text, node } = turn;
+  turn.ended = true;
   text.classList.remove("coming");
   entry.answer = entry.answer.trim();
   if (!entry.answer && entry.finish !== "stop" && entry.finish !== "length") {
@@ -1295,6 +1309,8 @@ function wire() {
   });
   for (const id of ["camera-on", "camera-on-2"])
     $(id).addEventListener("click", async () => (await camera.start()) && $("camera-off").focus());
+  for (const button of document.querySelectorAll(".samples button"))
+    button.addEventListener("click", () => takeSample(button));
   $("camera-off").addEventListener("click", () => {
     camera.stop();
     (pictures.length ? $("add") : $("choose")).focus();
