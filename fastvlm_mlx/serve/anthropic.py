@@ -18,6 +18,7 @@ from .fields import (
     Model,
     Probability,
     Reply,
+    StopTexts,
     Timings,
     image_part,
     options_of,
@@ -97,7 +98,7 @@ class CountRequest(Model):
 class MessagesRequest(CountRequest):
     max_tokens: Count
     stream: bool | None = None
-    stop_sequences: list[str] | None = None
+    stop_sequences: StopTexts | None = None
     temperature: Probability | None = None
     top_p: Probability | None = None
     top_k: Annotated[int, Field(ge=0, lt=2**31)] | None = None

@@ -14,7 +14,9 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 Probability = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, lt=2**31)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**64)]
-Stop = str | list[str]
+StopText = Annotated[str, Field(min_length=1, max_length=1000)]
+StopTexts = Annotated[list[StopText], Field(max_length=64)]
+Stop = StopText | StopTexts
 
 
 class Model(BaseModel):
