@@ -1,6 +1,10 @@
 """The page of the server, in a browser, below another path and under its strict policy."""
 
 import json
+import os
+import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -18,7 +22,8 @@ pytestmark = pytest.mark.needs("playwright")
 playwright = pytest.importorskip("playwright.sync_api")
 expect = playwright.expect
 
-PAGE = Path(__file__).parents[1] / "fastvlm_mlx" / "serve" / "page"
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "fastvlm_mlx" / "serve" / "page"
 PENGUINS = NANO / "images" / "penguins.png"
 QUEEN = NANO / "images" / "queen.png"
 AXE = Path(__file__).parent / "data" / "axe" / "axe.min.js"
@@ -228,6 +233,23 @@ def test_a_stopped_answer_is_kept_and_the_server_is_left(shown: View) -> None:
     expect(shown.page.locator(".card")).to_contain_text("Stopped")
     waiting(lambda: shown.server.left == 1)
     expect(shown.page.locator("#question")).to_be_focused()
+
+
+def test_a_double_click_and_a_hasty_one_ask_once_about_the_picture(opened: View) -> None:
+    opened.page.fill("#question", "What?")
+    opened.page.evaluate(
+        """async () => {
+          const slow = HTMLImageElement.prototype.decode;
+          HTMLImageElement.prototype.decode = async function () {
+            await new Promise((done) => setTimeout(done, 500));
+            return slow.call(this);
+          };
+        }"""
+    )
+    opened.hand_over("drop", PENGUINS)
+    opened.page.dblclick("#send")  # while the picture is being read
+    opened.page.locator(".card").wait_for()
+    assert len(opened.server.asked) == 1 and sent(opened) == [PENGUINS.read_bytes()]
 
 
 def test_a_question_stopped_before_its_answer_comes_back(shown: View) -> None:
@@ -968,6 +990,50 @@ def test_every_state_is_accessible_and_fits(
     assert view.faults == []
 
 
+# The server of the package
+
+
+@pytest.mark.needs("fastapi")
+@pytest.mark.needs("uvicorn")
+@pytest.mark.needs("prometheus_client")
+def test_the_packages_own_server_and_the_page_understand_each_other(view: View) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "fastvlm_mlx", "serve", "--port", str(port)]
+    environment = os.environ | {"FASTVLM_API_KEY": "a key", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    try:
+        waiting(lambda: listens(port), 60)
+        view.page.goto(f"http://127.0.0.1:{port}/")
+        view.page.fill("#key", "a key")
+        view.page.keyboard.press("Enter")
+        expect(view.page.locator("#model")).to_have_text("nano")
+        expect(view.page.locator("#size")).to_have_value("256")
+        view.page.get_by_role("button", name="Some penguins").click()
+        view.page.click("#send")
+        answer = view.page.locator(".card .text")
+        expect(answer).to_have_text("There are 6 penguins.", timeout=30000)
+        timings = exported(view)[0]["timings"]
+        assert 0 < timings["encode"] < timings["first_token"]
+        assert timings["queue"] + timings["read"] + timings["prefill"] < timings["first_token"]
+        assert timings["tokens_per_second"] > 0
+        view.page.check("#chat")
+        view.page.set_default_timeout(30000)
+        view.ask("How many objects are there?")
+        expect(view.page.locator(".turn")).to_have_count(2)
+        process.terminate()
+        link = view.page.locator("#link")
+        expect(link).to_have_attribute("data-state", "down", timeout=30000)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
+
+
 # The files
 
 
@@ -988,5 +1054,5 @@ def test_the_page_is_small_and_needs_nothing_from_elsewhere() -> None:
 
 
 def test_the_page_is_installed_with_the_package() -> None:
-    setup = (Path(__file__).parents[1] / "setup.py").read_text(encoding="utf-8")
+    setup = (ROOT / "setup.py").read_text(encoding="utf-8")
     assert '"serve/page/*"' in setup

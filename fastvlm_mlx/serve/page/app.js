@@ -299,6 +299,7 @@ async function reason(response) {
 
 let pictures = []; // of the next question
 let selected = 0;
+let taking = Promise.resolve(); // a question waits for the pictures that are being read
 
 function draw(source, width, height, side, type = "image/jpeg", quality = 0.92) {
   const scale = Math.min(1, side / Math.max(width, height));
@@ -357,8 +358,11 @@ async function readPicture(file) {
 }
 
 /** Take new pictures in the place of the old ones, or beside them. */
-async function take(files, beside = false) {
-  if (!files.length) return;
+function take(files, beside = false) {
+  taking = files.length ? takeAll(files, beside) : taking;
+}
+
+async function takeAll(files, beside) {
   const read = await Promise.allSettled([...files].map(readPicture));
   const good = read.filter((one) => one.status === "fulfilled").map((one) => one.value);
   const bad = read.filter((one) => one.status === "rejected").map((one) => one.reason.message);
@@ -425,13 +429,17 @@ function stripItem(picture, index) {
 }
 
 /** A picture that comes with the page, with a question that fits it. */
-async function takeSample(button) {
+function takeSample(button) {
+  if (!$("question").value.trim()) setQuestion(button.dataset.question);
+  taking = fetchSample(button);
+}
+
+async function fetchSample(button) {
   const address = button.firstElementChild.getAttribute("src");
   const response = await fetch(address).catch(() => null);
   if (!response?.ok) return say($("picture-alert"), "The server can't be reached.");
   const name = address.replace("sample-", "");
-  if (!$("question").value.trim()) setQuestion(button.dataset.question);
-  await take([new File([await response.blob()], name, { type: "image/png" })]);
+  await takeAll([new File([await response.blob()], name, { type: "image/png" })], false);
 }
 
 function filesOf(transfer) {
@@ -595,6 +603,7 @@ async function showAgain() {
 // Asking
 
 let conversation = { id: "", messages: [], pictures: new Set() };
+let asking = false; // a second click while the first one waits for something asks nothing
 let running = null; // the AbortController of the answer that is coming in
 let continuous = null; // that of the continuous mode
 let latest = null; // the turn in the answer's panel whose figures are shown
@@ -626,10 +635,13 @@ function picturesToSend() {
 }
 
 async function askOnce(prompt = $("question").value.trim()) {
-  if (running || continuous) return;
-  say($("answer-alert"), "");
-  if (!$("chat").checked) newConversation();
+  if (asking) return;
+  asking = true;
   try {
+    await taking;
+    if (running || continuous) return;
+    say($("answer-alert"), "");
+    if (!$("chat").checked) newConversation();
     if (!prompt) throw new Said("Write a question, or choose one below the picture.");
     const added = picturesToSend();
     if ($("chat").checked) setQuestion("");
@@ -639,6 +651,8 @@ async function askOnce(prompt = $("question").value.trim()) {
     if (error.lost) away();
     if (!$("question").value) setQuestion(prompt);
     say($("answer-alert"), sentence(error), error.again ? () => askOnce(prompt) : null);
+  } finally {
+    asking = false;
   }
 }
 
@@ -790,6 +804,7 @@ function beginTurn(prompt, added) {
   latest = turn;
   if (continuous) return turn; // the last answer stays until this one begins
   place(turn);
+  $("reading").scrollIntoView({ block: "nearest" }); // on a phone it may lie above what is seen
   show($("copy"), false);
   show($("figures"), false);
   return turn;
@@ -927,7 +942,7 @@ function fillDetails(place, entry) {
   }
   const rows = [
     ...STAGES.map((name, index) => [name, STAGE_NAMES[name], seconds(spent[index])]),
-    ["rest", "First step", seconds(rest)],
+    ...(rest > 0.00005 ? [["rest", "First step", seconds(rest)]] : []),
     ["", "Until seen here", seconds(seen)],
     ["", "Cached tokens", cached(timings.cached_tokens, usage?.prompt_tokens)],
     ["", "Cached images", String(timings.cached_images ?? 0)],
@@ -1302,10 +1317,10 @@ function wire() {
   $("choose").addEventListener("click", choose(false));
   $("choose-2").addEventListener("click", choose(false));
   $("add").addEventListener("click", choose(true));
-  $("file").addEventListener("change", async () => {
+  $("file").addEventListener("change", () => {
     const files = [...$("file").files];
     $("file").value = ""; // so that the same file can be chosen again
-    await take(files, beside && !camera.on);
+    take(files, beside && !camera.on);
   });
   for (const id of ["camera-on", "camera-on-2"])
     $(id).addEventListener("click", async () => (await camera.start()) && $("camera-off").focus());
