@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -113,6 +114,18 @@ def test_a_sample_is_one_click_away(opened: View) -> None:
     opened.page.click("#send")
     opened.page.locator(".card").wait_for()
     assert sent(opened) == [(PAGE / "sample-penguins.png").read_bytes()]
+
+
+def test_text_is_pasted_as_text_though_a_picture_of_it_comes_along(opened: View) -> None:
+    paste = """() => {
+      const transfer = new DataTransfer();
+      transfer.items.add(new File(["x"], "cells.png", { type: "image/png" }));
+      transfer.setData("text/plain", "cells");
+      const all = { bubbles: true, cancelable: true, clipboardData: transfer };
+      return question.dispatchEvent(new ClipboardEvent("paste", all));
+    }"""
+    assert opened.page.evaluate(paste)  # the browser goes on and inserts the text
+    expect(opened.page.locator("#stage")).to_have_attribute("data-state", "empty")
 
 
 def test_a_drag_over_the_page_shows_where_to_drop(opened: View) -> None:
@@ -361,6 +374,19 @@ def test_a_chat_keeps_the_picture(shown: View) -> None:
     assert len(shown.messages) == 1 and sent(shown) == [PENGUINS.read_bytes()]
 
 
+def test_a_new_chat_ends_the_answer_of_the_last_one(shown: View) -> None:
+    shown.page.check("#chat")
+    shown.ask("How many?")
+    shown.server.reply = lambda body: ["And so ", *[0.05, "on "] * 100]
+    shown.page.fill("#question", "Go on?")
+    shown.page.click("#send")
+    expect(shown.page.locator(".turn .text").last).to_contain_text("on")
+    shown.page.click("#new-chat")
+    expect(shown.page.locator(".card")).to_have_count(2)  # what came is kept
+    expect(shown.page.locator("#reading")).to_have_text(re.compile("^A new chat"))
+    expect(shown.page.locator("#figures")).not_to_be_visible()
+
+
 def test_a_picture_added_to_a_chat_stands_at_its_turn(shown: View) -> None:
     shown.page.check("#chat")
     shown.ask("How many?")
@@ -487,6 +513,7 @@ def test_a_scene_that_stays_as_it_is_fills_no_history(opened: View) -> None:
     expect(opened.page.locator("#continuous")).not_to_be_checked()
     expect(opened.page.locator(".card")).to_have_count(2)
     expect(opened.page.locator(".card").last).to_contain_text("×")
+    assert opened.page.evaluate("told") == ["A wall.", "A door."]
 
 
 def test_continuous_mode_outlives_the_server(opened: View) -> None:

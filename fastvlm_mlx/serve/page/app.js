@@ -13,6 +13,7 @@ const BUILT_IN = [
 const SIZES_IN_PATCHES = [4, 6, 8, 12, 16, 20, 24];
 const SENT_AS_THEY_ARE = /^image\/(jpeg|png|webp)$/; // other pictures are drawn again where possible
 const LARGEST_FILE = 8 * 2 ** 20; // larger pictures are made smaller before they are sent
+const MOST_PIXELS = 40e6;
 const LARGEST_SIDE = 2048;
 const THUMBNAIL_SIDE = 144;
 const CARDS_AT_ONCE = 48;
@@ -178,7 +179,7 @@ function enterKey(submitted) {
 }
 
 function link(state, text) {
-  if ($("link").dataset.state === state) return;
+  if ($("link-text").textContent === text) return; // it would be announced again
   $("link").dataset.state = state;
   $("link-text").textContent = text;
 }
@@ -193,11 +194,17 @@ async function check() {
     }
     if (!server.up && !server.asking) await readModel();
   } catch (error) {
-    if (error instanceof Said && !error.lost) return say($("answer-alert"), error.message);
+    if (error instanceof Said && !error.lost) return refused(error.message);
     // A server may be too busy with an answer to reply in time; a dead one refuses at once.
     if (error.name === "TimeoutError" && running) return;
     away();
   }
+}
+
+/** Said once: it is asked again and again. */
+function refused(sentence) {
+  if ($("link").dataset.state === "waiting") say($("answer-alert"), sentence);
+  if ($("link").dataset.state !== "locked") link("broken", "Not allowed");
 }
 
 function away() {
@@ -233,8 +240,8 @@ async function readModel() {
 
 /** Before a question goes out: with what name, and whether to anyone at all. */
 async function knowModel() {
-  if (server.model) return;
-  link("waiting", "Connecting…");
+  if (server.up) return;
+  if (!server.model) link("waiting", "Connecting…");
   await check();
   if ($("link").dataset.state === "locked") throw new Said("This server needs its API key.");
   if (!server.model) throw new Said("The server can't be reached.", { again: true, lost: true });
@@ -251,7 +258,7 @@ function showModel() {
     const sizes = new Set([...SIZES_IN_PATCHES.map((n) => n * patch), own]);
     const options = [...sizes].sort((a, b) => a - b).map((size) => sizeOption(size, patch, own));
     $("size").replaceChildren(...options);
-    $("size").value = kept("size", own);
+    $("size").value = kept(`size:${id}`, own);
     if (!$("size").value) $("size").value = own;
   }
   const nano = /(^|[^a-z])nano([^a-z]|$)/i.test(id) && !kept("knows-nano", false);
@@ -307,6 +314,7 @@ function draw(source, width, height, side, type = "image/jpeg", quality = 0.92) 
   canvas.width = Math.max(1, Math.round(width * scale));
   canvas.height = Math.max(1, Math.round(height * scale));
   const context = canvas.getContext("2d");
+  context.imageSmoothingQuality = "high";
   if (type === "image/jpeg") {
     context.fillStyle = "#fff"; // JPEG has no transparency
     context.fillRect(0, 0, canvas.width, canvas.height);
@@ -351,7 +359,8 @@ async function readPicture(file) {
   }
   const { image, width, height } = found;
   let sent;
-  if (file.size > LARGEST_FILE) sent = draw(image, width, height, LARGEST_SIDE);
+  if (file.size > LARGEST_FILE || width * height > MOST_PIXELS)
+    sent = draw(image, width, height, LARGEST_SIDE);
   else if (SENT_AS_THEY_ARE.test(file.type)) sent = await dataUri(file);
   else sent = draw(image, width, height, LARGEST_SIDE, "image/png");
   return { name, sent, address, width, height, thumb: thumbnail(image, width, height) };
@@ -602,7 +611,7 @@ async function showAgain() {
 
 // Asking
 
-let conversation = { id: "", messages: [], pictures: new Set() };
+let conversation; // its messages, the pictures that stand in them, and thumbnails of the last ones
 let asking = false; // a second click while the first one waits for something asks nothing
 let running = null; // the AbortController of the answer that is coming in
 let continuous = null; // that of the continuous mode
@@ -611,7 +620,7 @@ let latest = null; // the turn in the answer's panel whose figures are shown
 const imageSize = () => Number($("size").value) || null;
 
 function newConversation() {
-  conversation = { id: `${Date.now()}`, messages: [], pictures: new Set() };
+  conversation = { id: `${Date.now()}`, messages: [], pictures: new Set(), images: [] };
   show($("new-chat"), false);
 }
 
@@ -785,6 +794,7 @@ function read(turn, chunk, started) {
 
 function beginTurn(prompt, added) {
   const thumbs = added.map(({ name, width, height, thumb }) => ({ name, width, height, thumb }));
+  if (thumbs.length) conversation.images = thumbs;
   const entry = {
     id: `${Date.now()}-${Math.random().toString(36).slice(2, 8)}`,
     time: new Date().toISOString(),
@@ -793,7 +803,7 @@ function beginTurn(prompt, added) {
     precision: server.model.precision,
     image_size: imageSize(),
     prompt,
-    images: thumbs.length ? thumbs : (latest?.entry.images ?? []),
+    images: conversation.images,
     answer: "",
   };
   if (continuous) entry.run = continuous.id;
@@ -801,7 +811,6 @@ function beginTurn(prompt, added) {
   const node = make("div", { className: "turn" });
   node.append(turnHead(entry, thumbs), text);
   const turn = { entry, node, text, alone: !conversation.messages.length, first: true };
-  latest = turn;
   if (continuous) return turn; // the last answer stays until this one begins
   place(turn);
   $("reading").scrollIntoView({ block: "nearest" }); // on a phone it may lie above what is seen
@@ -810,9 +819,10 @@ function beginTurn(prompt, added) {
   return turn;
 }
 
-function place({ node, alone }) {
-  if (alone) $("reading").replaceChildren();
-  $("reading").append(node);
+function place(turn) {
+  latest = turn;
+  if (turn.alone) $("reading").replaceChildren();
+  $("reading").append(turn.node);
   $("reading").scrollTop = $("reading").scrollHeight;
 }
 
@@ -861,23 +871,24 @@ function endTurn(turn, talk, asked, added) {
     if (!continuous && !$("question").value) setQuestion(entry.prompt);
     return;
   }
-  if (!node.isConnected) place(turn);
-  following(() => {
-    text.textContent = entry.answer || "(an empty answer)";
-    text.classList.add(...shape(entry.answer));
-    const note = finishNote(entry);
-    if (note) node.append(make("p", { className: "finish", textContent: note }));
-    node.append(make("p", { className: "meta", textContent: figuresLine(entry) }));
-    showFigures(entry);
-  });
+  if (turn.first && !node.isConnected) place(turn); // one that came without a word
+  if (node.isConnected) following(() => showEnd(turn)); // else a new chat has taken its place
   if (entry.finish !== "broken off") {
     talk.messages.push(asked, { role: "assistant", content: entry.answer });
     for (const picture of added) talk.pictures.add(picture);
   }
+  if (remember(entry)) announce(entry.answer);
+}
+
+function showEnd({ entry, text, node }) {
+  text.textContent = entry.answer || "(an empty answer)";
+  text.classList.add(...shape(entry.answer));
+  const note = finishNote(entry);
+  if (note) node.append(make("p", { className: "finish", textContent: note }));
+  node.append(make("p", { className: "meta", textContent: figuresLine(entry) }));
+  showFigures(entry);
   show($("new-chat"), $("chat").checked);
   show($("copy"), entry.answer);
-  announce(entry.answer);
-  remember(entry);
 }
 
 /** How large an answer is set: an emoji alone is drawn huge, a few words are large. */
@@ -890,7 +901,7 @@ function shape(answer) {
 function finishNote({ finish }) {
   if (finish === "length") return "Cut off at the limit of tokens.";
   if (finish === "stopped") return "Stopped.";
-  return finish === "broken off" ? "Broken off: the server went away." : "";
+  return finish === "broken off" ? "Broken off." : "";
 }
 
 // One announcement per answer: the text is set anew even where it is the same.
@@ -990,15 +1001,13 @@ async function copyFrom(button, text) {
 const history = []; // oldest first
 let cardsShown = CARDS_AT_ONCE;
 
+/** Keep an answer; true if it is a new one. */
 function remember(entry) {
   const last = history.at(-1);
-  const same = entry.run && entry.run === last?.run && entry.prompt === last.prompt;
-  if (same && entry.answer === last.answer) {
-    entry.times = (last.times ?? 1) + 1; // a scene that stays as it is fills no history
-    entry.since = last.since ?? last.time;
-    entry.id = last.id;
-    history.pop();
-    $("cards").firstElementChild?.remove();
+  const again = entry.run && entry.run === last?.run && entry.prompt === last.prompt;
+  if (again && entry.answer === last.answer) {
+    repeat(last, entry);
+    return false;
   }
   history.push(entry);
   save(entry);
@@ -1006,6 +1015,18 @@ function remember(entry) {
   $("cards").prepend(card(entry));
   while ($("cards").childElementCount > cardsShown) $("cards").lastElementChild.remove();
   showHistory();
+  return true;
+}
+
+/** A scene that stays as it is fills no history: its entry is counted on. */
+function repeat(last, entry) {
+  const { time, timings, usage, seen, images } = entry;
+  const counted = { times: (last.times ?? 1) + 1, since: last.since ?? last.time };
+  Object.assign(last, counted, { time, timings, usage, seen, images });
+  save(last);
+  const foot = $("cards").firstElementChild.querySelector(".card-foot");
+  foot.querySelector(".meta").textContent = figuresLine(last);
+  foot.querySelector(".when").replaceChildren(...cardWhen(last));
 }
 
 function save(entry) {
@@ -1080,12 +1101,7 @@ function unfold(text) {
 
 function cardFoot(entry) {
   const line = make("p", { className: "meta", textContent: figuresLine(entry) });
-  const when = new Date(entry.time);
-  const time = make("time", { dateTime: entry.time, textContent: when.toLocaleTimeString() });
-  time.title = when.toLocaleString();
-  const times = entry.times ? `× ${entry.times} · ` : "";
-  const note = finishNote(entry).split(":")[0].replace(/\.$/, "");
-  const said = make("p", { className: "when" }, times, ...(note ? [`${note} · `] : []), time);
+  const said = make("p", { className: "when" }, ...cardWhen(entry));
   const buttons = make("div", { className: "card-buttons" });
   buttons.append(
     iconButton("copy", "Copy this answer", (button) => copyFrom(button, entry.answer)),
@@ -1094,6 +1110,14 @@ function cardFoot(entry) {
   const foot = make("div", { className: "card-foot" }, line, said, buttons);
   if (entry.timings) foot.append(cardDetails(entry));
   return foot;
+}
+
+function cardWhen(entry) {
+  const when = new Date(entry.time);
+  const time = make("time", { dateTime: entry.time, textContent: when.toLocaleTimeString() });
+  time.title = when.toLocaleString();
+  const times = entry.times ? `× ${entry.times} · ` : "";
+  return [times, finishNote(entry).replace(".", " · "), time];
 }
 
 function cardDetails(entry) {
@@ -1346,7 +1370,7 @@ function wire() {
   $("details").addEventListener("toggle", () => {
     if ($("details").open && latest) fillDetails($("details-body"), latest.entry);
   });
-  $("size").addEventListener("change", () => keep("size", Number($("size").value)));
+  $("size").addEventListener("change", () => keep(`size:${server.model.id}`, Number($("size").value)));
   $("export").addEventListener("click", exportHistory);
   $("clear").addEventListener("click", clearHistory);
   $("more").addEventListener("click", () => {
@@ -1359,7 +1383,9 @@ function wire() {
 function wirePage() {
   addEventListener("paste", (pasted) => {
     const files = filesOf(pasted.clipboardData);
-    if (!files.length) return;
+    // A table's cells come as text and as a picture of them: in the question they are text.
+    const text = pasted.target === $("question") && pasted.clipboardData.getData("text/plain");
+    if (!files.length || text) return;
     pasted.preventDefault();
     take(files);
   });
