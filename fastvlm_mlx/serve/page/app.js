@@ -1000,6 +1000,7 @@ async function copyFrom(button, text) {
 
 const history = []; // oldest first
 let cardsShown = CARDS_AT_ONCE;
+let leaving = false;
 
 /** Keep an answer; true if it is a new one. */
 function remember(entry) {
@@ -1012,6 +1013,7 @@ function remember(entry) {
   history.push(entry);
   save(entry);
   if (entry.unsaved) sayFull();
+  if (leaving) return true; // a page that is left loads no pictures any more
   $("cards").prepend(card(entry));
   while ($("cards").childElementCount > cardsShown) $("cards").lastElementChild.remove();
   showHistory();
@@ -1398,10 +1400,16 @@ function wirePage() {
     if (!document.hidden) check();
   });
   addEventListener("pagehide", () => {
+    leaving = true;
     camera.release();
     running?.abort();
   });
-  addEventListener("pageshow", (shown) => shown.persisted && camera.on && camera.stop());
+  addEventListener("pageshow", (shown) => {
+    leaving = false;
+    if (!shown.persisted) return; // else the browser brings the page back as it was left
+    if (camera.on) camera.stop();
+    showCards();
+  });
   addEventListener("beforeunload", (leaving) => {
     if (history.some((entry) => entry.unsaved)) leaving.preventDefault();
   });
