@@ -49,7 +49,8 @@ setup(
         # Draws the plots of `python -m benchmarks report`.
         "benchmark": ["matplotlib"],
         "test": ["pytest", "hypothesis"],
-        "dev": ["pytest", "hypothesis", "ruff", "mypy", "pre-commit"],
+        # The tests of the page run in the system's Chromium or Chrome.
+        "dev": ["pytest", "hypothesis", "playwright", "ruff", "mypy", "pre-commit"],
     },
     entry_points={"console_scripts": ["fastvlm = fastvlm_mlx.cli.main:main"]},
 )

@@ -186,10 +186,11 @@ def handler(server: PageServer) -> type[BaseHTTPRequestHandler]:
 
         def chunk(self, body: dict) -> None:
             data = f"data: {json.dumps(body, ensure_ascii=False)}\n\n".encode()
-            # In two parts, so that a part may end in the middle of a character.
-            half = len(data) // 2
-            self.write(data[:half])
-            self.write(data[half:])
+            # A character of several bytes comes in two parts.
+            cut = next((n for n, byte in enumerate(data) if 0x80 <= byte < 0xC0), 0)
+            self.write(data[:cut])
+            time.sleep(0.03 if cut else 0)
+            self.write(data[cut:])
 
         def write(self, data: bytes) -> None:
             self.wfile.write(data)

@@ -300,7 +300,7 @@ def test_markup_in_an_answer_stays_text(shown: View) -> None:
     evil = (
         "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'> **bold** &amp;"
     )
-    shown.server.reply = lambda body: [evil[:9], evil[9:]]
+    shown.server.reply = lambda body: [evil[:9], evil[9:], 0.3]
     shown.ask("<b>Really?</b>")
     assert shown.answer == evil
     for _ in range(2):
