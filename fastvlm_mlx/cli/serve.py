@@ -106,16 +106,16 @@ def serve(
     _check_extra()
     from ..serve.server import listen, run
 
-    listening = listen(place)  # a port in use is found before the model is loaded
     name = model or "nano"
-    typer.echo(f"Loading {name} …", err=True)
-    loaded = load(model, revision=revision, dtype=dtype, quantize=quantize)
-    sizes = {name: given[name] for name in ("max_batch", "max_queue")}
-    engine = Engine(*loaded, name=name, **sizes)
-    if model is None:
-        print_nano_note()
-    _say_where(place, listening.getsockname()[1], settings)
-    run(engine, settings, place, listening)
+    with listen(place) as listening:  # a port in use is found before the model is loaded
+        typer.echo(f"Loading {name} …", err=True)
+        loaded = load(model, revision=revision, dtype=dtype, quantize=quantize)
+        sizes = {size: given[size] for size in ("max_batch", "max_queue")}
+        engine = Engine(*loaded, name=name, **sizes)
+        if model is None:
+            print_nano_note()
+        _say_where(place, listening.getsockname()[1], settings)
+        run(engine, settings, place, listening)
 
 
 def _part(part: type[Any], given: dict[str, Any]) -> Any:

@@ -382,7 +382,7 @@ async def models(http: Request) -> Any:
     return {"object": "list", "data": [_card(service_of(http))]}
 
 
-@router.get("/v1/models/{name:path}", response_model=ModelCard)
+@router.get("/v1/models/{name:path}", responses=replies(ModelCard))
 async def model(name: str, http: Request) -> Any:
     """The loaded model by one of its names."""
     service_of(http).check_model(name)
