@@ -58,6 +58,32 @@ def prefill(decoder: Qwen2, embeddings: mx.array, cache: list[Any], step: int) -
     return decoder.hidden_states(None, cache, embeddings)
 
 
+def hidden_states_at(
+    model: FastVLM, places: Sequence[int], embeddings: mx.array, caches: list[Any], step: int
+) -> mx.array:
+    """Prefill of several sequences; [B, hidden_size] at one place of each.
+
+    Args:
+        places: of what is given here of each sequence.
+        embeddings: [B, T, hidden_size] of what the caches don't hold, padded at the end.
+        caches: updated in place.
+        step: tokens to process at a time.
+    """
+    B, T, _ = embeddings.shape
+    index = mx.array(list(places))[:, None, None]
+    found = mx.zeros((B, 1, embeddings.shape[2]), embeddings.dtype)
+    columns = max(1, step // B)
+    for start in range(0, T, columns):
+        chunk = embeddings[:, start : start + columns]
+        hidden_states = model.language_model.hidden_states(None, caches, chunk)
+        at = mx.clip(index - start, 0, chunk.shape[1] - 1)
+        reached = mx.take_along_axis(hidden_states, at, axis=1)
+        found = mx.where(index >= start, reached, found)
+        if start + columns < T:
+            mx.eval(found, [cache.state for cache in caches])
+    return found[:, 0]
+
+
 @wired
 def generate_tokens(
     model: FastVLM,

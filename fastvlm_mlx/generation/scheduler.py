@@ -31,11 +31,21 @@ from ..model.kv_cache import KVCache
 from ..ops import check_process, on_cpu, wired_memory
 from ..processor import Processor
 from ..text.messages import Messages, collect_images
-from .decode import check_finite
+from .decode import check_finite, hidden_states_at
 from .inputs import ImageSources, list_images
 from .options import CACHE_KINDS, DRAFTS, Options, refuse
 from .prefix import Prefix, common_prefix
-from .requests import PendingRequest, Picture, Row, encode_together, sample_rows
+from .prompt_cache import PromptCache
+from .requests import (
+    Chosen,
+    PendingRequest,
+    Row,
+    encode_together,
+    group_by_prefix,
+    next_images,
+    present,
+    sample_rows,
+)
 from .response import Response
 
 if TYPE_CHECKING:
@@ -87,6 +97,8 @@ class Batch:
             default 8, or fewer if they have more than 4 million pixels.
         when_read: called, from any thread, when the images of a request were read. With it,
             `step` never waits for images: requests go on as they are read, not in their order.
+        cache: what earlier requests computed; images and beginnings of prompts that it knows are
+            neither encoded nor read by the decoder again.
 
     Raises:
         ValueError: one of the numbers is below 1.
@@ -100,6 +112,7 @@ class Batch:
         max_batch: int = MAX_BATCH,
         encode_batch: int | None = None,
         when_read: Callable[[], None] | None = None,
+        cache: PromptCache | None = None,
     ):
         from concurrent.futures import ThreadPoolExecutor
 
@@ -108,11 +121,14 @@ class Batch:
             encode_batch = max(1, min(IMAGES_AT_ONCE, PIXELS_AT_ONCE // pixels))
         check_whole_number("max_batch", max_batch)
         check_whole_number("encode_batch", encode_batch)
+        if cache is not None:
+            cache.check_model(model)
         self.model = model
         self.processor = processor
         self.max_batch = max_batch
         self.encode_batch = encode_batch
         self.when_read = when_read
+        self.cache = cache
         self._threads = ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1))
         self._stepping = Lock()
         self._count = 0
@@ -226,7 +242,7 @@ class Batch:
     def _read_ahead(self) -> None:
         while self._waiting and len(self._reading) < READ_AHEAD * self.encode_batch:
             request = self._waiting.popleft()
-            future = self._threads.submit(request.read, self.processor)
+            future = self._threads.submit(request.read, self.processor, self.cache is not None)
             self._reading.append((request, future))
             if self.when_read is not None:
                 future.add_done_callback(self._tell)
@@ -240,13 +256,13 @@ class Batch:
         if not self._encoded:
             if not self._read:
                 self._tokenize()
-            chosen = self._next_images()
-            self._try(self._encode, chosen, [request for request, _ in chosen])
+            chosen = next_images(self._read, self.encode_batch)
+            self._try(self._encode, chosen, [request for request, _, _ in chosen])
             self._pass_on()
         room = self.max_batch - len(self._rows)
         entering = [self._encoded.popleft() for _ in range(min(room, len(self._encoded)))]
-        if entering:
-            self._try(self._prefill, entering, entering)
+        for group in group_by_prefix(entering, self.cache):
+            self._try(self._prefill, group, group)
 
     def _tokenize(self) -> None:
         """Tokenize the prompts of the next few requests, now that their images are read."""
@@ -256,6 +272,8 @@ class Batch:
             self._reading.remove(pair)
             try:
                 future.result().tokenize(self.model, self.processor)
+                if self.cache is not None:
+                    request.know(self.cache.find_image)
                 self._read.append(request)
             except Exception as error:
                 self._failed.append(RequestError(request.id, error))
@@ -276,35 +294,31 @@ class Batch:
             for item, request in zip(items, requests, strict=True):
                 self._try(work, [item], [request])
 
-    def _encode(self, chosen: list[tuple[PendingRequest, Picture]]) -> None:
-        """Encode images together."""
+    def _encode(self, chosen: list[Chosen]) -> None:
+        """Encode images together, each once."""
         start = time.perf_counter()
-        pictures = [picture for _, picture in chosen]
-        encoded = encode_together(self.model, pictures, self.encode_batch)
-        for (request, _), visual_tokens in zip(chosen, encoded, strict=True):
+        encoded = encode_together(
+            self.model, [picture for *_, picture in chosen], self.encode_batch
+        )
+        for (request, n, _), visual_tokens in zip(chosen, encoded, strict=True):
             request.encoding = request.encoding or start
-            request.visual_tokens.append(visual_tokens)
-            request.pictures.pop(0)
+            request.visual_tokens[n] = visual_tokens
+        if self.cache is not None:
+            keys = [request.keys[n] for request, n, _ in chosen]
+            of_key = dict(zip(keys, encoded, strict=True))
+            for key, visual_tokens in of_key.items():
+                self.cache.store_image(key, visual_tokens)
+            for request in self._read:
+                request.know(of_key.get)
 
     def _pass_on(self) -> None:
         """The requests whose images are all encoded can enter."""
-        for request in [request for request in self._read if not request.pictures]:
+        for request in [request for request in self._read if not request.missing]:
             self._read.remove(request)
+            request.pictures = []
             request.encoded = time.perf_counter()
             request.encoding = request.encoding or request.encoded
             self._encoded.append(request)
-
-    def _next_images(self) -> list[tuple[PendingRequest, Picture]]:
-        """Those that are encoded at a time, each with its request."""
-        chosen: list[tuple[PendingRequest, Picture]] = []
-        squares = 0
-        for request in self._read:
-            for picture in request.pictures:
-                squares += len(picture[0])
-                if chosen and squares > self.encode_batch:
-                    return chosen
-                chosen.append((request, picture))
-        return chosen
 
     def _prefill(self, requests: list[PendingRequest]) -> None:
         """Start a sequence for each request, up to its first token."""
@@ -313,13 +327,14 @@ class Batch:
         padded = [ids + [0] * (max(lengths) - len(ids)) for ids in sequences]
         rows = [Row(request, self.processor) for request in requests]
         step = min(row.options.prefill_step_size for row in rows)
-        caches = self._start_caches(sequences, step)
+        caches = self._start_caches(sequences, requests[0].prefix, step)
         known = caches[0].offset
         embeddings = self.model.embed_inputs(
-            mx.array(padded), visual_tokens=[t for r in requests for t in r.visual_tokens]
+            mx.array(padded),
+            visual_tokens=[t for r in requests for t in present(r.visual_tokens)],
         )
         last = [length - known - 1 for length in lengths]
-        hidden_states = self._hidden_states_at(last, embeddings[:, known:], caches, step)
+        hidden_states = hidden_states_at(self.model, last, embeddings[:, known:], caches, step)
         logits = self.model.language_model.logits(hidden_states)
         check_finite(self.model, mx.isfinite(logits).all(), logits.dtype)
         tokens = self._next_tokens(rows, logits)
@@ -327,49 +342,32 @@ class Batch:
         self._tokens = mx.concatenate([self._tokens, tokens])
         self._rows = self._rows + rows
         self._cache.add(caches, lengths)
+        if self.cache is not None:
+            for i, request in enumerate(requests):
+                self.cache.store(request.tagged, caches, row=i)
 
-    def _start_caches(self, sequences: list[list[int]], step: int) -> list[KVCache]:
-        """KV caches that hold the common beginning of all sequences, often the system prompt.
+    def _start_caches(self, sequences: list[list[int]], prefix: Prefix, step: int) -> list[KVCache]:
+        """KV caches that hold what is known of all sequences.
 
-        It is computed once, and kept for later sequences.
+        If that is nothing, it is their common beginning, often the system prompt, which is computed
+        once and kept for later sequences.
         """
+        if prefix.ids:
+            caches = self.model.make_kv_cache()
+            prefix.fill(caches, len(prefix.ids), len(sequences))
+            return caches
         text = list(takewhile(lambda i: i >= 0, sequences[0][:-1]))
         alike = min(common_prefix(text, ids[:-1]) for ids in sequences)
         known = self._prefix.shared(text[:alike])
         if alike < (alike - known) * (len(sequences) - 1):
             known, cache = alike, self.model.make_kv_cache()
             embeddings = self.model.embed_inputs(mx.array([text[:alike]]))
-            self._hidden_states_at([alike - 1], embeddings, cache, step)
+            hidden_states_at(self.model, [alike - 1], embeddings, cache, step)
             self._prefix = Prefix.of(text[:alike], cache)
         caches = self.model.make_kv_cache()
         if known:
             self._prefix.fill(caches, known, len(sequences))
         return caches
-
-    def _hidden_states_at(
-        self, places: list[int], embeddings: mx.array, caches: list[KVCache], step: int
-    ) -> mx.array:
-        """Prefill; [B, hidden_size] at one place of each sequence.
-
-        Args:
-            places: of what is given here of each sequence.
-            embeddings: [B, T, hidden_size] of what the caches don't hold, padded at the end.
-            caches: updated in place.
-            step: tokens to process at a time.
-        """
-        B, T, _ = embeddings.shape
-        index = mx.array(places)[:, None, None]
-        found = mx.zeros((B, 1, embeddings.shape[2]), embeddings.dtype)
-        columns = max(1, step // B)
-        for start in range(0, T, columns):
-            chunk = embeddings[:, start : start + columns]
-            hidden_states = self.model.language_model.hidden_states(None, caches, chunk)
-            at = mx.clip(index - start, 0, chunk.shape[1] - 1)
-            reached = mx.take_along_axis(hidden_states, at, axis=1)
-            found = mx.where(index >= start, reached, found)
-            if start + columns < T:
-                mx.eval(found, [cache.state for cache in caches])
-        return found[:, 0]
 
     def _decode(self) -> None:
         """One more token for each row."""
