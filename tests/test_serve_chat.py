@@ -155,6 +155,21 @@ def test_the_models_are_listed_and_found_by_name(served: Served) -> None:
         models.retrieve("other")
 
 
+def test_a_model_has_several_names_and_none_causes_a_download(
+    played: Served, puppet: Puppet
+) -> None:
+    puppet.name = "apple/FastVLM-0.5B"
+    try:
+        names = ["apple/FastVLM-0.5B", "fastvlm-0.5b", "0.5b", "apple/FastVLM-0.5B:latest", None]
+        for name in [*names, "default"]:
+            assert played.post(PATH, chat(model=name)).status_code == 200
+        for name in ("apple/FastVLM-1.5B", "1.5b", "nano", "gpt-4o", "", "../x", ":latest"):
+            reply = played.post(PATH, chat(model=name))
+            assert (reply.status_code, reply.json()["error"]["code"]) == (404, "model_not_found")
+    finally:
+        puppet.name = "nano"
+
+
 @pytest.mark.needs("langchain_openai")
 def test_langchain_asks_about_an_image_and_streams(served: Served) -> None:
     from langchain_core.messages import HumanMessage

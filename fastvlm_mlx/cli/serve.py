@@ -12,6 +12,9 @@ from typing import Annotated, Any
 import typer
 
 from ..checkpoint.load import load
+from ..generation.prompt_cache import MAX_BYTES
+from ..hub import registry
+from ..serve.cache import RequestCache
 from ..serve.engine import MAX_BATCH, MAX_QUEUE, Engine
 from ..serve.settings import Place, Settings
 from .arguments import Bits, Dtype, Model, Revision
@@ -61,6 +64,9 @@ FLAGS: dict[str, Any] = {
     "keyfile": Annotated[Path | None, _flag("Its key in PEM.")],
     "max_batch": Annotated[int, _flag("Answers that are decoded together at most.")],
     "max_queue": Annotated[int, _flag("Requests that may wait beyond those.")],
+    "max_cache": Annotated[
+        int, _flag("Bytes kept of images and prompts, for requests about the same.")
+    ],
     "max_body": Annotated[int, _flag("Bytes of a request at most.")],
     "max_images": Annotated[int, _flag("Images of a request at most.")],
     "max_image_bytes": Annotated[int, _flag("Bytes of an image's file at most.")],
@@ -79,7 +85,7 @@ PARTS = (Settings, Place)
 def _with_flags(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command that ends in `**given` the flags of `FLAGS`; defaults are the dataclasses'."""
     defaults = {field.name: field.default for part in PARTS for field in fields(part)}
-    defaults |= {"max_batch": MAX_BATCH, "max_queue": MAX_QUEUE}
+    defaults |= {"max_batch": MAX_BATCH, "max_queue": MAX_QUEUE, "max_cache": MAX_BYTES}
     flags = [
         Parameter(name, Parameter.KEYWORD_ONLY, default=defaults[name], annotation=annotation)
         for name, annotation in FLAGS.items()
@@ -106,16 +112,27 @@ def serve(
     _check_extra()
     from ..serve.server import listen, run
 
-    name = model or "nano"
+    name = _name_of(model)
     with listen(place) as listening:  # a port in use is found before the model is loaded
         typer.echo(f"Loading {name} …", err=True)
         loaded = load(model, revision=revision, dtype=dtype, quantize=quantize)
+        cache = RequestCache(loaded[0], given["max_cache"])
         sizes = {size: given[size] for size in ("max_batch", "max_queue")}
-        engine = Engine(*loaded, name=name, **sizes)
+        engine = Engine(*loaded, name=name, cache=cache, **sizes)
         if model is None:
             print_nano_note()
         _say_where(place, listening.getsockname()[1], settings)
         run(engine, settings, place, listening)
+
+
+def _name_of(model: str | None) -> str:
+    """What clients call the model: its published name, or that of its folder."""
+    if model is None:
+        return "nano"
+    if registry.knows(model):
+        return registry.find(model).name
+    folder = Path(model).expanduser()
+    return folder.resolve().name if folder.is_dir() else model
 
 
 def _part(part: type[Any], given: dict[str, Any]) -> Any:

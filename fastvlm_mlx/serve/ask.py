@@ -12,6 +12,7 @@ from typing import Any
 from ..generation.inputs import ContextTooLong
 from ..generation.options import Options
 from ..generation.response import Response
+from ..hub import registry
 from .engine import Engine
 from .errors import ApiError, bad, too_long
 from .facts import facts_of
@@ -111,7 +112,8 @@ class Service:
     def names(self) -> set[str]:
         """What the loaded model is called, in lower case."""
         name = self.engine.name.lower()
-        return {name, name.rstrip("/").rpartition("/")[2], *MODEL_ALIASES}
+        sizes = [registry.find(name).size] if registry.knows(name) else []
+        return {name, name.rpartition("/")[2], *sizes, *MODEL_ALIASES}
 
     def output_limit(self, asked: int | None, name: str = "max_tokens") -> int:
         """The most tokens of an answer; ApiError if more are asked for than the server allows."""
