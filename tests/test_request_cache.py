@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -18,8 +20,10 @@ from PIL import Image
 import fastvlm_mlx as fv
 from fastvlm_mlx.generation.prefix import Prefix, PrefixTree
 from fastvlm_mlx.generation.scheduler import Batch
+from fastvlm_mlx.hub.resolve import NANO
 from fastvlm_mlx.model.fastvlm import FastVLM
-from fastvlm_mlx.serve.cache import RequestCache
+from fastvlm_mlx.serve.cache import RequestCache, ends_of_images, identity_of
+from fastvlm_mlx.serve.disk import Disk
 from fastvlm_mlx.serve.engine import Engine, Timings
 
 COUNT, DESCRIBE = "How many penguins are there?", "Describe the image."
@@ -257,3 +261,192 @@ def test_the_least_recently_used_goes_first(nano: Nano) -> None:
     assert cache.find([1, 9]).ids == [1]
     cache.store_prefix(Prefix([5], stored_for([5])))
     assert [cache.find([n, 9]).ids for n in (1, 2, 3, 4, 5)] == [[1], [], [3], [4], [5]]
+
+
+# In files
+
+
+def cache_in(nano: Nano, folder: Path, **settings: Any) -> RequestCache:
+    return RequestCache(nano[0], cache_dir=folder, **settings)
+
+
+def answer_after_restart(
+    nano: Nano, cache: RequestCache, *asked: Any, **options: Any
+) -> tuple[str, Timings]:
+    found = with_engine(nano, lambda engine: ask(engine, *asked, **options), cache=cache)
+    assert cache.disk is not None
+    cache.disk.flush()
+    return found
+
+
+@pytest.mark.parametrize("options", [{}, {"image_size": 128, "conv_mode": None}], ids=["", "more"])
+def test_a_picture_is_known_after_a_restart(
+    nano: Nano, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    picture = PENGUINS.read_bytes()
+    for n, question in enumerate((DESCRIBE, COUNT, COUNT)):
+        expected = alone(nano, request(question, picture, **options))
+        cache = cache_in(nano, tmp_path / "new" / "cache")
+        text, timings = answer_after_restart(nano, cache, question, picture, **options)
+        assert text == expected and timings.cached_images == (n > 0)
+        assert (timings.cached_tokens > 0) == (n > 0)
+        if n:
+            assert timings.encode == 0
+    assert len(list((tmp_path / "new" / "cache").iterdir())) == 2
+
+
+def test_several_pictures_are_known_after_a_restart(nano: Nano, tmp_path: Path) -> None:
+    pictures = PENGUINS.read_bytes(), PANDA.read_bytes()
+    for n, shown in enumerate((pictures[:1], pictures, pictures[::-1], pictures)):
+        expected = alone(nano, request(DESCRIBE, *shown))
+        text, timings = answer_after_restart(nano, cache_in(nano, tmp_path), DESCRIBE, *shown)
+        assert text == expected and timings.cached_images == [0, 1, 2, 2][n]
+
+
+def test_another_model_or_precision_takes_nothing(nano: Nano, tmp_path: Path) -> None:
+    model, processor = nano
+    disk = cache_in(nano, tmp_path)
+    answer_after_restart(nano, disk, COUNT, PENGUINS.read_bytes())
+    half = fv.load_model(NANO, dtype="float16")
+    changed = fv.load_model(NANO)
+    bias = changed.mm_projector.layers[0].bias
+    changed.mm_projector.layers[0].bias = mx.where(mx.arange(bias.size) == 3, bias + 1e-3, bias)
+    names = {identity_of(each) for each in (model, half, changed)}
+    assert len(names) == 3 and identity_of(fv.load()[0]) in names
+    for other in (half, changed):
+        cache = RequestCache(other, cache_dir=tmp_path)
+        pair = other, processor
+        expected = alone(pair, request(COUNT, PENGUINS.read_bytes()))
+        text, timings = answer_after_restart(pair, cache, COUNT, PENGUINS.read_bytes())
+        assert timings.cached_images == 0 and text == expected
+
+
+def damage(data: bytes) -> dict[str, bytes]:
+    """What may become of a file."""
+    length = int.from_bytes(data[:8], "little")
+    return {
+        "empty": b"",
+        "cut in its header": data[:20],
+        "cut in its data": data[:-7],
+        "without data": data[: 8 + length],
+        "another value": data[:-5] + bytes([data[-5] ^ 1]) + data[-4:],
+        "an endless header": (2**62).to_bytes(8, "little") + data[8:],
+        "a header that is none": data[:8] + b"x" * length + data[8 + length :],
+        "text": b"Hello! " * 50,
+        "zeros": bytes(len(data)),
+    }
+
+
+@pytest.mark.parametrize("kind", damage(bytes(8)))
+def test_a_damaged_file_is_ignored_and_removed(tmp_path: Path, kind: str) -> None:
+    name, array = "0123456789abcdef" * 2, mx.arange(12.0).reshape(3, 4).astype(mx.bfloat16)
+    disk = Disk(tmp_path)
+    disk.write(name, array)
+    disk.flush()
+    (file,) = tmp_path.iterdir()
+    found = Disk(tmp_path).read(name)
+    assert found is not None and found.dtype == array.dtype and mx.array_equal(found, array)
+    file.write_bytes(damage(file.read_bytes())[kind])
+    disk = Disk(tmp_path)
+    assert disk.read(name) is None and name not in disk
+    assert not file.exists() and disk.nbytes == 0
+
+
+def test_a_file_under_another_name_is_not_believed(tmp_path: Path) -> None:
+    disk = Disk(tmp_path)
+    disk.write("0" * 32, mx.ones(3))
+    disk.flush()
+    (tmp_path / f"{'0' * 32}.safetensors").rename(tmp_path / f"{'1' * 32}.safetensors")
+    assert Disk(tmp_path).read("1" * 32) is None
+
+
+def test_damaged_files_change_no_answer(nano: Nano, tmp_path: Path) -> None:
+    picture = PENGUINS.read_bytes()
+    expected = alone(nano, request(COUNT, picture))
+    answer_after_restart(nano, cache_in(nano, tmp_path), COUNT, picture)
+    for file in tmp_path.iterdir():
+        file.write_bytes(file.read_bytes()[:-100])
+    text, timings = answer_after_restart(nano, cache_in(nano, tmp_path), COUNT, picture)
+    assert text == expected and timings.cached_images == timings.cached_tokens == 0
+    text, timings = answer_after_restart(nano, cache_in(nano, tmp_path), COUNT, picture)
+    assert text == expected and timings.cached_images == 1
+
+
+def test_arrays_of_other_shapes_are_not_taken(nano: Nano, tmp_path: Path) -> None:
+    cache = cache_in(nano, tmp_path)
+    assert cache.disk is not None
+    ids = [1, -7, -7, 5]
+    for name in (cache._name("image", b"k" * 16), cache._name("prefix", repr(ids[:3]).encode())):
+        cache.disk.write(name, mx.ones((2, 3)))
+    cache.disk.flush()
+    assert cache.find_image(b"k" * 16) is None and cache.find(ids).ids == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_files_stay_within_their_bound(tmp_path: Path) -> None:
+    names = [f"{n:032x}" for n in range(6)]
+    disk = Disk(tmp_path)
+    for name in names[:4]:
+        disk.write(name, mx.ones(1000))
+        disk.flush()
+    size = disk.nbytes // 4
+    for n, name in enumerate(names[:4]):
+        os.utime(tmp_path / f"{name}.safetensors", (n, n))
+    disk = Disk(tmp_path, max_bytes=3 * size)
+    assert [name in disk for name in names[:4]] == [False, True, True, True]
+    assert disk.read(names[1]) is not None
+    disk.write(names[4], mx.ones(1000))
+    disk.write(names[5], mx.ones(10_000))  # too large
+    disk.flush()
+    assert [name in disk for name in names] == [False, True, False, True, True, False]
+    held = sum(file.stat().st_size for file in tmp_path.iterdir())
+    assert held == disk.nbytes <= disk.max_bytes
+
+
+def test_other_files_in_the_folder_are_left_alone(tmp_path: Path) -> None:
+    other = [tmp_path / "holiday.safetensors", tmp_path / "notes.txt", tmp_path / ("a" * 32)]
+    for file in other:
+        file.write_text("mine", encoding="utf-8")
+    unfinished = tmp_path / f"{'a' * 32}.safetensors.7.tmp"
+    for age, left in ((0, True), (7200, False)):
+        unfinished.write_bytes(b"half")
+        os.utime(unfinished, (unfinished.stat().st_mtime - age,) * 2)
+        disk = Disk(tmp_path, max_bytes=1)
+        assert unfinished.exists() == left
+    assert disk.nbytes == 0 and all(file.exists() for file in other)
+
+
+def test_a_file_that_another_process_deleted_is_missing(tmp_path: Path) -> None:
+    disk = Disk(tmp_path)
+    disk.write("0" * 32, mx.ones(3))
+    disk.flush()
+    for file in tmp_path.iterdir():
+        file.unlink()
+    assert disk.read("0" * 32) is None and disk.nbytes == 0
+
+
+def test_a_folder_that_cannot_be_written_is_said_once(
+    nano: Nano, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Path, data: bytes) -> int:
+        raise OSError(28, "No space left on device")
+
+    cache = cache_in(nano, tmp_path)
+    monkeypatch.setattr(Path, "write_bytes", full)
+    expected = alone(nano, request(COUNT, PENGUINS.read_bytes()))
+    assert answer_after_restart(nano, cache, COUNT, PENGUINS.read_bytes())[0] == expected
+    assert [r.message for r in caplog.records if "cache" in r.message] == [
+        "The cache's folder can't be written: No space left on device."
+    ]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_made_is_refused(nano: Nano, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    with pytest.raises(OSError, match=r"The cache can't be kept in .*file"):
+        cache_in(nano, tmp_path / "file" / "cache")
+
+
+def test_ends_of_images() -> None:
+    assert ends_of_images([1, 2]) == ends_of_images([]) == []
+    assert ends_of_images([1, -5, -5, 2, -5, -7, -7]) == [3, 5, 7]
