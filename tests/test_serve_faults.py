@@ -516,6 +516,8 @@ BAD_FLAGS = {
     "a limit of nothing": (["--max-images", "0"], "max_images"),
     "no time": (["--timeout", "0"], "timeout"),
     "a batch of nothing": (["--max-batch", "0"], "max_batch"),
+    "a cache that is a file": (["--cache-dir", "pyproject.toml"], "pyproject.toml"),
+    "a cache below nothing": (["--max-cache", "-1"], "max_cache"),
     "a model that is not there": (["--model", "./missing"], "missing"),
 }
 
