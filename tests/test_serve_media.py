@@ -33,6 +33,7 @@ from fastvlm_mlx.image.addresses import NotPublicError, is_public, public_addres
 
 pytestmark = [pytest.mark.needs("fastapi"), pytest.mark.needs("uvicorn")]
 PATH = "/v1/chat/completions"
+PIXELS = Image.open(PENGUINS).width * Image.open(PENGUINS).height
 
 
 def media(pin: Any = None, **settings: Any) -> Any:
@@ -155,6 +156,11 @@ def test_pixels_are_limited_by_the_header(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_bytes_and_images_are_limited(nano: Nano) -> None:
     assert "more than 100 bytes" in refusal(URI, max_image_bytes=100)
+    with serving(Puppet(*nano, script=says("Six.")), max_image_pixels=PIXELS) as server:
+        assert server.post(PATH, chat(parts(*[URI] * 4))).status_code == 200
+        reply = server.post(PATH, chat(parts(*[URI] * 5)))
+        assert reply.status_code == 400
+        assert "together" in reply.json()["error"]["message"]
     with serving(Puppet(*nano, script=says("Six.")), max_images=2) as server:
         assert server.post(PATH, chat(parts(URI, URI))).status_code == 200
         reply = server.post(PATH, chat(parts(URI, URI, URI)))

@@ -396,6 +396,7 @@ def _card(service: Service) -> dict[str, Any]:
         "precision": service.facts.precision,
         "parameters": service.facts.parameter_size,
         "image_size": processor.image_size,
+        "patch_size": processor.patch_size,
         "visual_tokens": processor.num_visual_tokens(),
         "context": service.context,
         "max_images": settings.max_images,
