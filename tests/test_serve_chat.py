@@ -3,11 +3,14 @@
 import asyncio
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
-from models import PANDA, Nano
+from models import PANDA, PENGUINS, Nano
 from serving import (
     ANSWER,
     QUESTION,
@@ -499,3 +502,11 @@ def test_a_stream_whose_request_is_wrong_is_no_stream(played: Served, puppet: Pu
     assert reply.status_code == 400
     assert reply.headers["content-type"] == "application/json"
     assert not puppet.requests
+
+
+@needs_openai
+def test_the_example_asks(served: Served) -> None:
+    script = Path(__file__).parents[1] / "examples" / "serve_client.py"
+    command = [sys.executable, str(script), str(PENGUINS), QUESTION, "--url", f"{served.url}/v1"]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert found.stdout.startswith(f"{ANSWER}\n  (first token after "), found.stderr
