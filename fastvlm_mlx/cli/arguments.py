@@ -118,7 +118,11 @@ FLAGS: dict[str, Any] = {
     ],
     "choices": Annotated[
         list[str] | None,
-        typer.Option("--choice", help="Answer with this text, or another one given so. Repeat it."),
+        typer.Option(
+            "--choice",
+            "--choices",
+            help="Answer with this text or another one given so; repeat it.",
+        ),
     ],
 }
 

@@ -29,7 +29,13 @@ if TYPE_CHECKING:
 BITS = 32  # tokens in a word of the mask
 GRAMMARS_KEPT = 64
 # JSON on one line: a model that could put blanks anywhere might go on with them for ever.
-SEPARATORS = {"item_separator": ", ?", "key_separator": ": ?", "whitespace_flexible": False}
+# An escape such as \u0061 would spell the name of a property past what is asked of it.
+FORM = {
+    "item_separator": ", ?",
+    "key_separator": ": ?",
+    "whitespace_flexible": False,
+    "json_allowed_escapes": 'nrbtf\\"',
+}
 
 
 class IncompleteAnswer(ValueError):
@@ -195,7 +201,7 @@ def write_grammar(options: Options) -> str | None:
             "llguidance is needed for schema, regex and choices: pip install 'fastvlm-mlx[schema]'."
         ) from None
     if options.schema is not None:
-        form: Any = SEPARATORS
+        form: Any = FORM
         return LLMatcher.grammar_from_json_schema(options.schema, overrides=form)
     if options.regex is not None:
         return LLMatcher.grammar_from_regex(options.regex)
@@ -218,14 +224,18 @@ def compile_grammar(tokenizer: LLTokenizer, grammar: str) -> LLMatcher:
     matcher = LLMatcher(
         tokenizer, grammar, log_level=0, limits=LLParserLimits(verbose_errors=False)
     )
-    if matcher.is_error():
-        raise ValueError(f"The schema, regex or choices can't be used: {said_by(matcher)}.")
+    started = matcher.deep_copy()
+    started.compute_bitmask()
+    if started.get_error().startswith("NoExtension"):
+        raise ValueError("The schema or regex can't be used: no answer fits it.")
+    if started.is_error():
+        raise ValueError(f"The schema, regex or choices can't be used: {said_by(started)}.")
     return matcher
 
 
 def said_by(matcher: LLMatcher) -> str:
     """What is wrong, in brief."""
-    return brief(matcher.get_error()).rstrip(".")
+    return brief(matcher.get_error().replace("<non-verbose/>", "")).rstrip(".")
 
 
 def all_allowed(rows: int, vocab_size: int) -> np.ndarray:

@@ -7,16 +7,20 @@ that it doesn't know, and a few that it does know it reads differently.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from itertools import combinations
+from math import lcm
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from ..checks import brief, is_number, reason, shown
 
-MAX_BYTES = 2**18
+MAX_BYTES = 2**16
 MAX_DEPTH = 64
 EXACT = 2**53  # llguidance reads numbers as float64
+MAX_MULTIPLE = 10_000  # it makes a state for each remainder
 
 ANY = {"json": {}, "json_object": {"type": "object"}}
 TYPES = ("null", "boolean", "integer", "number", "string", "array", "object")
@@ -24,7 +28,9 @@ ONE_SCHEMA = ("items", "additionalProperties")
 SCHEMAS = ("anyOf", "allOf", "oneOf", "prefixItems")
 NAMED_SCHEMAS = ("properties", "patternProperties", "$defs", "definitions")
 COUNTS = ("minItems", "maxItems", "minLength", "maxLength", "minProperties", "maxProperties")
-BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
+BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
+# llguidance drops them where \u0061 is no way to write an a.
+UNWRITTEN = re.compile(r"[\x00-\x07\x0b\x0e-\x1f]")
 # These say nothing about what is valid.
 ANNOTATIONS = {"$schema", "$comment", "title", "description", "default", "examples", "example"}
 ANNOTATIONS |= {"deprecated", "readOnly", "writeOnly", "discriminator"}
@@ -107,6 +113,7 @@ class _Reader:
 
     def __init__(self, root: Any):
         self.root = root
+        self.multiple = 1  # the least common one of all `multipleOf`
 
     def read(self, schema: Any, *place: str) -> Any:
         """A schema without annotations.
@@ -144,7 +151,7 @@ class _Reader:
         if name not in READERS:
             self.reject(place, "is not supported, so that it can't be enforced; leave it out")
         READERS[name](self, place, value)
-        return int(value) if name in COUNTS else value
+        return int(value) if name in (*COUNTS, "multipleOf") else value
 
     def read_format(self, found: dict[str, Any], place: tuple[str, ...]) -> None:
         """Write formats that llguidance takes loosely as patterns."""
@@ -182,7 +189,7 @@ class _Reader:
         """What stands at a JSON pointer; None if nothing does."""
         schema = self.root
         for part in reference[1:].split("/")[1:]:
-            key = part.replace("~1", "/").replace("~0", "~")
+            key = unquote(part).replace("~1", "/").replace("~0", "~")
             if isinstance(schema, Mapping):
                 schema = schema.get(key)
             elif isinstance(schema, (list, tuple)) and key.isdecimal() and int(key) < len(schema):
@@ -218,8 +225,13 @@ class _Reader:
     def check_bound(self, place: tuple[str, ...], value: Any) -> None:
         fits = is_number(value) and abs(value) <= EXACT
         self.expect(fits, place, "a number of at most 2⁵³", value)
-        positive = place[-1] != "multipleOf" or value > 0
-        self.expect(positive, place, "a number above 0", value)
+
+    def check_multiple(self, place: tuple[str, ...], value: Any) -> None:
+        whole = is_number(value) and value == int(value) >= 1
+        self.expect(whole, place, "a whole number from 1, since no other is exact", value)
+        self.multiple = lcm(self.multiple, int(value))
+        if self.multiple > MAX_MULTIPLE:
+            self.reject(place, f"is too large: at most {MAX_MULTIPLE}, all of them together")
 
     def check_text(self, place: tuple[str, ...], value: Any) -> None:
         self.expect(isinstance(value, str), place, "a text", value)
@@ -253,7 +265,9 @@ class _Reader:
         elif isinstance(value, (list, tuple)):
             for part in value:
                 self.check_constant(place, part, *path, "")
-        elif not isinstance(value, (str, bool)) and value is not None:
+        elif isinstance(value, str):
+            self.expect(not UNWRITTEN.search(value), place, "without control characters", value)
+        elif not isinstance(value, bool) and value is not None:
             fits = is_number(value) and abs(value) <= EXACT
             self.expect(fits, place, "of texts and numbers of at most 2⁵³", value)
 
@@ -267,6 +281,7 @@ READERS = {
     "pattern": _Reader.check_text,
     "format": _Reader.check_format,
     "$ref": _Reader.check_reference,
+    "multipleOf": _Reader.check_multiple,
     **dict.fromkeys(COUNTS, _Reader.check_count),
     **dict.fromkeys(BOUNDS, _Reader.check_bound),
 }
