@@ -8,6 +8,7 @@ whatever samples afterwards finds only what fits.
 from __future__ import annotations
 
 import json
+import re
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import partial
@@ -143,12 +144,12 @@ class Grammars:
         self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
         self._lock = Lock()
 
-    def start(self, grammar: str) -> Constraint:
-        """A constraint at the start of an answer; ValueError if this is no grammar."""
+    def start(self, grammar: str, name: str) -> Constraint:
+        """A constraint at the start of an answer; ValueError, with its name, if this can't be."""
         with self._lock:
             matcher = self._compiled.get(grammar)
         if matcher is None:
-            matcher = compile_grammar(self._tokenizer, grammar)
+            matcher = compile_grammar(self._tokenizer, grammar, name)
         with self._lock:
             self._compiled[grammar] = matcher
             self._compiled.move_to_end(grammar)
@@ -182,7 +183,8 @@ def make_constraint(processor: Processor, vocab_size: int, options: Options) -> 
         known = _grammars.setdefault(processor.tokenizer, {})
         if vocab_size not in known:
             known[vocab_size] = Grammars(processor.tokenizer, vocab_size)
-    return known[vocab_size].start(grammar)
+    name = next(name for name in CONSTRAINTS if getattr(options, name) is not None)
+    return known[vocab_size].start(grammar, name)
 
 
 def is_constrained(options: Options) -> bool:
@@ -211,13 +213,21 @@ def write_grammar(options: Options) -> str | None:
 
 
 def read_tokenizer(tokenizer: Tokenizer, vocab_size: int, ends: list[int]) -> LLTokenizer:
-    """llguidance's view of a tokenizer; its control tokens are no text."""
+    """llguidance's view of a tokenizer, in which control tokens are no tokens.
+
+    Where only one text can follow, it asks this tokenizer for the tokens, which must then be those
+    of the text as it stands: no control tokens that it spells, and no other form of Unicode.
+    """
     from llguidance import LLTokenizer
 
-    return LLTokenizer(tokenizer.bpe.to_str(), n_vocab=vocab_size, eos_token=ends)
+    settings = json.loads(tokenizer.bpe.to_str()) | {"normalizer": None, "added_tokens": []}
+    vocab = settings["model"]["vocab"]
+    settings["model"]["vocab"] = {t: i for t, i in vocab.items() if t not in tokenizer.controls}
+    text = json.dumps(settings, ensure_ascii=False)
+    return LLTokenizer(text, n_vocab=vocab_size, eos_token=ends)
 
 
-def compile_grammar(tokenizer: LLTokenizer, grammar: str) -> LLMatcher:
+def compile_grammar(tokenizer: LLTokenizer, grammar: str, name: str) -> LLMatcher:
     """A matcher at the grammar's start; ValueError with the reason if it can't be used."""
     from llguidance import LLMatcher, LLParserLimits
 
@@ -227,15 +237,19 @@ def compile_grammar(tokenizer: LLTokenizer, grammar: str) -> LLMatcher:
     started = matcher.deep_copy()
     started.compute_bitmask()
     if started.get_error().startswith("NoExtension"):
-        raise ValueError("The schema or regex can't be used: no answer fits it.")
+        raise ValueError(f"{name} can't be used: no answer fits it.")
     if started.is_error():
-        raise ValueError(f"The schema, regex or choices can't be used: {said_by(started)}.")
+        raise ValueError(f"{name} can't be used: {said_by(started)}.")
     return matcher
 
 
 def said_by(matcher: LLMatcher) -> str:
     """What is wrong, in brief."""
-    return brief(matcher.get_error().replace("<non-verbose/>", "")).rstrip(".")
+    said = matcher.get_error().replace("<non-verbose/>", "")
+    if "coerce_one_of" in said:
+        return "oneOf is supported where no value can fit two of its schemas; write anyOf"
+    inmost = re.search(r"^error: (.+)", said, re.MULTILINE)  # of a regular expression
+    return brief(inmost[1] if inmost else re.sub(r"^at \d+\(\d+\): ", "", said)).rstrip(".")
 
 
 def all_allowed(rows: int, vocab_size: int) -> np.ndarray:

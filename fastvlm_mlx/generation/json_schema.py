@@ -61,7 +61,9 @@ def read_schema(source: Any) -> str:
         FileNotFoundError: no such file.
     """
     schema = _find(source)
-    if not isinstance(schema, (Mapping, bool)):
+    if schema is True:
+        schema = ANY["json"]
+    if not isinstance(schema, Mapping):
         raise ValueError(f"A JSON schema must be an object, found {shown(schema)}.")
     try:
         text = json.dumps(_Reader(schema).read(schema), ensure_ascii=False, allow_nan=False)

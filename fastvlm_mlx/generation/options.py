@@ -30,6 +30,7 @@ WHOLE_NUMBERS = {
 }
 NEVER_NONE = ("max_tokens", "top_k", "prefill_step_size", "num_draft_tokens", "num_beams")
 CONSTRAINTS = ("schema", "regex", "choices")
+MOST_BYTES = {"regex": 2**16, "choices": 2**20}  # so that a grammar is compiled in a second
 # Options that exclude each other. A KV cache of limited size can't take rejected drafts back.
 EXCLUSIVE = (
     ("kv_bits", "max_kv_size"),
@@ -187,6 +188,10 @@ class Options:
             self._check("choices", "a list of texts that are not empty", _is_texts, all)
             self._check("choices", "texts without surrogates", lambda c: all(map(_is_encodable, c)))
             object.__setattr__(self, "choices", tuple(self.choices))
+        for name, most in MOST_BYTES.items():
+            size = sum(len(text.encode()) for text in getattr(self, name) or ())
+            if size > most:
+                raise ValueError(f"{name} has {size} bytes; at most {most} are allowed.")
 
     def _check(
         self,
