@@ -511,7 +511,7 @@ def test_a_processor_that_allows_nothing_is_an_error(options: Any, nano: Nano) -
 @pytest.mark.parametrize("drafts", [1, 10])
 def test_look_up_changes_no_answer(drafts: int, nano: Nano) -> None:
     prompt = f"{COUNTED} {COUNTED} [1, 2, 3, 4] yes no"
-    kinds = [{"schema": schema, "max_tokens": 40} for schema in SCHEMAS[::8]]
+    kinds = [{"schema": schema, "max_tokens": 25} for schema in SCHEMAS[::12]]
     kinds += [{"regex": "(yes|no)( yes| no){3,9}"}, {"choices": ["yes", "yes no yes"]}]
     for options in kinds:
         plain = [*fv.stream_generate(*nano, prompt, PENGUINS, **options)]
@@ -590,11 +590,7 @@ def test_a_prompt_cache(nano: Nano) -> None:
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_precision(dtype: str) -> None:
     half = fv.load(dtype=dtype)
-    for options in ({}, {"temperature": 1.0, "seed": 0}, {"prompt_lookup": 3}):
-        assert json.loads(fv.generate(*half, ASK, schema=COUNT, **options)).keys() == {
-            "animal",
-            "count",
-        }
+    assert re.fullmatch("[0-9]{2}:[0-9]{2}", fv.generate(*half, ASK, regex="[0-9]{2}:[0-9]{2}"))
 
 
 def test_threads_share_a_grammar(nano: Nano) -> None:

@@ -213,14 +213,16 @@ def write_grammar(options: Options) -> str | None:
 
 
 def read_tokenizer(tokenizer: Tokenizer, vocab_size: int, ends: list[int]) -> LLTokenizer:
-    """llguidance's view of a tokenizer, in which control tokens are no tokens.
+    """llguidance's view of a tokenizer, in which no text spells a control token.
 
     Where only one text can follow, it asks this tokenizer for the tokens, which must then be those
-    of the text as it stands: no control tokens that it spells, and no other form of Unicode.
+    of the text as it stands: no control tokens, and no other form of Unicode.
     """
     from llguidance import LLTokenizer
 
-    settings = json.loads(tokenizer.bpe.to_str()) | {"normalizer": None, "added_tokens": []}
+    settings = json.loads(tokenizer.bpe.to_str()) | {"normalizer": None}
+    for token in settings["added_tokens"]:
+        token["content"] = f"\uffff{token['id']}\uffff"  # U+FFFF is no character
     vocab = settings["model"]["vocab"]
     settings["model"]["vocab"] = {t: i for t, i in vocab.items() if t not in tokenizer.controls}
     text = json.dumps(settings, ensure_ascii=False)
