@@ -191,7 +191,7 @@ def test_a_row_that_fails_late_harms_no_other(nano: Nano) -> None:
         with pytest.raises(RequestError, match="late"):
             async for piece in bad:
                 pieces.append(piece)
-        assert len(pieces) == 4
+        assert len(pieces) == 3
         assert [await text_of(ticket) for ticket in others] == [expected] * 3
 
     with_engine(nano, use)
@@ -257,9 +257,9 @@ def test_running_answers_go_on_between_two_encodes(
         events.append("encode")
         return encode(self, pixels)
 
-    def _decode(self: Any) -> None:
-        events.append("decode")
-        decode(self)
+    def _decode(self: Any) -> mx.array:
+        events.extend(["decode"] * bool(self._rows))
+        return decode(self)
 
     def different(n: int) -> Image.Image:
         return Image.new("RGB", (64, 64), (n, 2 * n, 255 - n))

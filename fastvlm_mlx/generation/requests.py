@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any, TypeAlias
@@ -15,8 +15,9 @@ from ..image.load import ImageSource
 from ..model.fastvlm import FastVLM
 from ..processor import Processor
 from ..text.messages import Messages
+from .constrain import Constraint, make_constraint
 from .inputs import answer_limit, preprocess_images, tokenize
-from .options import LogitsProcessor, Options
+from .options import CACHE_KINDS, DRAFTS, LogitsProcessor, Options, refuse
 from .prefix import Prefix
 from .prompt_cache import PromptCache, image_key
 from .response import Response, stream_responses
@@ -31,6 +32,27 @@ from .sampling import (
 
 # Pixel values of an image, uint8 [n, S, S, 3], and its original (width, height)
 Picture: TypeAlias = tuple[mx.array, tuple[int, int]]
+
+
+class RequestError(ValueError):
+    """A request that can't be answered.
+
+    Attributes:
+        id: which one.
+        error: what is wrong with it.
+    """
+
+    def __init__(self, id: int, error: Exception):
+        super().__init__(f"Request {id}: {error}")
+        self.id = id
+        self.error = error
+
+
+def batch_options(options: Mapping[str, Any]) -> Options:
+    """The options of a request in a batch; ValueError if one is out of range or not for batches."""
+    chosen = Options.of(options)
+    refuse(chosen, "a batch", *CACHE_KINDS, *DRAFTS, "num_beams")
+    return chosen
 
 
 @dataclass(eq=False)
@@ -66,12 +88,18 @@ class PendingRequest:
     prefix: Prefix = field(default_factory=lambda: Prefix([], []))
     input_ids: list[int] = field(default_factory=list)
     process: LogitsProcessor | None = None
+    constraint: Constraint | None = None
 
-    def read(self, processor: Processor, with_keys: bool) -> PendingRequest:
-        """Do on a thread of its own what needs no MLX: read the images, say; errors as
-        `load_image`."""
+    def read(self, model: FastVLM, processor: Processor, with_keys: bool) -> PendingRequest:
+        """Do, on a thread of its own, what nobody should wait for: read images, compile a grammar.
+
+        Args:
+            model, processor: see `batch_generate`.
+            with_keys: whether the images' keys are needed.
+        """
         self.reading = time.perf_counter()
         options = self.options
+        self.constraint = make_constraint(processor, model.config.text.vocab_size, options)
         found = preprocess_images(processor, self.images, options.image_size, fast=options.fast)
         self.pictures = list(zip(*found, strict=True))
         self.images = []  # they may be large
@@ -146,6 +174,7 @@ class Row:
         self.options = options = request.options
         self.limit = answer_limit(request.input_ids, options, processor)
         self.process = request.process
+        self.constraint = request.constraint
         self.seen = mx.array([i for i in request.input_ids if i >= 0])
         self.key = None if options.seed is None else mx.random.key(options.seed)
         self.generated = 0
@@ -162,6 +191,7 @@ class Row:
             options.stop,
             self.limit,
             (request.start, request.preprocessed, request.encoded),
+            self.constraint,
             self._logprobs,
         )
 

@@ -16,7 +16,7 @@ import os
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from itertools import takewhile
 from threading import Lock
@@ -31,15 +31,17 @@ from ..model.kv_cache import KVCache
 from ..ops import check_process, on_cpu, wired_memory
 from ..processor import Processor
 from ..text.messages import Messages, collect_images
+from .constrain import constrain_logits
 from .decode import check_finite, hidden_states_at
 from .inputs import ImageSources, list_images
-from .options import CACHE_KINDS, DRAFTS, Options, refuse
 from .prefix import Prefix, common_prefix
 from .prompt_cache import PromptCache
 from .requests import (
     Chosen,
     PendingRequest,
+    RequestError,
     Row,
+    batch_options,
     encode_together,
     group_by_prefix,
     next_images,
@@ -55,27 +57,6 @@ MAX_BATCH = 16  # sequences in the decoder, if nothing else is asked for
 MAX_THREADS = 8  # that read images
 READ_AHEAD = 2  # encoder batches whose images are read in advance
 PIXELS_AT_ONCE, IMAGES_AT_ONCE = 2**22, 8  # that are encoded, if nothing else is asked for
-
-
-class RequestError(ValueError):
-    """A request that can't be answered.
-
-    Attributes:
-        id: which one.
-        error: what is wrong with it.
-    """
-
-    def __init__(self, id: int, error: Exception):
-        super().__init__(f"Request {id}: {error}")
-        self.id = id
-        self.error = error
-
-
-def batch_options(options: Mapping[str, Any]) -> Options:
-    """The options of a request in a batch; ValueError if one is out of range or not for batches."""
-    chosen = Options.of(options)
-    refuse(chosen, "a batch", *CACHE_KINDS, *DRAFTS, "num_beams")
-    return chosen
 
 
 class Batch:
@@ -230,19 +211,26 @@ class Batch:
             raise self._failed.popleft()
         rows, tokens = self._rows, self._tokens
         self._keep([row.generated + 1 < row.limit for row in rows])
-        if self._rows:
-            self._decode()
+        logits = self._decode()
+        if any(row.constraint for row in rows):
+            self._accept(rows, tokens, logits)
+        self._tokens = self._next_tokens(self._rows, logits)
         if on_cpu():
             # A step that still runs reads the KV cache, which then could not be written in place.
             mx.eval(tokens)
         mx.async_eval(self._tokens, self._cache.arrays)  # nothing is left for another thread
         values: Any = tokens.tolist()
-        return [(row.id, row.read(token)) for row, token in zip(rows, values, strict=True)]
+        return [
+            (row.id, row.read(token))
+            for row, token in zip(rows, values, strict=True)
+            if not row.done
+        ]
 
     def _read_ahead(self) -> None:
         while self._waiting and len(self._reading) < READ_AHEAD * self.encode_batch:
             request = self._waiting.popleft()
-            future = self._threads.submit(request.read, self.processor, self.cache is not None)
+            asked = self.model, self.processor, self.cache is not None
+            future = self._threads.submit(request.read, *asked)
             self._reading.append((request, future))
             if self.when_read is not None:
                 future.add_done_callback(self._tell)
@@ -369,14 +357,29 @@ class Batch:
             self._prefix.fill(caches, known, len(sequences))
         return caches
 
-    def _decode(self) -> None:
-        """One more token for each row."""
+    def _decode(self) -> mx.array:
+        """The next logits of each row, [B, vocab_size]."""
+        if not self._rows:
+            return mx.zeros((0, self.model.config.text.vocab_size))
         hidden_states = self.model.language_model.hidden_states(
             self._tokens[:, None], self._cache.layers
         )
         self._cache.advance()
-        logits = self.model.language_model.logits(hidden_states[:, -1])
-        self._tokens = self._next_tokens(self._rows, logits)
+        return self.model.language_model.logits(hidden_states[:, -1])
+
+    def _accept(self, rows: list[Row], tokens: mx.array, logits: mx.array) -> None:
+        """Tell the constraints of rows their tokens, while the logits after them are computed."""
+        if on_cpu():
+            mx.eval(tokens)
+        mx.async_eval(logits, self._cache.arrays)
+        values: Any = tokens.tolist()
+        for row, token in zip(rows, values, strict=True):
+            try:
+                if row.constraint is not None:
+                    row.constraint.accept(token)
+            except ValueError as error:
+                row.done, row.constraint = True, None
+                self._failed.append(RequestError(row.id, error))
 
     def _next_tokens(self, rows: list[Row], logits: mx.array) -> mx.array:
         """[B, vocab_size] → tokens [B]."""
@@ -384,6 +387,7 @@ class Batch:
         if any(row.process for row in rows):
             each = [self._process(row, logits[i : i + 1]) for i, row in enumerate(rows)]
             processed = mx.concatenate(each)
+        processed = constrain_logits(processed, [row.constraint for row in rows])
         tokens = sample_rows(rows, processed)
         for i, row in enumerate(rows):
             row.choose(logits[i : i + 1], tokens[i : i + 1])
