@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from math import ceil
 from typing import Any
 
+from ..generation.constrain import make_constraint
 from ..generation.inputs import ContextTooLong
 from ..generation.options import Options
 from ..generation.response import Response
@@ -141,14 +142,16 @@ class Service:
 
     async def _count(self, messages: Any, question: Question, limit: int) -> int:
         """The tokens of a prompt whose images are read; also checks the options of the request."""
+        model, processor = self.engine.model, self.engine.processor
 
         def work() -> int:
             options = Options.of({**question.options, **(question.constraint or {})})
-            return count_tokens(self.engine.model, self.engine.processor, messages, options, limit)
+            make_constraint(processor, model.config.text.vocab_size, options)  # it is kept there
+            return count_tokens(model, processor, messages, options, limit)
 
         try:
             return await asyncio.to_thread(work)
-        except ValueError as error:
+        except (ValueError, ImportError) as error:
             raise bad(str(error)) from None
 
     async def submit(self, question: Question) -> tuple[list[Ticket], int]:
