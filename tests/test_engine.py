@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
 from dataclasses import replace
 from io import BytesIO
-from typing import Any, TypeVar
+from typing import Any
 
 import mlx.core as mx
 import pytest
+from engines import LONG, SMALL, alone, asked, request, text_of, until, with_engine
 from models import PANDA, PENGUINS, Nano
 from PIL import Image
 
@@ -27,64 +26,7 @@ from fastvlm_mlx.serve.engine import (
     Request,
     RequestError,
     RequestTimeout,
-    Ticket,
 )
-
-T = TypeVar("T")
-SMALL: dict[str, Any] = {"image_size": 64, "max_tokens": 6, "conv_mode": "plain"}
-LONG: dict[str, Any] = {**SMALL, "max_tokens": 2000, "logits_processor": None}
-
-
-def never_ends(tokens: mx.array, logits: mx.array) -> mx.array:
-    """No end of text, so that an answer runs to `max_tokens`."""
-    return mx.where(mx.arange(logits.shape[-1]) < 3, -mx.inf, logits)
-
-
-LONG["logits_processor"] = never_ends
-
-
-def asked(question: str, *images: Any) -> list[dict[str, Any]]:
-    """A message with images as the server has them."""
-    parts = [{"type": "image", "image": image} for image in images]
-    return [{"role": "user", "content": [*parts, {"type": "text", "text": question}]}]
-
-
-def request(question: str, *images: Any, **options: Any) -> Request:
-    return Request(asked(question, *images), {**SMALL, **options})
-
-
-def alone(nano: Nano, request: Request) -> str:
-    return fv.generate(*nano, request.prompt, **request.options)
-
-
-async def text_of(ticket: Ticket) -> str:
-    return "".join([piece.text async for piece in ticket])
-
-
-@asynccontextmanager
-async def running(nano: Nano, **settings: Any) -> AsyncIterator[Engine]:
-    engine = Engine(*nano, name="nano", **settings)
-    engine.start()
-    try:
-        yield engine
-    finally:
-        await engine.close(0)
-        assert not engine.alive
-
-
-def with_engine(nano: Nano, use: Callable[[Engine], Awaitable[T]], **settings: Any) -> T:
-    """What comes of using an engine, in an event loop, within a minute."""
-
-    async def run() -> T:
-        async with running(nano, **settings) as engine:
-            return await use(engine)
-
-    return asyncio.run(asyncio.wait_for(run(), 60))
-
-
-async def until(true: Callable[[], bool]) -> None:
-    while not true():
-        await asyncio.sleep(0.005)
 
 
 def picture(path: Any = PANDA) -> bytes:
@@ -249,7 +191,7 @@ def test_a_row_that_fails_late_harms_no_other(nano: Nano) -> None:
         with pytest.raises(RequestError, match="late"):
             async for piece in bad:
                 pieces.append(piece)
-        assert len(pieces) == 4
+        assert len(pieces) == 3
         assert [await text_of(ticket) for ticket in others] == [expected] * 3
 
     with_engine(nano, use)
@@ -300,6 +242,45 @@ def test_a_prompt_over_the_context_is_refused_before_its_image_is_encoded(
         assert encoded == [1]
 
     with_engine((model, replace(processor, max_length=200)), use)
+
+
+# Pictures that arrive beside running answers
+
+
+def test_running_answers_go_on_between_two_encodes(
+    nano: Nano, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    encode, decode = FastVLM.encode_image, scheduler.Batch._decode
+
+    def encode_image(self: FastVLM, pixels: mx.array) -> mx.array:
+        events.append("encode")
+        return encode(self, pixels)
+
+    def _decode(self: Any) -> mx.array:
+        events.extend(["decode"] * bool(self._rows))
+        return decode(self)
+
+    def different(n: int) -> Image.Image:
+        return Image.new("RGB", (64, 64), (n, 2 * n, 255 - n))
+
+    async def use(engine: Engine) -> None:
+        await until(lambda: engine.ready)
+        monkeypatch.setattr(FastVLM, "encode_image", encode_image)
+        monkeypatch.setattr(scheduler.Batch, "_decode", _decode)
+        long = engine.submit(request("Hi", **LONG))
+        await anext(long)
+        many = [request("What are these?", *map(different, range(n, n + 9))) for n in (0, 9, 18)]
+        tickets = [engine.submit(each) for each in many]
+        found = [await text_of(ticket) for ticket in tickets]
+        long.cancel()
+        assert found == [alone(nano, each) for each in many]
+        running = events[: len(events) - events[::-1].index("decode")]
+        encodes = [n for n, event in enumerate(running) if event == "encode"]
+        assert 4 <= len(encodes) <= 6  # 27 images, at most 8 at a time: they are encoded together
+        assert all(running[n + 1] == "decode" for n in encodes)
+
+    with_engine(nano, use)
 
 
 # Places

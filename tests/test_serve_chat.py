@@ -3,11 +3,14 @@
 import asyncio
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
-from models import PANDA, Nano
+from models import PANDA, PENGUINS, Nano
 from serving import (
     ANSWER,
     QUESTION,
@@ -153,6 +156,21 @@ def test_the_models_are_listed_and_found_by_name(served: Served) -> None:
     assert models.retrieve("nano").id == "nano"
     with pytest.raises(openai.NotFoundError):
         models.retrieve("other")
+
+
+def test_a_model_has_several_names_and_none_causes_a_download(
+    played: Served, puppet: Puppet
+) -> None:
+    puppet.name = "apple/FastVLM-0.5B"
+    try:
+        names = ["apple/FastVLM-0.5B", "fastvlm-0.5b", "0.5b", "apple/FastVLM-0.5B:latest", None]
+        for name in [*names, "default"]:
+            assert played.post(PATH, chat(model=name)).status_code == 200
+        for name in ("apple/FastVLM-1.5B", "1.5b", "nano", "gpt-4o", "", "../x", ":latest"):
+            reply = played.post(PATH, chat(model=name))
+            assert (reply.status_code, reply.json()["error"]["code"]) == (404, "model_not_found")
+    finally:
+        puppet.name = "nano"
 
 
 @pytest.mark.needs("langchain_openai")
@@ -484,3 +502,11 @@ def test_a_stream_whose_request_is_wrong_is_no_stream(played: Served, puppet: Pu
     assert reply.status_code == 400
     assert reply.headers["content-type"] == "application/json"
     assert not puppet.requests
+
+
+@needs_openai
+def test_the_example_asks(served: Served) -> None:
+    script = Path(__file__).parents[1] / "examples" / "serve_client.py"
+    command = [sys.executable, str(script), str(PENGUINS), QUESTION, "--url", f"{served.url}/v1"]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert found.stdout.startswith(f"{ANSWER}\n  (first token after "), found.stderr

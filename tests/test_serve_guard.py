@@ -5,6 +5,7 @@ import logging
 import socket
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -388,11 +389,40 @@ def test_a_fault_of_the_server_is_told_without_contents(
     assert SECRET not in reply.text and SECRET not in json.dumps(line)
 
 
-def test_the_page_has_a_strict_policy(plain: Served) -> None:
-    reply = plain.get("/")
-    assert reply.headers["x-content-type-options"] == "nosniff"
+def test_the_page_has_a_strict_policy_and_no_file_beside_it_is_served(
+    puppet: Puppet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fastvlm_mlx.serve import app
+
+    folder = tmp_path / "page"
+    folder.mkdir()
+    for name in ("index.html", "app.js"):
+        (folder / name).write_text(name, encoding="utf-8")
+    (tmp_path / "app.py").write_text("secret", encoding="utf-8")
+    monkeypatch.setattr(app, "PAGE", folder)
+    with serving(puppet, api_key="geheim") as server:
+        for path, text in (
+            ("/", "index.html"),
+            ("/app.js", "app.js"),
+            ("/index.html", "index.html"),
+        ):
+            reply = server.get(path)
+            assert (reply.status_code, reply.text) == (200, text)
+            policy = dict(
+                rule.strip().partition(" ")[::2]
+                for rule in reply.headers["content-security-policy"].split(";")
+            )
+            assert policy["default-src"] == "'none'"
+            assert policy["script-src"] == policy["style-src"] == policy["connect-src"] == "'self'"
+            assert "unsafe" not in str(policy)
+            assert reply.headers["x-content-type-options"] == "nosniff"
+        assert_closed(server)
+
+
+def assert_closed(server: Served) -> None:
+    """Nothing beside the page's own files is served."""
     for path in ("/../app.py", "/%2e%2e/app.py", "/..%2fapp.py", "/app.py", "/page/../app.py"):
-        assert httpx.get(plain.url + path).status_code == 404, path
+        assert httpx.get(server.url + path).status_code == 404, path
 
 
 def test_what_is_not_there_is_said_in_the_interface_s_words(plain: Served) -> None:

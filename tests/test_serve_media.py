@@ -14,7 +14,18 @@ from typing import Any
 import pytest
 from models import PENGUINS, Nano
 from PIL import Image, ImageFile
-from serving import BASE64, PICTURE, URI, Puppet, chat, parts, says, serving
+from serving import (
+    BASE64,
+    PICTURE,
+    QUESTION,
+    URI,
+    Puppet,
+    chat,
+    parts,
+    says,
+    serving,
+    started,
+)
 
 import fastvlm_mlx as fv
 from fastvlm_mlx import http
@@ -22,6 +33,7 @@ from fastvlm_mlx.image.addresses import NotPublicError, is_public, public_addres
 
 pytestmark = [pytest.mark.needs("fastapi"), pytest.mark.needs("uvicorn")]
 PATH = "/v1/chat/completions"
+PIXELS = Image.open(PENGUINS).width * Image.open(PENGUINS).height
 
 
 def media(pin: Any = None, **settings: Any) -> Any:
@@ -144,6 +156,11 @@ def test_pixels_are_limited_by_the_header(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_bytes_and_images_are_limited(nano: Nano) -> None:
     assert "more than 100 bytes" in refusal(URI, max_image_bytes=100)
+    with serving(Puppet(*nano, script=says("Six.")), max_image_pixels=PIXELS) as server:
+        assert server.post(PATH, chat(parts(*[URI] * 4))).status_code == 200
+        reply = server.post(PATH, chat(parts(*[URI] * 5)))
+        assert reply.status_code == 400
+        assert "together" in reply.json()["error"]["message"]
     with serving(Puppet(*nano, script=says("Six.")), max_images=2) as server:
         assert server.post(PATH, chat(parts(URI, URI))).status_code == 200
         reply = server.post(PATH, chat(parts(URI, URI, URI)))
@@ -456,3 +473,33 @@ def test_files_are_closed_by_default(root: Path) -> None:
 
 def test_a_file_that_is_too_large_is_not_read(root: Path) -> None:
     assert "too large" in refusal("cat.png", media_root=root, max_image_bytes=100)
+
+
+# One picture by every way
+
+
+def test_a_picture_is_known_again_by_whichever_way_it_comes(
+    nano: Nano, root: Path, site: tuple[type[Site], int]
+) -> None:
+    from fastvlm_mlx.serve.cache import RequestCache
+
+    _, port = site
+    pin, _ = pinned({"cat.example": ["93.184.216.34"]})
+    ways = [URI, BASE64, "cat.png", f"file://{root}/cat.png", f"http://cat.example:{port}/a.png"]
+    allowed = {"media_root": root, "allow_remote_images": True}
+    with (
+        started(nano, cache=RequestCache(nano[0])) as engine,
+        serving(engine, pin=pin, **allowed) as server,
+    ):
+        first = server.post(PATH, chat(parts(URI))).json()
+        assert first["timings"]["cached_images"] == 0
+        for way in ways:
+            reply = server.post(PATH, chat(parts(way, text="What is this?"))).json()
+            assert reply["timings"]["cached_images"] == 1, way
+            assert reply["timings"]["cached_tokens"] > 16, way
+            usage = reply["usage"]
+            assert usage["prompt_tokens_details"]["cached_tokens"] < usage["prompt_tokens"]
+        generated = {"prompt": QUESTION, "images": [BASE64], "stream": False}
+        again = server.post("/api/generate", generated).json()
+        assert again["timings"]["cached_images"] == 1
+        assert again["response"] == first["choices"][0]["message"]["content"]

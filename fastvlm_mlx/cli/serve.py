@@ -12,6 +12,12 @@ from typing import Annotated, Any
 import typer
 
 from ..checkpoint.load import load
+from ..checks import check_whole_number
+from ..generation.prompt_cache import MAX_BYTES
+from ..hub import registry
+from ..model.fastvlm import FastVLM
+from ..serve.cache import RequestCache
+from ..serve.disk import MAX_DISK_BYTES
 from ..serve.engine import MAX_BATCH, MAX_QUEUE, Engine
 from ..serve.settings import Place, Settings
 from .arguments import Bits, Dtype, Model, Revision
@@ -61,6 +67,13 @@ FLAGS: dict[str, Any] = {
     "keyfile": Annotated[Path | None, _flag("Its key in PEM.")],
     "max_batch": Annotated[int, _flag("Answers that are decoded together at most.")],
     "max_queue": Annotated[int, _flag("Requests that may wait beyond those.")],
+    "max_cache": Annotated[
+        int, _flag("Bytes kept of images and prompts for later requests; 0 is nothing.")
+    ],
+    "cache_dir": Annotated[
+        Path | None, _flag("Folder in which these are kept too, and outlive the server.")
+    ],
+    "max_cache_dir": Annotated[int, _flag("Bytes of that folder at most.")],
     "max_body": Annotated[int, _flag("Bytes of a request at most.")],
     "max_images": Annotated[int, _flag("Images of a request at most.")],
     "max_image_bytes": Annotated[int, _flag("Bytes of an image's file at most.")],
@@ -79,7 +92,8 @@ PARTS = (Settings, Place)
 def _with_flags(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command that ends in `**given` the flags of `FLAGS`; defaults are the dataclasses'."""
     defaults = {field.name: field.default for part in PARTS for field in fields(part)}
-    defaults |= {"max_batch": MAX_BATCH, "max_queue": MAX_QUEUE}
+    defaults |= {"max_batch": MAX_BATCH, "max_queue": MAX_QUEUE, "max_cache": MAX_BYTES}
+    defaults |= {"cache_dir": None, "max_cache_dir": MAX_DISK_BYTES}
     flags = [
         Parameter(name, Parameter.KEYWORD_ONLY, default=defaults[name], annotation=annotation)
         for name, annotation in FLAGS.items()
@@ -106,21 +120,41 @@ def serve(
     _check_extra()
     from ..serve.server import listen, run
 
-    listening = listen(place)  # a port in use is found before the model is loaded
-    name = model or "nano"
-    typer.echo(f"Loading {name} …", err=True)
-    loaded = load(model, revision=revision, dtype=dtype, quantize=quantize)
-    sizes = {name: given[name] for name in ("max_batch", "max_queue")}
-    engine = Engine(*loaded, name=name, **sizes)
+    name = _name_of(model)
+    with listen(place) as listening:  # a port in use is found before the model is loaded
+        typer.echo(f"Loading {name} …", err=True)
+        loaded = load(model, revision=revision, dtype=dtype, quantize=quantize)
+        sizes = {size: given[size] for size in ("max_batch", "max_queue")}
+        engine = Engine(*loaded, name=name, cache=_cache(loaded[0], given), **sizes)
+        if model is None:
+            print_nano_note()
+        _say_where(place, listening.getsockname()[1], settings)
+        run(engine, settings, place, listening)
+
+
+def _name_of(model: str | None) -> str:
+    """What clients call the model: its published name, or that of its folder."""
     if model is None:
-        print_nano_note()
-    _say_where(place, listening.getsockname()[1], settings)
-    run(engine, settings, place, listening)
+        return "nano"
+    if registry.knows(model):
+        return registry.find(model).name
+    folder = Path(model).expanduser()
+    return folder.resolve().name if folder.is_dir() else model
 
 
 def _part(part: type[Any], given: dict[str, Any]) -> Any:
     """A dataclass of those flags that are its fields."""
     return part(**{f.name: given[f.name] for f in fields(part) if f.name in given})
+
+
+def _cache(model: FastVLM, given: dict[str, Any]) -> RequestCache | None:
+    """What is kept across requests; None if nothing is to be."""
+    check_whole_number("max_cache", given["max_cache"], 0)
+    check_whole_number("max_cache_dir", given["max_cache_dir"])
+    if not given["max_cache"]:
+        return None
+    bounds = {"max_bytes": given["max_cache"], "max_disk_bytes": given["max_cache_dir"]}
+    return RequestCache(model, cache_dir=given["cache_dir"], **bounds)
 
 
 def _check_extra() -> None:

@@ -13,11 +13,12 @@ import mlx.core as mx
 from ..model.fastvlm import FastVLM
 from ..processor import Processor
 from ..text.messages import Messages, read_question
+from .constrain import make_constraint
 from .decode import generate_tokens, make_kv_cache
 from .inputs import ImageSources, answer_limit, list_images, read_inputs
 from .options import DRAFTS, Options, refuse
 from .prefix import common_prefix
-from .response import Response, stream_responses
+from .response import Response, stream_responses, whole_text
 from .sampling import Logprobs
 
 
@@ -86,6 +87,7 @@ class Chat:
 
         Raises:
             ValueError, FileNotFoundError: as `generate`; the conversation is then as before.
+            IncompleteAnswer: as `generate`; the answer counts as far as it came.
             RuntimeError: another thread has not read its streamed answer to the end.
         """
         with self._lock:
@@ -101,7 +103,7 @@ class Chat:
             if stream:
                 return self._steps(responses)
             try:
-                return "".join(response.text for response in responses)
+                return whole_text(responses, chosen)
             finally:
                 self.stop()
 
@@ -146,6 +148,7 @@ class Chat:
     ) -> Generator[Response, None, None]:
         content, images = read_question(prompt, list_images(image))
         messages = [*self.messages, {"role": "user", "content": content}]
+        constraint = make_constraint(self.processor, self.model.config.text.vocab_size, options)
         inputs = read_inputs(
             self.model, self.processor, messages, images, options, earlier=self._visual_tokens
         )
@@ -156,7 +159,7 @@ class Chat:
         mx.eval(unknown)  # another thread may read the answer
         logprobs: deque[Logprobs] | None = None if options.logprobs is None else deque()
         asked = self.model, input_ids, unknown, self._cache, options, limit
-        tokens = generate_tokens(*asked, logprobs=logprobs)
+        tokens = generate_tokens(*asked, constraint=constraint, logprobs=logprobs)
         responses = stream_responses(
             self._remember(input_ids, tokens),
             self.processor,
@@ -164,6 +167,7 @@ class Chat:
             options.stop,
             limit,
             inputs.times,
+            constraint,
             logprobs,
         )
         self._unread = messages, visual_tokens

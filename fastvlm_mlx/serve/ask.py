@@ -9,9 +9,11 @@ from dataclasses import asdict, dataclass, field, replace
 from math import ceil
 from typing import Any
 
+from ..generation.constrain import make_constraint
 from ..generation.inputs import ContextTooLong
 from ..generation.options import Options
 from ..generation.response import Response
+from ..hub import registry
 from .engine import Engine
 from .errors import ApiError, bad, too_long
 from .facts import facts_of
@@ -111,7 +113,8 @@ class Service:
     def names(self) -> set[str]:
         """What the loaded model is called, in lower case."""
         name = self.engine.name.lower()
-        return {name, name.rstrip("/").rpartition("/")[2], *MODEL_ALIASES}
+        sizes = [registry.find(name).size] if registry.knows(name) else []
+        return {name, name.rpartition("/")[2], *sizes, *MODEL_ALIASES}
 
     def output_limit(self, asked: int | None, name: str = "max_tokens") -> int:
         """The most tokens of an answer; ApiError if more are asked for than the server allows."""
@@ -139,14 +142,16 @@ class Service:
 
     async def _count(self, messages: Any, question: Question, limit: int) -> int:
         """The tokens of a prompt whose images are read; also checks the options of the request."""
+        model, processor = self.engine.model, self.engine.processor
 
         def work() -> int:
             options = Options.of({**question.options, **(question.constraint or {})})
-            return count_tokens(self.engine.model, self.engine.processor, messages, options, limit)
+            make_constraint(processor, model.config.text.vocab_size, options)  # it is kept there
+            return count_tokens(model, processor, messages, options, limit)
 
         try:
             return await asyncio.to_thread(work)
-        except ValueError as error:
+        except (ValueError, ImportError) as error:
             raise bad(str(error)) from None
 
     async def submit(self, question: Question) -> tuple[list[Ticket], int]:

@@ -22,8 +22,9 @@ from typing import Any
 import mlx.core as mx
 
 from ..checks import check_whole_number
-from ..generation import scheduler
+from ..generation import requests
 from ..generation.inputs import ContextTooLong
+from ..generation.prompt_cache import PromptCache
 from ..generation.response import Response
 from ..generation.scheduler import MAX_BATCH, Batch
 from ..model.fastvlm import FastVLM
@@ -81,6 +82,7 @@ class Engine:
         name: of the model, for those who ask.
         max_batch: requests that are answered at a time.
         max_queue: requests that may wait beyond those.
+        cache: what is kept of images and prompts for later requests.
 
     Raises:
         ValueError: one of the numbers is out of range.
@@ -94,6 +96,7 @@ class Engine:
         name: str,
         max_batch: int = MAX_BATCH,
         max_queue: int = MAX_QUEUE,
+        cache: PromptCache | None = None,
     ):
         check_whole_number("max_batch", max_batch)
         check_whole_number("max_queue", max_queue, least=0)
@@ -102,6 +105,7 @@ class Engine:
         self.name = name
         self.max_batch = max_batch
         self.max_queue = max_queue
+        self.cache = cache
         self.error: BaseException | None = None
         self.ready = False
         self._wake = Event()
@@ -113,7 +117,9 @@ class Engine:
         self._counts: Counter[str] = Counter()
         self._seconds = 1.0  # that an answer takes, lately
         self._closing = self._stopping = self._ended = False
-        self._batch = Batch(model, processor, max_batch=max_batch, when_read=self._wake.set)
+        self._batch = Batch(
+            model, processor, max_batch=max_batch, when_read=self._wake.set, cache=cache
+        )
         self._thread = Thread(target=self._run, name="fastvlm-engine", daemon=True)
 
     # In any thread
@@ -142,7 +148,7 @@ class Engine:
         """What was done so far."""
         measured: dict[str, Any] = {
             "mean_batch": self._counts["rows"] / max(1, self._counts["steps"]),
-            "cache_bytes": 0,
+            "cache_bytes": 0 if self.cache is None else self.cache.nbytes,
             "memory_bytes": mx.get_active_memory(),
         }
         counted = [each.name for each in fields(Stats) if each.name not in measured]
@@ -231,7 +237,7 @@ class Engine:
         try:
             while batch:
                 batch.step()
-        except scheduler.RequestError as error:
+        except requests.RequestError as error:
             raise error.error from None
 
     def _take(self) -> None:
@@ -275,7 +281,7 @@ class Engine:
     def _step(self) -> None:
         try:
             responses = self._batch.step()
-        except scheduler.RequestError as error:
+        except requests.RequestError as error:
             if error.id in self._by_id:
                 self._fail(self._by_id[error.id], error.error)
             return

@@ -55,9 +55,7 @@ class ErrorReply(Reply):
 
 def replies(model: type[Reply]) -> dict[int | str, dict[str, Any]]:
     """What a route says of its replies: the model of a good one, and that of errors."""
-    said: dict[int | str, dict[str, Any]] = {200: {"model": model}}
-    errors = (400, 401, 403, 404, 408, 413, 429, 503, 504)
-    return said | {status: {"model": ErrorReply} for status in errors}
+    return {200: {"model": model}, "4XX": {"model": ErrorReply}, "5XX": {"model": ErrorReply}}
 
 
 def options_of(given: Mapping[str, Any]) -> dict[str, Any]:

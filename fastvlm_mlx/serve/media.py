@@ -20,7 +20,7 @@ from ..image.decode import Picture, Purpose, from_file
 from ..image.download import TIMEOUT, download_bytes
 from ..image.load import from_data_url
 from .errors import bad
-from .settings import Settings
+from .settings import IMAGES_OF_MOST_PIXELS, Settings
 
 if TYPE_CHECKING:
     from PIL.Image import Image as PILImage
@@ -65,7 +65,11 @@ class Media:
         limit = self._settings.max_images
         if len(sources) > limit:
             raise bad(f"The request has {len(sources)} images; at most {limit} are allowed.")
-        images = iter(await asyncio.gather(*map(self._read, sources, count(1))))
+        read = await asyncio.gather(*map(self._read, sources, count(1)))
+        most = IMAGES_OF_MOST_PIXELS * self._settings.max_image_pixels
+        if sum(image.width * image.height for image in read) > most:
+            raise bad(f"The images have more than {most:,} pixels together; send fewer or smaller.")
+        images = iter(read)
         return [
             {
                 "role": message["role"],

@@ -306,7 +306,7 @@ async def tags(http: Request) -> Any:
     return {"models": [listed]}
 
 
-@router.post("/show", response_model=Shown)
+@router.post("/show", responses=replies(Shown))
 async def show(asked: ShowRequest, http: Request) -> Any:
     """The loaded model in detail."""
     service = service_of(http)

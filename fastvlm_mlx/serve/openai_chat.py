@@ -382,7 +382,7 @@ async def models(http: Request) -> Any:
     return {"object": "list", "data": [_card(service_of(http))]}
 
 
-@router.get("/v1/models/{name:path}", response_model=ModelCard)
+@router.get("/v1/models/{name:path}", responses=replies(ModelCard))
 async def model(name: str, http: Request) -> Any:
     """The loaded model by one of its names."""
     service_of(http).check_model(name)
@@ -396,6 +396,7 @@ def _card(service: Service) -> dict[str, Any]:
         "precision": service.facts.precision,
         "parameters": service.facts.parameter_size,
         "image_size": processor.image_size,
+        "patch_size": processor.patch_size,
         "visual_tokens": processor.num_visual_tokens(),
         "context": service.context,
         "max_images": settings.max_images,

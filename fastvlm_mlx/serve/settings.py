@@ -12,6 +12,7 @@ from ..checks import check_whole_number, is_number, reason, shown
 
 KEEP_ALIVE = 10.0  # seconds after which a waiting client hears that it is not forgotten
 MIB = 2**20
+IMAGES_OF_MOST_PIXELS = 4
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ class Settings:
         media_root: folder below which requests may name files; None for nowhere.
         max_body: bytes of a request.
         max_image_bytes: bytes of an image's file.
-        max_image_pixels: width × height of an image.
+        max_image_pixels: width × height of an image; those of a request together may have
+            `IMAGES_OF_MOST_PIXELS` times as many.
         max_images: images of a request.
         max_prompt_tokens: tokens of a prompt, images included; None for the model's own limit.
         max_output_tokens: tokens of an answer: the most that a request may ask for, and what it
