@@ -61,6 +61,8 @@ class PageServer:
     left: int = 0
     """Clients that went away in the middle of an answer."""
     broken: bool = False
+    stranger: bool = False
+    """Whether requests are refused for the host that they name."""
     finish: str = "stop"
     """Why an answer ends."""
 
@@ -132,6 +134,9 @@ def handler(server: PageServer) -> type[BaseHTTPRequestHandler]:
                 server.left += 1
 
         def allowed(self) -> bool:
+            if server.stranger:
+                self.send(403, {"error": {"message": "Another server is meant."}})
+                return False
             given = self.headers.get("Authorization")
             if server.key and given != f"Bearer {server.key}":
                 self.send(401, {"error": {"message": "A key is needed."}})

@@ -662,6 +662,32 @@ def test_a_server_that_dies_within_an_answer_and_comes_back_is_noticed(shown: Vi
     assert shown.server.asked[-1]["model"] == "FastVLM-7B"
 
 
+def test_another_model_behind_the_same_address_is_found_out(shown: View) -> None:
+    shown.server.model = {"id": "another"}  # the server was restarted, faster than one can notice
+
+    def reply(body: dict) -> Any:
+        return ["Yes."] if body["model"] == "another" else Refusal(404, "There is no such model.")
+
+    shown.server.reply = reply
+    shown.page.fill("#question", "Are you there?")
+    shown.page.click("#send")
+    shown.page.locator("#answer-alert button").click()
+    expect(shown.page.locator(".card .text")).to_have_text("Yes.")
+    expect(shown.page.locator("#model")).to_have_text("another")
+
+
+def test_a_host_that_the_server_refuses_is_said_once(view: View) -> None:
+    view.server.stranger = True
+    view.page.goto(view.server.address)
+    expect(view.page.locator("#link")).to_have_text("Not allowed")
+    expect(view.page.locator("#answer-alert")).to_have_text("Another server is meant.")
+    view.page.locator("#answer-alert").evaluate("(alert) => alert.replaceChildren()")
+    view.page.wait_for_timeout(2500)  # while it is asked again and again
+    expect(view.page.locator("#answer-alert")).to_be_empty()
+    view.server.stranger = False
+    expect(view.page.locator("#link")).to_have_text("Connected")
+
+
 def test_a_model_that_has_stopped_is_said(opened: View) -> None:
     opened.server.healthy = False
     expect(opened.page.locator("#link")).to_have_text("Model stopped")
