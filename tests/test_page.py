@@ -725,6 +725,7 @@ def test_a_key_that_changes_or_is_not_given_is_asked_for_again(shown: View) -> N
     expect(shown.page.locator("#link")).to_have_text("Key needed")
     expect(shown.page.locator("#question")).to_have_value("How many?")
     shown.page.click("#send")
+    expect(shown.page.locator("#key")).to_be_focused()
     shown.page.keyboard.type("new")
     shown.page.keyboard.press("Enter")
     expect(shown.page.locator(".card")).to_have_count(1)  # the question went out by itself
