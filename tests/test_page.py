@@ -1107,6 +1107,9 @@ def test_the_page_is_small_and_needs_nothing_from_elsewhere() -> None:
     assert 'src="/' not in html and 'href="/' not in html
 
 
-def test_the_page_is_installed_with_the_package() -> None:
-    setup = (ROOT / "setup.py").read_text(encoding="utf-8")
-    assert '"serve/page/*"' in setup
+@pytest.mark.needs("setuptools")
+def test_the_page_is_installed_with_the_package(tmp_path: Path) -> None:
+    command = [sys.executable, "setup.py", "--quiet", "build_py", "--build-lib", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    installed = tmp_path / "fastvlm_mlx" / "serve" / "page"
+    assert {path.name for path in installed.iterdir()} == {path.name for path in PAGE.iterdir()}
