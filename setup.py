@@ -15,7 +15,7 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=find_packages(include=["fastvlm_mlx", "fastvlm_mlx.*"]),
-    package_data={"fastvlm_mlx": ["py.typed", "nano/*", "nano/images/*"]},
+    package_data={"fastvlm_mlx": ["py.typed", "nano/*", "nano/images/*", "serve/page/*"]},
     # The lowest that pass the tests; constraints/lowest.txt installs them, with reasons.
     install_requires=[
         "mlx>=0.32.4",
@@ -49,7 +49,8 @@ setup(
         # Draws the plots of `python -m benchmarks report`.
         "benchmark": ["matplotlib"],
         "test": ["pytest", "hypothesis"],
-        "dev": ["pytest", "hypothesis", "ruff", "mypy", "pre-commit"],
+        # The tests of the page run in the system's Chromium or Chrome.
+        "dev": ["pytest", "hypothesis", "playwright", "ruff", "mypy", "pre-commit"],
     },
     entry_points={"console_scripts": ["fastvlm = fastvlm_mlx.cli.main:main"]},
 )

@@ -20,6 +20,7 @@ from .images import repeat_image_flag
 from .interrupts import interrupts_noted
 from .models import models
 from .printing import errors_as_sentences
+from .serve import EXAMPLE, serve
 from .upload import upload
 
 app = typer.Typer(
@@ -33,6 +34,7 @@ app = typer.Typer(
 for command in (generate, chat, models, download, convert, upload, doctor):
     app.command()(command)
 app.command(epilog=FLOORS)(bench)
+app.command(epilog=EXAMPLE)(serve)
 
 
 def _print_version(wanted: bool) -> None:
