@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Generator, Iterator
 from threading import RLock, get_ident
 from threading import enumerate as enumerate_threads
@@ -18,6 +19,7 @@ from .inputs import ImageSources, answer_limit, list_images, read_inputs
 from .options import DRAFTS, Options, refuse
 from .prefix import common_prefix
 from .response import Response, stream_responses, whole_text
+from .sampling import Logprobs
 
 
 class Chat:
@@ -155,9 +157,9 @@ class Chat:
         limit = answer_limit(input_ids, options, self.processor)
         unknown = inputs.embeddings[:, known:]
         mx.eval(unknown)  # another thread may read the answer
-        tokens = generate_tokens(
-            self.model, input_ids, unknown, self._cache, options, limit, constraint=constraint
-        )
+        logprobs: deque[Logprobs] | None = None if options.logprobs is None else deque()
+        asked = self.model, input_ids, unknown, self._cache, options, limit
+        tokens = generate_tokens(*asked, logprobs=logprobs, constraint=constraint)
         responses = stream_responses(
             self._remember(input_ids, tokens),
             self.processor,
@@ -165,6 +167,7 @@ class Chat:
             options.stop,
             limit,
             inputs.times,
+            logprobs,
             constraint,
         )
         self._unread = messages, visual_tokens

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +18,7 @@ from .inputs import ImageSources, Inputs, answer_limit, read_inputs
 from .options import Options
 from .prompt_cache import PromptCache
 from .response import Response, stream_responses, whole_text
+from .sampling import Logprobs
 from .speculate import make_drafter, speculate_tokens
 
 
@@ -75,17 +77,22 @@ def stream_generate(
     input_ids, times = inputs.input_ids, inputs.times
     limit = answer_limit(input_ids, chosen, processor)
     cache = make_kv_cache(model, chosen)
+    logprobs: deque[Logprobs] | None = None if chosen.logprobs is None else deque()
     if prompt_cache is None or not _keeps_prompt(chosen):
-        tokens = _answer(model, processor, prompt, inputs, cache, chosen, limit, constraint)
+        tokens = _answer(
+            model, processor, prompt, inputs, cache, chosen, limit, constraint, logprobs
+        )
     else:
         tagged = prompt_cache.tag(input_ids, inputs.visual_tokens, inputs.image_keys)
         inputs.embeddings = inputs.embeddings[:, prompt_cache.fetch(tagged, cache) :]
         mx.eval(inputs.embeddings, [layer.stored for layer in cache if layer.stored is not None])
-        tokens = _answer(model, processor, prompt, inputs, cache, chosen, limit, constraint)
+        tokens = _answer(
+            model, processor, prompt, inputs, cache, chosen, limit, constraint, logprobs
+        )
         tokens = _store_prompt(prompt_cache, tagged, cache, tokens)
     del inputs  # pixel values and visual tokens, which are needed no more
     return stream_responses(
-        tokens, processor, len(input_ids), chosen.stop, limit, times, constraint
+        tokens, processor, len(input_ids), chosen.stop, limit, times, logprobs, constraint
     )
 
 
@@ -103,6 +110,7 @@ def _answer(
     options: Options,
     limit: int,
     constraint: Constraint | None,
+    logprobs: deque[Logprobs] | None,
 ) -> Iterator[int]:
     """The tokens of an answer, decoded in the way that the options ask for."""
     if options.num_beams > 1:
@@ -111,7 +119,7 @@ def _answer(
     drafter = make_drafter(processor, prompt, inputs, options)
     asked = model, inputs.input_ids, inputs.embeddings, cache, options, limit
     if drafter is None:
-        return generate_tokens(*asked, constraint=constraint)
+        return generate_tokens(*asked, logprobs=logprobs, constraint=constraint)
     return speculate_tokens(*asked, drafter, constraint)
 
 

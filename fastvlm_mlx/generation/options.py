@@ -27,6 +27,7 @@ WHOLE_NUMBERS = {
     "prompt_lookup": 1,
     "num_draft_tokens": 1,
     "num_beams": 1,
+    "logprobs": 0,
 }
 NEVER_NONE = ("max_tokens", "top_k", "prefill_step_size", "num_draft_tokens", "num_beams")
 CONSTRAINTS = ("schema", "regex", "choices")
@@ -37,6 +38,8 @@ EXCLUSIVE = (
     ("prompt_lookup", "draft_model"),
     ("prompt_lookup", "max_kv_size"),
     ("draft_model", "max_kv_size"),
+    ("prompt_lookup", "logprobs"),
+    ("draft_model", "logprobs"),
     ("schema", "regex"),
     ("schema", "choices"),
     ("regex", "choices"),
@@ -44,6 +47,7 @@ EXCLUSIVE = (
 )
 CACHE_KINDS = ("max_kv_size", "kv_bits")
 DRAFTS = ("prompt_lookup", "draft_model")
+MOST_LOGPROBS = 20  # alternatives of a token
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "logits_processor")
 # What transformers, mlx-vlm and other libraries have under another name, or elsewhere
 OTHER_NAMES = {
@@ -99,6 +103,9 @@ class Options:
         draft_model: speculative decoding with drafts of a smaller model of the same family, as
             `load` returns it.
         num_draft_tokens: tokens that `draft_model` proposes at a time.
+        logprobs: report the log probability of each token and of up to 20 of the likeliest in its
+            place, so many: of the model's own distribution, before temperature, penalties and
+            `logits_processor`. Not with drafts or beams.
         num_beams: above 1, beam search: this many answers are followed at once and the likeliest
             one wins. It does not sample, and its text arrives all at once.
         schema: the answer is JSON that is valid against this JSON schema: a dict, its text, the
@@ -133,6 +140,7 @@ class Options:
     draft_model: tuple[FastVLM, Processor] | None = None
     num_draft_tokens: int = 3
     num_beams: int = 1
+    logprobs: int | None = None
     schema: Any = None
     regex: str | None = None
     choices: Sequence[str] | None = None
@@ -165,6 +173,9 @@ class Options:
         for name in ("system", "conv_mode"):
             if getattr(self, name) is not None:
                 self._check(name, "a text", lambda text: isinstance(text, str))
+        if self.logprobs is not None:
+            wanted = f"a whole number from 0 to {MOST_LOGPROBS}"
+            self._check("logprobs", wanted, is_number, lambda n: n <= MOST_LOGPROBS)
         if self.kv_bits is not None:
             self._check("kv_bits", f"one of {KV_BITS}", is_whole_number, KV_BITS.__contains__)
         if self.logits_processor is not None:
@@ -176,7 +187,8 @@ class Options:
             if getattr(self, one) not in (None, ()) and getattr(self, other) not in (None, ()):
                 raise ValueError(f"Give {one} or {other}, not both.")
         if self.num_beams > 1:
-            refuse(self, "beam search", *SAMPLING, *DRAFTS, *CACHE_KINDS, *CONSTRAINTS)
+            names = (*SAMPLING, *DRAFTS, *CACHE_KINDS, "logprobs", *CONSTRAINTS)
+            refuse(self, "beam search", *names)
 
     def _read_constraint(self) -> None:
         if self.schema is not None:
