@@ -19,6 +19,7 @@ from . import (
     load,
     memory,
     preprocess,
+    requests,
     second_question,
     speculate,
 )
@@ -31,6 +32,7 @@ MEASUREMENTS: dict[str, ModuleType] = {
         compare,
         launches,
         second_question,
+        requests,
         growth,
         memory,
         load,

@@ -55,14 +55,16 @@ async def running(nano: Nano, **settings: Any) -> AsyncIterator[Engine]:
         assert not engine.alive
 
 
-def with_engine(nano: Nano, use: Callable[[Engine], Awaitable[T]], **settings: Any) -> T:
-    """What comes of using an engine, in an event loop, within a minute."""
+def with_engine(
+    nano: Nano, use: Callable[[Engine], Awaitable[T]], limit: float = 60, **settings: Any
+) -> T:
+    """What comes of using an engine, in an event loop, within so many seconds."""
 
     async def run() -> T:
         async with running(nano, **settings) as engine:
             return await use(engine)
 
-    return asyncio.run(asyncio.wait_for(run(), 60))
+    return asyncio.run(asyncio.wait_for(run(), limit))
 
 
 async def until(true: Callable[[], bool]) -> None:

@@ -26,8 +26,9 @@ from fastvlm_mlx.generation.constrain import (
 )
 from fastvlm_mlx.generation.json_schema import MAX_BYTES, read_schema
 from fastvlm_mlx.generation.options import Options
+from fastvlm_mlx.generation.requests import RequestError
 from fastvlm_mlx.generation.sampling import make_sampler
-from fastvlm_mlx.generation.scheduler import Batch, RequestError
+from fastvlm_mlx.generation.scheduler import Batch
 
 pytestmark = pytest.mark.needs("llguidance")
 ASK = "How many penguins are there?"

@@ -12,8 +12,9 @@ from ..processor import Processor
 from ..text.messages import Messages
 from .constrain import IncompleteAnswer, is_constrained
 from .inputs import ImageSources
+from .requests import RequestError, batch_options
 from .response import Response
-from .scheduler import MAX_BATCH, Batch, RequestError, batch_options
+from .scheduler import MAX_BATCH, Batch
 
 Request: TypeAlias = tuple[Messages, ImageSources]
 

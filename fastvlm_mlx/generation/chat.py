@@ -159,7 +159,7 @@ class Chat:
         mx.eval(unknown)  # another thread may read the answer
         logprobs: deque[Logprobs] | None = None if options.logprobs is None else deque()
         asked = self.model, input_ids, unknown, self._cache, options, limit
-        tokens = generate_tokens(*asked, logprobs=logprobs, constraint=constraint)
+        tokens = generate_tokens(*asked, constraint=constraint, logprobs=logprobs)
         responses = stream_responses(
             self._remember(input_ids, tokens),
             self.processor,
@@ -167,8 +167,8 @@ class Chat:
             options.stop,
             limit,
             inputs.times,
-            logprobs,
             constraint,
+            logprobs,
         )
         self._unread = messages, visual_tokens
         return self._record(messages, visual_tokens, responses)

@@ -94,8 +94,8 @@ def generate_tokens(
     options: Options,
     limit: int,
     sampler: Sampler | None = None,
-    logprobs: deque[Logprobs] | None = None,
     constraint: Constraint | None = None,
+    logprobs: deque[Logprobs] | None = None,
 ) -> Iterator[int]:
     """Prefill, then one token after the other, each computed while the previous one is read.
 
@@ -106,8 +106,8 @@ def generate_tokens(
         options: see `Options`.
         limit: the most tokens to generate.
         sampler: what chooses tokens; made from the options by default.
-        logprobs: to append those of each token to, before the token comes.
         constraint: rules tokens out; it has accepted each token that is yielded.
+        logprobs: to append those of each token to, before the token comes.
     """
     sample = make_sampler(options) if sampler is None else sampler
     process = make_logits_processor(options)

@@ -78,21 +78,19 @@ def stream_generate(
     limit = answer_limit(input_ids, chosen, processor)
     cache = make_kv_cache(model, chosen)
     logprobs: deque[Logprobs] | None = None if chosen.logprobs is None else deque()
+    asked = model, processor, prompt, inputs
     if prompt_cache is None or not _keeps_prompt(chosen):
-        tokens = _answer(
-            model, processor, prompt, inputs, cache, chosen, limit, constraint, logprobs
-        )
+        tokens = _answer(*asked, cache, chosen, limit, constraint, logprobs)
     else:
         tagged = prompt_cache.tag(input_ids, inputs.visual_tokens, inputs.image_keys)
         inputs.embeddings = inputs.embeddings[:, prompt_cache.fetch(tagged, cache) :]
         mx.eval(inputs.embeddings, [layer.stored for layer in cache if layer.stored is not None])
-        tokens = _answer(
-            model, processor, prompt, inputs, cache, chosen, limit, constraint, logprobs
-        )
+        tokens = _answer(*asked, cache, chosen, limit, constraint, logprobs)
         tokens = _store_prompt(prompt_cache, tagged, cache, tokens)
-    del inputs  # pixel values and visual tokens, which are needed no more
+    del inputs, asked  # pixel values and visual tokens, which are needed no more
+    length = len(input_ids)
     return stream_responses(
-        tokens, processor, len(input_ids), chosen.stop, limit, times, logprobs, constraint
+        tokens, processor, length, chosen.stop, limit, times, constraint, logprobs
     )
 
 
@@ -119,7 +117,7 @@ def _answer(
     drafter = make_drafter(processor, prompt, inputs, options)
     asked = model, inputs.input_ids, inputs.embeddings, cache, options, limit
     if drafter is None:
-        return generate_tokens(*asked, logprobs=logprobs, constraint=constraint)
+        return generate_tokens(*asked, constraint=constraint, logprobs=logprobs)
     return speculate_tokens(*asked, drafter, constraint)
 
 

@@ -38,12 +38,12 @@ EXCLUSIVE = (
     ("prompt_lookup", "draft_model"),
     ("prompt_lookup", "max_kv_size"),
     ("draft_model", "max_kv_size"),
-    ("prompt_lookup", "logprobs"),
-    ("draft_model", "logprobs"),
     ("schema", "regex"),
     ("schema", "choices"),
     ("regex", "choices"),
     *((name, "stop") for name in CONSTRAINTS),
+    ("prompt_lookup", "logprobs"),
+    ("draft_model", "logprobs"),
 )
 CACHE_KINDS = ("max_kv_size", "kv_bits")
 DRAFTS = ("prompt_lookup", "draft_model")
@@ -140,10 +140,10 @@ class Options:
     draft_model: tuple[FastVLM, Processor] | None = None
     num_draft_tokens: int = 3
     num_beams: int = 1
-    logprobs: int | None = None
     schema: Any = None
     regex: str | None = None
     choices: Sequence[str] | None = None
+    logprobs: int | None = None
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> Options:
@@ -187,8 +187,8 @@ class Options:
             if getattr(self, one) not in (None, ()) and getattr(self, other) not in (None, ()):
                 raise ValueError(f"Give {one} or {other}, not both.")
         if self.num_beams > 1:
-            names = (*SAMPLING, *DRAFTS, *CACHE_KINDS, "logprobs", *CONSTRAINTS)
-            refuse(self, "beam search", *names)
+            others = *DRAFTS, *CACHE_KINDS, *CONSTRAINTS, "logprobs"
+            refuse(self, "beam search", *SAMPLING, *others)
 
     def _read_constraint(self) -> None:
         if self.schema is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any, TypeAlias
@@ -17,7 +17,7 @@ from ..processor import Processor
 from ..text.messages import Messages
 from .constrain import Constraint, make_constraint
 from .inputs import answer_limit, preprocess_images, tokenize
-from .options import LogitsProcessor, Options
+from .options import CACHE_KINDS, DRAFTS, LogitsProcessor, Options, refuse
 from .prefix import Prefix
 from .prompt_cache import PromptCache, image_key
 from .response import Response, stream_responses
@@ -34,6 +34,27 @@ from .sampling import (
 Picture: TypeAlias = tuple[mx.array, tuple[int, int]]
 
 
+class RequestError(ValueError):
+    """A request that can't be answered.
+
+    Attributes:
+        id: which one.
+        error: what is wrong with it.
+    """
+
+    def __init__(self, id: int, error: Exception):
+        super().__init__(f"Request {id}: {error}")
+        self.id = id
+        self.error = error
+
+
+def batch_options(options: Mapping[str, Any]) -> Options:
+    """The options of a request in a batch; ValueError if one is out of range or not for batches."""
+    chosen = Options.of(options)
+    refuse(chosen, "a batch", *CACHE_KINDS, *DRAFTS, "num_beams")
+    return chosen
+
+
 @dataclass(eq=False)
 class PendingRequest:
     """A request on its way to the decoder.
@@ -48,7 +69,6 @@ class PendingRequest:
         tagged: `input_ids` with the identity of images in their places, if there is a cache.
         prefix: what the cache knows of them.
         process: its logits processor.
-        constraint: what its answer follows, compiled.
     """
 
     id: int
@@ -71,8 +91,12 @@ class PendingRequest:
     constraint: Constraint | None = None
 
     def read(self, model: FastVLM, processor: Processor, with_keys: bool) -> PendingRequest:
-        """Do on a thread of its own what needs no MLX: read the images, say; errors as
-        `load_image` and `make_constraint`."""
+        """Do, on a thread of its own, what nobody should wait for: read images, compile a grammar.
+
+        Args:
+            model, processor: see `batch_generate`.
+            with_keys: whether the images' keys are needed.
+        """
         self.reading = time.perf_counter()
         options = self.options
         self.constraint = make_constraint(processor, model.config.text.vocab_size, options)
@@ -127,19 +151,29 @@ def next_images(requests: Iterable[PendingRequest], most: int) -> list[Chosen]:
     return chosen
 
 
-def group_by_prefix(
+def take_group(
     requests: list[PendingRequest], cache: PromptCache | None
-) -> list[list[PendingRequest]]:
-    """Requests that can be prefilled together: those of which the same beginning is known."""
+) -> tuple[list[PendingRequest], list[PendingRequest]]:
+    """Some requests that can be prefilled together, and the others.
+
+    With a cache, they are those of which the same beginning is known. Of those that go on with the
+    same image only one is taken: once it was read, the others begin with it.
+    """
     if cache is None:
-        return [requests] if requests else []
-    groups: dict[tuple[int, ...], list[PendingRequest]] = {}
+        return requests, []
     for request in requests:
         visual_tokens = present(request.visual_tokens)
         request.tagged = cache.tag(request.input_ids, visual_tokens, request.keys)
         request.prefix = cache.find(request.tagged)
-        groups.setdefault(tuple(request.prefix.ids), []).append(request)
-    return list(groups.values())
+    known = requests[0].prefix.ids
+    group: dict[int, PendingRequest] = {}
+    for request in requests:
+        if request.prefix.ids == known:
+            unknown = request.tagged[len(known) :]
+            first_image = next((mark for mark in unknown if mark < 0), -request.id)
+            group.setdefault(first_image, request)
+    taken = list(group.values())
+    return taken, [request for request in requests if request not in taken]
 
 
 class Row:
@@ -167,8 +201,8 @@ class Row:
             options.stop,
             self.limit,
             (request.start, request.preprocessed, request.encoded),
-            self._logprobs,
             self.constraint,
+            self._logprobs,
         )
 
     def choose(self, logits: mx.array, token: mx.array) -> None:
@@ -200,20 +234,6 @@ class Row:
         response.cached_tokens = len(asked.prefix.ids)
         response.cached_images = asked.cached_images
         return response
-
-
-def accept_tokens(rows: Sequence[Row], tokens: mx.array) -> list[tuple[Row, ValueError]]:
-    """Tell the rows' constraints their tokens; the rows that can't go on, now done, and why."""
-    failed = []
-    values: Any = tokens.tolist()
-    for row, token in zip(rows, values, strict=True):
-        try:
-            if row.constraint is not None:
-                row.constraint.accept(token)
-        except ValueError as error:
-            row.done, row.constraint = True, None
-            failed.append((row, error))
-    return failed
 
 
 def encode_together(model: FastVLM, images: Sequence[Picture], encode_batch: int) -> list[mx.array]:

@@ -63,8 +63,8 @@ def stream_responses(
     stop: Sequence[str],
     limit: int,
     times: tuple[float, float, float],
-    logprobs: deque[Logprobs] | None = None,
     constraint: Constraint | None = None,
+    logprobs: deque[Logprobs] | None = None,
 ) -> Iterator[Response]:
     """Tokens → text, with timings.
 
@@ -75,8 +75,8 @@ def stream_responses(
         stop: texts that end the answer.
         limit: the most tokens to take.
         times: of the call, after the images were read, and after they were encoded.
-        logprobs: where those of each token are found when it is taken, if asked for.
         constraint: that the tokens follow: where nothing can follow, the limit cuts nothing off.
+        logprobs: where those of each token are found when it is taken, if asked for.
     """
     start, preprocessed, encoded = times
     detokenizer = Detokenizer(processor.tokenizer)

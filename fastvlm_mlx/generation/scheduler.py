@@ -16,7 +16,7 @@ import os
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from itertools import takewhile
 from threading import Lock
@@ -34,19 +34,19 @@ from ..text.messages import Messages, collect_images
 from .constrain import constrain_logits
 from .decode import check_finite, hidden_states_at
 from .inputs import ImageSources, list_images
-from .options import CACHE_KINDS, DRAFTS, Options, refuse
 from .prefix import Prefix, common_prefix
 from .prompt_cache import PromptCache
 from .requests import (
     Chosen,
     PendingRequest,
+    RequestError,
     Row,
-    accept_tokens,
+    batch_options,
     encode_together,
-    group_by_prefix,
     next_images,
     present,
     sample_rows,
+    take_group,
 )
 from .response import Response
 
@@ -57,27 +57,6 @@ MAX_BATCH = 16  # sequences in the decoder, if nothing else is asked for
 MAX_THREADS = 8  # that read images
 READ_AHEAD = 2  # encoder batches whose images are read in advance
 PIXELS_AT_ONCE, IMAGES_AT_ONCE = 2**22, 8  # that are encoded, if nothing else is asked for
-
-
-class RequestError(ValueError):
-    """A request that can't be answered.
-
-    Attributes:
-        id: which one.
-        error: what is wrong with it.
-    """
-
-    def __init__(self, id: int, error: Exception):
-        super().__init__(f"Request {id}: {error}")
-        self.id = id
-        self.error = error
-
-
-def batch_options(options: Mapping[str, Any]) -> Options:
-    """The options of a request in a batch; ValueError if one is out of range or not for batches."""
-    chosen = Options.of(options)
-    refuse(chosen, "a batch", *CACHE_KINDS, *DRAFTS, "num_beams")
-    return chosen
 
 
 class Batch:
@@ -233,23 +212,25 @@ class Batch:
         rows, tokens = self._rows, self._tokens
         self._keep([row.generated + 1 < row.limit for row in rows])
         logits = self._decode()
+        if any(row.constraint for row in rows):
+            self._accept(rows, tokens, logits)
+        self._tokens = self._next_tokens(self._rows, logits)
         if on_cpu():
             # A step that still runs reads the KV cache, which then could not be written in place.
             mx.eval(tokens)
-        if any(row.constraint for row in rows):
-            mx.async_eval(logits, self._cache.arrays)  # while the grammars read the tokens
-            self._failed += [RequestError(row.id, e) for row, e in accept_tokens(rows, tokens)]
-        self._tokens = self._next_tokens(self._rows, logits)
         mx.async_eval(self._tokens, self._cache.arrays)  # nothing is left for another thread
         values: Any = tokens.tolist()
-        each = zip(rows, values, strict=True)
-        return [(row.id, row.read(token)) for row, token in each if not row.done]
+        return [
+            (row.id, row.read(token))
+            for row, token in zip(rows, values, strict=True)
+            if not row.done
+        ]
 
     def _read_ahead(self) -> None:
         while self._waiting and len(self._reading) < READ_AHEAD * self.encode_batch:
             request = self._waiting.popleft()
-            with_keys = self.cache is not None
-            future = self._threads.submit(request.read, self.model, self.processor, with_keys)
+            asked = self.model, self.processor, self.cache is not None
+            future = self._threads.submit(request.read, *asked)
             self._reading.append((request, future))
             if self.when_read is not None:
                 future.add_done_callback(self._tell)
@@ -268,7 +249,8 @@ class Batch:
             self._pass_on()
         room = self.max_batch - len(self._rows)
         entering = [self._encoded.popleft() for _ in range(min(room, len(self._encoded)))]
-        for group in group_by_prefix(entering, self.cache):
+        while entering:
+            group, entering = take_group(entering, self.cache)
             self._try(self._prefill, group, group)
 
     def _tokenize(self) -> None:
@@ -385,6 +367,20 @@ class Batch:
         )
         self._cache.advance()
         return self.model.language_model.logits(hidden_states[:, -1])
+
+    def _accept(self, rows: list[Row], tokens: mx.array, logits: mx.array) -> None:
+        """Tell the constraints of rows their tokens, while the logits after them are computed."""
+        if on_cpu():
+            mx.eval(tokens)
+        mx.async_eval(logits, self._cache.arrays)
+        values: Any = tokens.tolist()
+        for row, token in zip(rows, values, strict=True):
+            try:
+                if row.constraint is not None:
+                    row.constraint.accept(token)
+            except ValueError as error:
+                row.done, row.constraint = True, None
+                self._failed.append(RequestError(row.id, error))
 
     def _next_tokens(self, rows: list[Row], logits: mx.array) -> mx.array:
         """[B, vocab_size] → tokens [B]."""

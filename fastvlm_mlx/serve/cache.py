@@ -92,6 +92,11 @@ class RequestCache(PromptCache):
             ]
             self.disk.write(name, mx.stack(kept))
 
+    def flush(self) -> None:
+        """Wait until what the folder is to keep is written."""
+        if self.disk is not None:
+            self.disk.flush()
+
     def _load_prefix(self, ids: list[int]) -> bool:
         """Take the keys and values of a prompt's beginning from the folder, if they are there."""
         assert self.disk is not None

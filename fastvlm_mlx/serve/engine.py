@@ -22,7 +22,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..checks import check_whole_number
-from ..generation import scheduler
+from ..generation import requests
 from ..generation.inputs import ContextTooLong
 from ..generation.prompt_cache import PromptCache
 from ..generation.response import Response
@@ -237,7 +237,7 @@ class Engine:
         try:
             while batch:
                 batch.step()
-        except scheduler.RequestError as error:
+        except requests.RequestError as error:
             raise error.error from None
 
     def _take(self) -> None:
@@ -281,7 +281,7 @@ class Engine:
     def _step(self) -> None:
         try:
             responses = self._batch.step()
-        except scheduler.RequestError as error:
+        except requests.RequestError as error:
             if error.id in self._by_id:
                 self._fail(self._by_id[error.id], error.error)
             return
