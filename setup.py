@@ -48,8 +48,8 @@ setup(
         "parquet": ["pyarrow"],
         # Draws the plots of `python -m benchmarks report`.
         "benchmark": ["matplotlib"],
-        "test": ["pytest", "hypothesis"],
-        "dev": ["pytest", "hypothesis", "ruff", "mypy", "pre-commit"],
+        "test": ["pytest", "hypothesis", "jsonschema"],
+        "dev": ["pytest", "hypothesis", "jsonschema", "ruff", "mypy", "pre-commit"],
     },
     entry_points={"console_scripts": ["fastvlm = fastvlm_mlx.cli.main:main"]},
 )
