@@ -48,9 +48,21 @@ setup(
         "parquet": ["pyarrow"],
         # Draws the plots of `python -m benchmarks report`.
         "benchmark": ["matplotlib"],
-        "test": ["pytest", "hypothesis"],
-        # The tests of the page run in the system's Chromium or Chrome.
-        "dev": ["pytest", "hypothesis", "playwright", "ruff", "mypy", "pre-commit"],
+        "test": ["pytest", "hypothesis", "jsonschema"],
+        # The server is tested with its interfaces' own clients, and its page in the system's
+        # Chromium or Chrome.
+        "dev": [
+            "pytest",
+            "hypothesis",
+            "jsonschema",
+            "openai",
+            "anthropic",
+            "ollama",
+            "playwright",
+            "ruff",
+            "mypy",
+            "pre-commit",
+        ],
     },
     entry_points={"console_scripts": ["fastvlm = fastvlm_mlx.cli.main:main"]},
 )

@@ -12,6 +12,7 @@ from typing import Any
 from . import (
     batch,
     compare,
+    constrained,
     growth,
     image_size,
     launches,
@@ -39,6 +40,7 @@ MEASUREMENTS: dict[str, ModuleType] = {
         image_size,
         preprocess,
         speculate,
+        constrained,
     )
 }
 

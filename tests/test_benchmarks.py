@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import base64
 import json
 import re
 import sys
@@ -19,6 +20,7 @@ from benchmarks import (  # noqa: E402
     __main__,
     batch,
     compare,
+    constrained,
     memory,
     mlx_sides,
     peers,
@@ -322,6 +324,23 @@ def test_batches_give_the_answers_of_single_requests() -> None:
     found = batch.measure(args)
     assert (found["requests"], found["same answers"]) == (3, 3)
     assert all(len(seconds) == 1 for seconds in found["seconds"].values())
+
+
+@pytest.mark.needs("llguidance")
+def test_a_schema_is_measured_beside_a_free_answer(nano_folders: Path, tmp_path: Path) -> None:
+    file = tmp_path / "words.tiktoken"
+    texts = constrained.random_words(768)
+    lines = (base64.b64encode(text) + f" {i}\n".encode() for i, text in enumerate(texts))
+    file.write_bytes(b"".join(lines))
+    assert constrained.read_tiktoken(file) == texts and len(texts) == 765
+    tokenizer = constrained.make_tokenizer(texts)
+    assert [tokenizer.token_bytes(i) for i in range(765)] == texts
+    parser = __main__.make_parsers()["benchmarks"]
+    asked = ["constrained", str(nano_folders / "source"), "--rounds", "2", "--max-tokens", "4"]
+    free, schema = constrained.measure(parser.parse_args(asked))["results"]
+    assert (free["times_free"], free["grammar_us_per_token"]) == (1.0, 0.0)
+    assert schema["times_free"] > 0 and schema["grammar_us_per_token"] > 0
+    assert len(schema["samples"]) == 2
 
 
 def test_drafts_are_as_right_as_asked_for() -> None:

@@ -61,7 +61,9 @@ def speculate_tokens(
     decoder = model.language_model
     sample = make_sampler(options)
     choose = _make_chooser(input_ids, options, sample, constraint)
-    first = generate_tokens(model, input_ids, embeddings, cache, options, 1, sample, constraint)
+    first = generate_tokens(
+        model, input_ids, embeddings, cache, options, 1, sample, constraint=constraint
+    )
     answer = list(first)
     yield answer[0]
     most = _most_drafts(model, cache)
