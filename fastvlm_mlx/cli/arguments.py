@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import fields
 from glob import escape, glob
 from inspect import Parameter, Signature, signature
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -52,6 +53,11 @@ Images = Annotated[
     list[str] | None,
     typer.Option(help="Path, URL or data: URI, also as dragged in. Repeat it for several images."),
 ]
+Video = Annotated[
+    Path | None,
+    typer.Option(help="A video file, of which a few frames are shown with their times."),
+]
+Frames = Annotated[int, typer.Option(help="Frames of --video, the most.")]
 ImageSize = Annotated[
     int | None,
     typer.Option(help="Side in pixels, a multiple of 64; smaller is faster and coarser."),

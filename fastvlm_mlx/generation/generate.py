@@ -10,6 +10,7 @@ import mlx.core as mx
 from ..model.fastvlm import FastVLM
 from ..processor import Processor
 from ..text.messages import Messages
+from ..video.decode import VideoSource
 from .beam import search_tokens
 from .decode import generate_tokens, make_kv_cache
 from .inputs import ImageSources, Inputs, answer_limit, read_inputs
@@ -17,6 +18,7 @@ from .options import Options
 from .prompt_cache import PromptCache
 from .response import Response, stream_responses
 from .speculate import make_drafter, speculate_tokens
+from .video import FRAMES, with_video
 
 
 def generate(
@@ -25,6 +27,8 @@ def generate(
     prompt: Messages,
     image: ImageSources = None,
     *,
+    video: VideoSource | None = None,
+    frames: int = FRAMES,
     prompt_cache: PromptCache | None = None,
     **options: Any,
 ) -> str:
@@ -38,18 +42,30 @@ def generate(
             "url", "path"), {"type": "image_url", "image_url": {"url": …}}. {"type": "image"} by
             itself is the next of `image`. A text that a ChatML template wrote is taken as it is.
         image: one image or several: path, URL, bytes, PIL image or array.
+        video: instead of images, a video file (path, bytes or file object), of which the prompt
+            gets a few frames with their times. It needs PyAV, the extra `video`.
+        frames: of the video, the most: by scene, and evenly within each. There are fewer, with a
+            warning, where the model has no room for them.
         prompt_cache: what earlier calls computed, so that an image asked about again is neither
             encoded nor read by the decoder again.
         **options: the fields of `Options`.
 
     Raises:
-        ValueError: an option is out of range, an image can't be read, marks and images differ in
-            number, or the prompt is longer than the model's limit.
-        FileNotFoundError: no such image.
+        ValueError: an option is out of range, an image or video can't be read, marks and images
+            differ in number, or the prompt is longer than the model's limit.
+        FileNotFoundError: no such image or video.
+        ImportError: a video, and PyAV is not installed.
         TypeError: there is no such option.
     """
     responses = stream_generate(
-        model, processor, prompt, image=image, prompt_cache=prompt_cache, **options
+        model,
+        processor,
+        prompt,
+        image=image,
+        video=video,
+        frames=frames,
+        prompt_cache=prompt_cache,
+        **options,
     )
     return "".join(response.text for response in responses)
 
@@ -60,11 +76,15 @@ def stream_generate(
     prompt: Messages,
     image: ImageSources = None,
     *,
+    video: VideoSource | None = None,
+    frames: int = FRAMES,
     prompt_cache: PromptCache | None = None,
     **options: Any,
 ) -> Iterator[Response]:
     """As `generate`, piece by piece; bad arguments raise on the call, not on the first piece."""
     chosen = Options.of(options)
+    if video is not None:
+        prompt = with_video(model, processor, prompt, image, video, frames, chosen)
     encode = None if prompt_cache is None else prompt_cache.encode
     inputs = read_inputs(model, processor, prompt, image, chosen, encode=encode)
     input_ids, times = inputs.input_ids, inputs.times
