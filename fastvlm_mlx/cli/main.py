@@ -19,6 +19,7 @@ from .generate import generate
 from .models import models
 from .printing import errors_as_sentences
 from .upload import upload
+from .watch import watch
 
 app = typer.Typer(
     name="fastvlm",
@@ -28,7 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (generate, chat, models, download, convert, upload, doctor):
+for command in (generate, chat, watch, models, download, convert, upload, doctor):
     app.command()(command)
 app.command(epilog=FLOORS)(bench)
 

@@ -9,6 +9,7 @@ from fractions import Fraction
 from functools import partial
 from io import BytesIO
 from struct import unpack
+from time import monotonic, sleep
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
 
 from ..checks import reason, shown
@@ -26,6 +27,7 @@ VideoSource: TypeAlias = "str | os.PathLike[str] | bytes | BinaryIO"
 # In a row, after which a file is taken to have nothing more
 MOST_BROKEN_PACKETS = 1000
 USUAL_RATE = 25.0  # frames a second, where nothing says how many
+PATIENCE = 10.0  # seconds that a live source may say that nothing is there yet
 # A step back by more than this many seconds begins a new count, as where a recorder was restarted
 # or a transport stream's counter ran over; a smaller one is an error in a pts.
 JUMP = 1.0
@@ -179,13 +181,14 @@ def _is_cover(stream: Any, av: Any) -> bool:
 def _decoded(container: InputContainer, stream: VideoStream, name: str) -> Iterator[VideoFrame]:
     """Decoded frames, past packets that are broken."""
     av = import_av()
-    broken = 0
+    broken, last = 0, monotonic()
     while broken < MOST_BROKEN_PACKETS:
         try:
             for packet in container.demux(stream):
                 try:
-                    yield from packet.decode()
-                    broken = 0
+                    for frame in packet.decode():
+                        yield frame
+                        broken, last = 0, monotonic()
                 except av.error.InvalidDataError:
                     broken += 1
             return
@@ -193,6 +196,10 @@ def _decoded(container: InputContainer, stream: VideoStream, name: str) -> Itera
             broken += 1
         except av.error.EOFError:
             return
+        except av.error.BlockingIOError:  # how a Mac's cameras say that no frame is there yet
+            if monotonic() - last > PATIENCE:
+                raise TimeoutError(f"{name} gave no frame for {PATIENCE:.0f} seconds.") from None
+            sleep(0.002)
         except (av.error.FFmpegError, OSError) as error:
             raise as_os_error(error, name) from None
 
