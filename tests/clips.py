@@ -21,8 +21,9 @@ def write_clip(
     format: str | None = None,
     sample_aspect_ratio: Fraction | None = None,
     keyframes: int = 12,
+    crf: int = 1,
 ) -> Path:
-    """RGB pictures [H, W, 3] as frames, nearly lossless, in a file of its name's container."""
+    """RGB pictures [H, W, 3] as frames, by default nearly lossless."""
     import av
 
     height, width, _ = pictures[0].shape
@@ -30,7 +31,7 @@ def write_clip(
         stream = container.add_stream(codec, rate=rate)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         if codec == "libx264":
-            stream.options = {"crf": "1", "preset": "ultrafast", "g": str(keyframes)}
+            stream.options = {"crf": str(crf), "preset": "ultrafast", "g": str(keyframes)}
         if sample_aspect_ratio is not None:
             stream.codec_context.sample_aspect_ratio = sample_aspect_ratio
         if pts is not None:

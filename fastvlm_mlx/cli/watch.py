@@ -69,8 +69,8 @@ Webhook = Annotated[str | None, typer.Option(help="A URL to which each answer is
 Realtime = Annotated[
     bool,
     typer.Option(
-        help="Play a video file at its own speed; without, go through it as fast as answers come, "
-        "and --every counts in its own time."
+        help="Play a video file at its own speed, and drop pictures that come too fast; without, "
+        "go from frame to frame as answers come, and --every counts in a file's own time."
     ),
 ]
 Jsonl = Annotated[

@@ -99,8 +99,9 @@ def watch(
         on_change: pass over frames that look like the last that was answered.
         when: a question that yes or no answers, asked of every frame; `prompt` is then asked only
             when it turns to yes.
-        realtime: play a video file at its own speed, as a camera would; otherwise go from frame to
-            frame as the answers allow, and `every` and `fps` are of the file's time.
+        realtime: play a video file at its own speed, as a camera would, and drop pictures on
+            standard input that were not answered in time; otherwise go from frame to frame as the
+            answers allow, and `every` and `fps` are of a file's own time.
         note: is told what happens beside: a stream that broke off, a picture that can't be read.
         on_text: is given each piece of an answer as it comes.
         **options: the fields of `Options`.
@@ -159,7 +160,8 @@ class Watcher:
         self, *, every: float | None, fps: float | None, on_change: bool, realtime: bool
     ) -> None:
         """Which frames are taken."""
-        self.by_clock = self.source.live or (self.source.timed and realtime)
+        by_itself = self.source.live or self.source.timed
+        self.by_clock = self.source.reconnects or (by_itself and realtime)
         self.interval = every or (1 / fps if fps else 0.0)
         self.changes = Changes() if on_change else None
         self.pace = None

@@ -6,7 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from ..checks import reason
@@ -31,6 +31,7 @@ class CameraSource(Source):
     reconnects = True
 
     def __init__(self, number: int = 0):
+        import_av()
         self.number = number
         self.name = f"camera {number}"
 
@@ -41,7 +42,6 @@ class CameraSource(Source):
 
 def open_camera(number: int) -> Any:
     """The container of a camera; OSError with a sentence if it can't be opened."""
-    import_av()
     if sys.platform == "darwin":
         return _open_on_a_mac(number)
     if sys.platform == "linux":
@@ -89,17 +89,32 @@ def _open_on_a_mac(number: int) -> Any:
     said, error = "", None
     while waiting and tried < MOST_TRIED:
         rate, tried = waiting.pop(0), tried + 1
-        with av.logging.Capture(local=False) as logs:
+        with _logged() as logs:
             try:
                 options = {"framerate": rate, "pixel_format": "nv12"}
                 return av.open(f"{number}:none", format="avfoundation", options=options)
             except (av.error.FFmpegError, OSError) as found:
-                error, said = found, " ".join(message for _, _, message in logs)
-        offered = [r for r in offered_rates(said) if r not in waiting]
-        waiting = offered + waiting if tried == 1 else waiting
+                error = found
+        if tried == 1:  # later ones are left out of the log where they say the same
+            said = " ".join(message for _, _, message in logs)
+            waiting = offered_rates(said) + waiting
         if "framerate" not in said.lower():
             break
     raise _mac_error(error, said, number)
+
+
+@contextmanager
+def _logged() -> Iterator[list[Any]]:
+    """What FFmpeg logs in this thread: its errors only have a number."""
+    import av
+
+    level = av.logging.get_level()
+    av.logging.set_level(av.logging.ERROR)
+    try:
+        with av.logging.Capture() as logs:
+            yield logs
+    finally:
+        av.logging.set_level(level)
 
 
 def offered_rates(said: str) -> list[str]:

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 GRID = 32  # blocks along each side
 FLOOR = 10.0  # of 255: a smaller change of a block's mean is none
 NOISE = 6.0  # standard deviations that noise stays within, for some hours of frames
+MOST_NOISE = 5.0  # of 255, of a block's mean: a small camera's in the dark
 LEAST_BLOCKS = 2  # of the grid's 1024 that must differ: one may be a stuck pixel's
 
 
@@ -48,9 +49,9 @@ class Changes:
         now = sketch(image)
         if self._previous is not None:
             # 1.4826 times the median of absolute values is the standard deviation of a normal
-            # distribution; half of what is new counts, so that a cut does not pass for noise.
+            # distribution. A cut, or a camera that moves, changes all blocks too, but by more.
             noise = 1.4826 * float(np.median(abs(now - self._previous)))
-            self._noise += (min(noise, FLOOR) - self._noise) / 2
+            self._noise += (min(noise, MOST_NOISE) - self._noise) / 2
         self._previous = now
         if self._shown is None or self._differs(now, self._shown):
             self._shown = now

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from fractions import Fraction
 from functools import partial
 from io import BytesIO
+from math import inf
 from struct import unpack
 from time import monotonic, sleep
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
@@ -97,11 +98,14 @@ def open_container(source: Any, name: str, **arguments: Any) -> Iterator[InputCo
         **arguments: for `av.open`.
     """
     av = import_av()
+    start, (patience, _) = monotonic(), arguments.get("timeout", (inf, inf))
     try:
         container = av.open(source, metadata_errors="replace", **arguments)
-    except av.error.InvalidDataError:
-        raise ValueError(f"Cannot read {name}: it is not a video that FFmpeg knows.") from None
     except (av.error.FFmpegError, OSError) as error:
+        if monotonic() - start >= patience:  # whatever came of an answer that was cut short
+            raise TimeoutError(f"Cannot read {name}: it did not answer in time.") from None
+        if isinstance(error, av.error.InvalidDataError):
+            raise ValueError(f"Cannot read {name}: it is not a video that FFmpeg knows.") from None
         raise as_os_error(error, name) from None
     with container:
         yield container

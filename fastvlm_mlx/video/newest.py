@@ -46,6 +46,7 @@ class Newest:
         self._ended = False
         self._error: Exception | None = None
         self._came = 0  # frames
+        self._first_start = 0.0
         self._thread = Thread(target=self._run, name=f"frames of {source.name}", daemon=True)
         self._thread.start()
 
@@ -91,8 +92,10 @@ class Newest:
                     raise
             if self._stop.is_set() or not self.source.reconnects:
                 return
+            if not self._came:
+                raise OSError(f"Cannot read {self.source.name}: it ended before its first frame.")
             breaks = 1 if self._came > came else breaks + 1
-            seconds = min(LONGEST_WAIT, FIRST_WAIT * 2 ** (breaks - 1))
+            seconds = min(LONGEST_WAIT, FIRST_WAIT * 2.0 ** min(breaks - 1, 9))
             said = "it ended" if error is None else reason(error)
             self._note(f"{self.source.name} broke off ({said}); again in {seconds:g} s.")
             self._wait(self._stop, seconds)
@@ -101,7 +104,10 @@ class Newest:
         frames = self.source.frames()
         with closing(frames):  # type: ignore[type-var]
             start = monotonic()
+            if not self._came:
+                self._first_start = start
             for frame in frames:
+                frame.time += start - self._first_start  # goes on over breaks
                 if self.source.timed:
                     frame.arrived = self._play(start + frame.time)
                 if self._stop.is_set():

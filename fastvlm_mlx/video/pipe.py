@@ -71,8 +71,10 @@ def split_pictures(read: Callable[[int], bytes]) -> Iterator[bytes]:
                 "for --video."
             )
         if end is None:
-            return
+            break
         yield data.give(end)
+    if not data.given:
+        raise ValueError("Standard input ended before there was a whole JPEG or PNG picture.")
 
 
 class Bytes:

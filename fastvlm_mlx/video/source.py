@@ -8,7 +8,7 @@ from time import monotonic
 from typing import Any
 
 from ..image.load import ImageSource, load_image
-from .decode import VideoSource, name_of, read_frames
+from .decode import VideoSource, import_av, name_of, read_frames
 from .frame import Frame
 
 
@@ -43,6 +43,7 @@ class FileSource(Source):
     live, timed = False, True
 
     def __init__(self, video: VideoSource):
+        import_av()  # what is not installed is said before anything else is done
         self.video = video
         self.name = name_of(video)
 

@@ -6,13 +6,14 @@ import re
 from collections.abc import Iterator
 from urllib.parse import quote
 
-from ..checks import brief, masked
-from .decode import container_frames, open_container
+from ..checks import brief
+from .decode import container_frames, import_av, open_container
 from .frame import Frame
 from .source import Source
 
 SCHEMES = ("rtsp", "rtsps", "rtmp", "rtmps", "http", "https", "srt", "udp", "tcp", "rtp")
 TIMEOUT = 10.0  # seconds without an answer, or without a byte
+HOST = re.compile(r"(\[[0-9a-fA-F:.]+\]|[\w.-]+)(:\d+)?")
 # What a stream may lead to: never to files of this machine.
 PROTOCOLS = (*SCHEMES, "srtp", "tls", "httpproxy", "crypto", "data")
 
@@ -28,12 +29,13 @@ class StreamSource(Source):
     reconnects = True
 
     def __init__(self, url: str, timeout: float = TIMEOUT):
+        import_av()
         self.url = quoted_login(url)
-        self.name = brief(masked(self.url))
+        self.name = brief(without_login(self.url))
         self.timeout = timeout
 
     def frames(self) -> Iterator[Frame]:
-        options = {"protocol_whitelist": ",".join(PROTOCOLS), "fflags": "nobuffer"}
+        options = {"protocol_whitelist": ",".join(PROTOCOLS)}
         if self.url[:4].lower() == "rtsp":
             options["rtsp_transport"] = "tcp"  # whose packets are not lost on the way
         with open_container(
@@ -52,21 +54,29 @@ def is_stream(text: str) -> bool:
 def quoted_login(url: str) -> str:
     """A URL with user name and password as URLs have them, however they were typed.
 
-    The last @ before the path ends them; where none is there, a slash (or ? or #) is part of the
-    password if what stands before it is not a host and its port.
+    A password may hold @ and / too, and so may a path. So the login is taken to end at the first @
+    that a host follows which has a dot or a port, or else at the first that any host follows.
     """
     scheme, _, rest = url.partition("://")
-    authority = re.match(r"[^/?#]*", rest)
-    host = authority.group() if authority else ""
-    if "@" in host:
-        login, _, host = host.rpartition("@")
-        rest = host + rest[len(login) + 1 + len(host) :]
-    elif "@" in rest and re.search(r":(?!\d*$)", host):
-        login, _, rest = rest.rpartition("@")
-    else:
+    authority = re.split(r"[/?#]", rest, maxsplit=1)[0]
+    if HOST.fullmatch(authority):
         return url
-    user, colon, password = login.partition(":")
-    return f"{scheme}://{_quoted(user)}{colon}{_quoted(password)}@{rest}"
+    ends = [i for i, char in enumerate(rest) if char == "@"]
+    hosts = {i: re.split(r"[/?#]", rest[i + 1 :], maxsplit=1)[0] for i in ends}
+    hosts = {i: host for i, host in hosts.items() if HOST.fullmatch(host)}
+    sure = [i for i, host in hosts.items() if re.search(r"[.:]|^localhost$", host)]
+    if not hosts:
+        return url
+    end = min(sure or hosts)
+    user, colon, password = rest[:end].partition(":")
+    return f"{scheme}://{_quoted(user)}{colon}{_quoted(password)}@{rest[end + 1 :]}"
+
+
+def without_login(url: str) -> str:
+    """A URL as messages show it; where it may be unclear what belongs to the password, less of it
+    is shown rather than more."""
+    scheme, _, rest = url.partition("://")
+    return f"{scheme}://***@{rest.rpartition('@')[2]}" if "@" in rest else url
 
 
 def _quoted(text: str) -> str:
