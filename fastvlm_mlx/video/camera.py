@@ -95,11 +95,11 @@ def _open_on_a_mac(number: int) -> Any:
                 return av.open(f"{number}:none", format="avfoundation", options=options)
             except (av.error.FFmpegError, OSError) as found:
                 error = found
-        if tried == 1:  # later ones are left out of the log where they say the same
-            said = " ".join(message for _, _, message in logs)
-            waiting = offered_rates(said) + waiting
+        said = " ".join(message for _, _, message in logs)
         if "framerate" not in said.lower():
             break
+        if tried == 1:
+            waiting = offered_rates(said) + waiting
     raise _mac_error(error, said, number)
 
 
@@ -108,13 +108,15 @@ def _logged() -> Iterator[list[Any]]:
     """What FFmpeg logs in this thread: its errors only have a number."""
     import av
 
-    level = av.logging.get_level()
+    level, skips = av.logging.get_level(), av.logging.get_skip_repeated()
     av.logging.set_level(av.logging.ERROR)
+    av.logging.set_skip_repeated(False)
     try:
         with av.logging.Capture() as logs:
             yield logs
     finally:
         av.logging.set_level(level)
+        av.logging.set_skip_repeated(skips)
 
 
 def offered_rates(said: str) -> list[str]:
