@@ -183,14 +183,14 @@ def _takers(
 
 
 def _hand_on(answers: Iterator[Answer], display: PlainLines, takers: list[Any]) -> None:
-    """Show each answer, and give it to those that keep it or act on it."""
+    """Give each answer to those that keep it or act on it, and show it: what is shown is kept."""
     for answer in answers:
-        display.show(answer)
         for taker in takers:
             if not isinstance(taker, Actions):
                 taker.write(answer)
             elif answer.yes is None or (answer.yes and answer.turned):
                 taker.act(answer)
+        display.show(answer)
 
 
 def _source(

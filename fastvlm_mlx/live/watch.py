@@ -191,8 +191,9 @@ class Watcher:
                     alike += 1
                     continue
                 due = time.monotonic() + self.interval
-                yield frame, newest.dropped - dropped + alike
+                skipped = newest.dropped - dropped + alike
                 dropped, alike = newest.dropped, 0
+                yield frame, skipped
 
     def _in_order(self) -> Iterator[tuple[Frame, int]]:
         """As `_newest`, of a source that waits for its reader."""
