@@ -107,10 +107,8 @@ def status(answer: Answer) -> str:
     parts = [f"age {1000 * answer.age:.0f} ms"]
     if answer.yes is not None and answer.probability is not None:
         parts.insert(0, f"{'yes' if answer.yes else 'no'} ({answer.probability:.2f})")
-    if answer.response is None:
-        parts.append(f"answer {1000 * answer.seconds:.0f} ms")
-    else:
-        parts.append(f"first token {1000 * answer.response.ttft:.0f} ms")
+    parts.append(f"first token {1000 * answer.ttft:.0f} ms")
+    if answer.response is not None:
         parts.append(f"{answer.response.generation_tps:.0f} tokens/s")
     parts += [f"{answer.image_size} pixels", f"{answer.skipped} frames skipped"]
     return " · ".join(parts)

@@ -29,12 +29,12 @@ def as_record(answer: Answer, *, thumbnail: bool = False) -> dict[str, Any]:
         "text": answer.text,
         "age": round(answer.age, 4),
         "seconds": round(answer.seconds, 4),
+        "ttft": round(answer.ttft, 4),
         "image_size": answer.image_size,
         "skipped": answer.skipped,
     }
     if answer.response is not None:
         found |= {
-            "ttft": round(answer.response.ttft, 4),
             "tokens": answer.response.generation_tokens,
             "finish_reason": answer.response.finish_reason,
         }

@@ -65,6 +65,11 @@ class Answer:
     yes: bool | None = None
     turned: bool = False
 
+    @property
+    def ttft(self) -> float:
+        """Time to first token, which is all that a condition takes."""
+        return self.seconds if self.response is None else self.response.ttft
+
 
 def watch(
     source: AnySource,
