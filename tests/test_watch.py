@@ -1,6 +1,5 @@
 """Live sources, the newest of their frames, and `fastvlm watch`."""
 
-import base64
 import io
 import json
 import os
@@ -11,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
 from pathlib import Path
@@ -23,6 +22,7 @@ import pytest
 from clips import plain, write_clip
 from command import Run
 from PIL import Image, ImageDraw
+from rtsp_server import Camera, tcp_server
 
 import fastvlm_mlx as fv
 from fastvlm_mlx.cli.live import printable
@@ -115,6 +115,21 @@ def test_memory_stays_flat_over_thousands_of_frames() -> None:
     assert max(alive, default=0) < 20 * 48 * 64 * 3
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the memory of a process from /proc")
+@pytest.mark.needs("av")
+def test_decoding_thousands_of_frames_keeps_memory_flat(tmp_path: Path) -> None:
+    pictures = [plain((i % 250, 9, 9), 160, 120) for i in range(2000)]
+    clip = write_clip(tmp_path / "long.mp4", pictures, crf=40)
+    del pictures
+    taken = []
+    for number, frame in enumerate(read_frames(clip)):
+        assert frame.image.size == (160, 120)
+        if number % 400 == 399:
+            resident = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+            taken.append(resident * os.sysconf("SC_PAGE_SIZE") / 2**20)
+    assert max(taken) - taken[0] < 10  # megabytes; the frames' pixels would be 92
+
+
 def test_age_is_at_most_one_inference(nano: Nano) -> None:
     image = picture(PANDA)
     source = Fast(400, lambda number: image, rate=200)
@@ -135,24 +150,6 @@ def test_a_watch_that_is_left_ends_its_thread(nano: Nano) -> None:
 
 
 # Streams
-
-
-@contextmanager
-def tcp_server(answer: Callable[[socket.socket], None]) -> Iterator[int]:
-    """A server on a port of its own that answers each connection in a thread."""
-    server = socket.create_server(("127.0.0.1", 0))
-
-    def serve() -> None:
-        while True:
-            try:
-                connection, _ = server.accept()
-            except OSError:
-                return
-            threading.Thread(target=answer, args=(connection,), daemon=True).start()
-
-    threading.Thread(target=serve, daemon=True).start()
-    with server:
-        yield server.getsockname()[1]
 
 
 def open_files() -> int:
@@ -225,29 +222,14 @@ def test_a_source_that_can_not_be_opened_is_not_tried_for_ever() -> None:
 @pytest.mark.needs("av")
 @pytest.mark.parametrize("password", ["secret", "p@ss", "s%s/w?#:é@d", "p%40ss"])
 def test_passwords_reach_the_camera_and_nobody_else(password: str) -> None:
-    sent: list[str] = []
-
-    def answer(connection: socket.socket) -> None:
-        held = b""
-        while data := connection.recv(4096):
-            held += data
-            while b"\r\n\r\n" in held:
-                request, held = held.split(b"\r\n\r\n", 1)
-                lines = request.decode().split("\r\n")
-                number = next(line for line in lines if line.startswith("CSeq"))
-                logins = [line.split()[-1] for line in lines if line.startswith("Authorization")]
-                sent.extend(base64.b64decode(login).decode() for login in logins)
-                status = "404 Not Found" if logins else "401 Unauthorized"
-                asked = "" if logins else 'WWW-Authenticate: Basic realm="camera"\r\n'
-                connection.sendall(f"RTSP/1.0 {status}\r\n{number}\r\n{asked}\r\n".encode())
-
-    with tcp_server(answer) as port:
+    camera = Camera(b"", login="nobody:knows")
+    with tcp_server(camera) as port:
         source = StreamSource(f"rtsp://admin:{password}@127.0.0.1:{port}/live/1")
         with pytest.raises(OSError) as caught:
             next(Newest(source))
-    assert sent and set(sent) == {f"admin:{password.replace('%40', '@')}"}
+    assert camera.logins and set(camera.logins) == {f"admin:{password.replace('%40', '@')}"}
     said = f"{caught.value} {source.name}"
-    assert "404" in said and "***@127.0.0.1" in said
+    assert "401" in said and "***@127.0.0.1" in said
     assert password not in said and "admin" not in said
 
 
@@ -265,6 +247,22 @@ def test_passwords_reach_the_camera_and_nobody_else(password: str) -> None:
 def test_logins_in_urls(url: str, quoted: str, shown: str) -> None:
     assert quoted_login(url) == quoted
     assert without_login(quoted_login(url)) == shown
+
+
+@pytest.mark.needs("av")
+@pytest.mark.parametrize("then", ["close", "silence"])
+def test_a_camera_that_breaks_off_is_opened_again(then: str, tmp_path: Path) -> None:
+    pictures = [plain((i * 20, 9, 9)) for i in range(12)]
+    stream = write_clip(tmp_path / "s.ts", pictures, keyframes=3).read_bytes()
+    camera, notes, frames = Camera(stream, "admin:p@ss/1", then), [], []
+    with tcp_server(camera) as port:
+        source = StreamSource(f"rtsp://admin:p@ss/1@127.0.0.1:{port}/live", timeout=1.0)
+        with closing(Newest(source, notes.append, lambda event, seconds: None)) as newest:
+            while camera.connections < 3:
+                frames.append(next(newest))
+    assert frames[0].image.size == (64, 48)
+    assert all(one.time <= other.time for one, other in pairwise(frames))
+    assert all("***@127.0.0.1" in note and "p@ss" not in note for note in notes)
 
 
 @pytest.mark.needs("av")

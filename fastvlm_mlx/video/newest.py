@@ -46,7 +46,7 @@ class Newest:
         self._ended = False
         self._error: Exception | None = None
         self._came = 0  # frames
-        self._first_start = 0.0
+        self._first_start = self._last_time = 0.0
         self._thread = Thread(target=self._run, name=f"frames of {source.name}", daemon=True)
         self._thread.start()
 
@@ -106,8 +106,9 @@ class Newest:
             start = monotonic()
             if not self._came:
                 self._first_start = start
+            before = max(self._last_time, start - self._first_start)  # of earlier connections
             for frame in frames:
-                frame.time += start - self._first_start  # goes on over breaks
+                self._last_time = frame.time = before + frame.time
                 if self.source.timed:
                     frame.arrived = self._play(start + frame.time)
                 if self._stop.is_set():

@@ -41,7 +41,9 @@ class StreamSource(Source):
         with open_container(
             self.url, self.name, options=options, timeout=(self.timeout, self.timeout)
         ) as container:
-            self.reconnects = container.duration is None  # one that has a length has an end
+            # What has a length is a film: it is played at its own speed, and has an end.
+            self.timed = container.duration is not None
+            self.reconnects = not self.timed
             yield from container_frames(container, self.name, live=True)
 
 
