@@ -2,8 +2,12 @@
 
 import shutil
 import subprocess
+import threading
 import warnings
+from base64 import b64encode
 from fractions import Fraction
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 from itertools import product
 from pathlib import Path
@@ -348,6 +352,51 @@ def test_a_video_stands_in_the_first_turn_of_a_chat(
     first = next(fv.stream_generate(*nano, chat, video=clip, frames=1))
     assert first.prompt_tokens > 16
     assert chat == before
+
+
+def test_videos_stand_in_parts_of_messages(
+    clip: Path, nano: tuple[fv.FastVLM, fv.Processor]
+) -> None:
+    data = clip.read_bytes()
+    question = {"type": "text", "text": "Describe the image."}
+    expected = list(fv.stream_generate(*nano, "Describe the image.", video=clip, frames=2))
+    for part in (
+        {"type": "video", "video": str(clip)},
+        {"type": "video", "video": data},
+        {"type": "video_url", "video_url": {"url": f"data:video/mp4;base64,{b64(data)}"}},
+        {"type": "input_video", "video_url": str(clip)},
+    ):
+        message = {"role": "user", "content": [part, question]}
+        found = list(fv.stream_generate(*nano, [message], frames=2))
+        assert [r.token for r in found] == [r.token for r in expected]
+        assert found[0].prompt_tokens == expected[0].prompt_tokens
+    two = [{"type": "video", "video": data}, {"type": "text", "text": "or"}] * 2
+    last = next(fv.stream_generate(*nano, [*two, question], frames=1))
+    assert last.prompt_tokens > expected[0].prompt_tokens
+
+
+def b64(data: bytes) -> str:
+    return b64encode(data).decode()
+
+
+@pytest.mark.parametrize("part", [{}, {"video": 3}, {"video": "a", "url": "b"}, {"video_url": {}}])
+def test_parts_without_a_video(
+    part: dict[str, object], nano: tuple[fv.FastVLM, fv.Processor]
+) -> None:
+    with pytest.raises(ValueError, match=r"[Vv]ideo"):
+        fv.generate(*nano, [{"type": "video", **part}])
+
+
+def test_a_video_from_the_network(clip: Path, nano: tuple[fv.FastVLM, fv.Processor]) -> None:
+    handler = partial(SimpleHTTPRequestHandler, directory=str(clip.parent))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        found = fv.generate(*nano, "Describe the image.", video=f"{url}/zoo.mp4", frames=1)
+        assert found == "The image shows a panda."
+        with pytest.raises(OSError, match="404"):
+            fv.generate(*nano, "Describe the image.", video=f"{url}/none.mp4")
+        server.shutdown()
 
 
 @pytest.mark.parametrize(

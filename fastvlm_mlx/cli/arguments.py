@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import fields
 from glob import escape, glob
 from inspect import Parameter, Signature, signature
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -54,8 +53,8 @@ Images = Annotated[
     typer.Option(help="Path, URL or data: URI, also as dragged in. Repeat it for several images."),
 ]
 Video = Annotated[
-    Path | None,
-    typer.Option(help="A video file, of which a few frames are shown with their times."),
+    str | None,
+    typer.Option(help="Path or URL of a video, of which a few frames are shown with their times."),
 ]
 Frames = Annotated[int, typer.Option(help="Frames of --video, the most.")]
 ImageSize = Annotated[

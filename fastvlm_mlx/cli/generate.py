@@ -73,8 +73,8 @@ def generate(
         image = [str(SAMPLE_IMAGE)]
         typer.echo(f"No --image and no --prompt: describing {SAMPLE_IMAGE}.", err=True)
     images = [dragged_path(path) for path in image or []]
-    clip = None if video is None else dragged_path(str(video))
-    with warnings_as_notes() if clip else nullcontext():
+    clip = None if video is None else dragged_path(video)
+    with warnings_as_notes() if clip or messages else nullcontext():
         responses = stream_generate(
             *loaded, question, image=images, video=clip, frames=frames, **vars(chosen)
         )

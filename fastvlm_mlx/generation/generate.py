@@ -18,7 +18,7 @@ from .options import Options
 from .prompt_cache import PromptCache
 from .response import Response, stream_responses
 from .speculate import make_drafter, speculate_tokens
-from .video import FRAMES, with_video
+from .video import FRAMES, with_frames
 
 
 def generate(
@@ -42,9 +42,11 @@ def generate(
             "url", "path"), {"type": "image_url", "image_url": {"url": …}}. {"type": "image"} by
             itself is the next of `image`. A text that a ChatML template wrote is taken as it is.
         image: one image or several: path, URL, bytes, PIL image or array.
-        video: instead of images, a video file (path, bytes or file object), of which the prompt
-            gets a few frames with their times. It needs PyAV, the extra `video`.
-        frames: of the video, the most: by scene, and evenly within each. There are fewer, with a
+        video: instead of images, a video (path, http, https or data URL, bytes or file object), of
+            which the prompt gets a few frames with their times; in messages also as parts
+            {"type": "video", "video": …} or {"type": "video_url", …}. It needs PyAV, the extra
+            `video`.
+        frames: of each video, the most: by scene, and evenly within each. There are fewer, with a
             warning, where the model has no room for them.
         prompt_cache: what earlier calls computed, so that an image asked about again is neither
             encoded nor read by the decoder again.
@@ -83,8 +85,7 @@ def stream_generate(
 ) -> Iterator[Response]:
     """As `generate`, piece by piece; bad arguments raise on the call, not on the first piece."""
     chosen = Options.of(options)
-    if video is not None:
-        prompt = with_video(model, processor, prompt, image, video, frames, chosen)
+    prompt = with_frames(model, processor, prompt, image, video, frames, chosen)
     encode = None if prompt_cache is None else prompt_cache.encode
     inputs = read_inputs(model, processor, prompt, image, chosen, encode=encode)
     input_ids, times = inputs.input_ids, inputs.times

@@ -112,7 +112,7 @@ def _read_named(source: str, timeout: float, max_bytes: int, purpose: Purpose | 
     """The image at a path or URL."""
     if source[:5].lower() == "data:":
         name = brief(source, 40)
-        return from_file(BytesIO(_from_data_url(source, name)), name, purpose)
+        return from_file(BytesIO(from_data_url(source, name)), name, purpose)
     name = shown(source)
     scheme, is_url, rest = source.partition("://")
     if not is_url or not scheme.isalnum():
@@ -190,7 +190,8 @@ def _from_file_url(rest: str, name: str) -> str:
     return unquote(path, sys.getfilesystemencoding(), sys.getfilesystemencodeerrors())
 
 
-def _from_data_url(url: str, name: str) -> bytes:
+def from_data_url(url: str, name: str) -> bytes:
+    """The bytes in a data URL; ValueError, which calls it `name`, if it is not well encoded."""
     from base64 import b64decode
     from urllib.parse import unquote_to_bytes
 

@@ -73,6 +73,11 @@ def open_file(video: VideoSource) -> Iterator[InputContainer]:
             raise FileNotFoundError(f"Cannot read {name}: there is no such file.")
     else:
         source = BytesIO(video) if isinstance(video, (bytes, bytearray, memoryview)) else video
+        if not (hasattr(source, "seekable") and source.seekable()):
+            raise ValueError(
+                f"Cannot read {shown(video)}: a video is a path, bytes or a binary file object that "
+                "can seek."
+            )
         source.seek(0)
     allowed = FOR_PATHS if isinstance(source, str) else FOR_BYTES
     # `file:` keeps libav from reading a name with a colon as a URL.
