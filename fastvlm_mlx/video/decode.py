@@ -75,8 +75,8 @@ def open_file(video: VideoSource) -> Iterator[InputContainer]:
         source = BytesIO(video) if isinstance(video, (bytes, bytearray, memoryview)) else video
         if not (hasattr(source, "seekable") and source.seekable()):
             raise ValueError(
-                f"Cannot read {shown(video)}: a video is a path, bytes or a binary file object that "
-                "can seek."
+                f"Cannot read {shown(video)}: a video is a path, bytes or a binary file object "
+                "that can seek."
             )
         source.seek(0)
     allowed = FOR_PATHS if isinstance(source, str) else FOR_BYTES
