@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from time import monotonic
 from types import TracebackType
 from typing import Any
 
@@ -11,6 +12,8 @@ import typer
 from ..live.records import local_time
 from ..live.watch import Answer
 from ..video.frame import timestamp
+
+BETWEEN_DRAWINGS = 0.05  # seconds
 
 
 class PlainLines:
@@ -53,7 +56,7 @@ class PlainLines:
 class LiveLines(PlainLines):
     """As `PlainLines`, with a last line that shows the answer as it is given.
 
-    Only that line is drawn anew, in place, so that nothing flickers.
+    Only that line is drawn anew, in place, and only when it changes, so that nothing flickers.
     """
 
     def __init__(self, by_clock: bool):
@@ -62,8 +65,9 @@ class LiveLines(PlainLines):
 
         super().__init__(by_clock)
         self.console = Console(highlight=False)
-        self._live = Live(console=self.console, refresh_per_second=10, transient=True)
+        self._live = Live(console=self.console, auto_refresh=False, transient=True)
         self._text, self._status = "", "waiting for a frame"
+        self._drawn = 0.0
 
     def __enter__(self) -> LiveLines:
         self._live.start()
@@ -77,7 +81,8 @@ class LiveLines(PlainLines):
 
     def add(self, text: str) -> None:
         self._text += text
-        self._draw()
+        if monotonic() - self._drawn > BETWEEN_DRAWINGS:  # the whole answer is drawn in any case
+            self._draw()
 
     def show(self, answer: Answer) -> None:
         self._text, self._status = "", status(answer)
@@ -92,7 +97,8 @@ class LiveLines(PlainLines):
         from rich.console import Group
 
         shown = [self._plain(printable(self._text))] if self._text else []
-        self._live.update(Group(*shown, self._plain(self._status, "dim")))
+        self._live.update(Group(*shown, self._plain(self._status, "dim")), refresh=True)
+        self._drawn = monotonic()
 
     @staticmethod
     def _plain(text: str, style: str = "") -> Any:
