@@ -115,7 +115,7 @@ def open_container(source: Any, name: str, **arguments: Any) -> Iterator[InputCo
     except (av.error.FFmpegError, OSError) as error:
         if monotonic() - start >= patience:  # whatever came of an answer that was cut short
             raise TimeoutError(f"Cannot read {name}: it did not answer in time.") from None
-        if isinstance(error, av.error.InvalidDataError):
+        if isinstance(error, (av.error.InvalidDataError, av.error.ArgumentError)):
             raise ValueError(f"Cannot read {name}: it is not a video that FFmpeg knows.") from None
         raise as_os_error(error, name) from None
     with container:
