@@ -24,6 +24,7 @@ from .generation.prompt_cache import PromptCache
 from .generation.response import Response
 from .image.load import load_image
 from .image.preprocess import preprocess
+from .live.watch import watch
 from .model.fastvlm import FastVLM
 from .processor import Processor
 from .version import __version__
@@ -45,4 +46,5 @@ __all__ = [
     "load_model",
     "preprocess",
     "stream_generate",
+    "watch",
 ]

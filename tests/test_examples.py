@@ -1,7 +1,10 @@
 import json
+import select
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -33,6 +36,31 @@ def test_predict_says_what_is_wrong():
 def test_chat_asks_in_turn():
     found = run("chat.py", QUEEN, "Read the text.", "Read the text.")
     assert found.stdout.count('The note says "queen".') == 2, found.stderr
+
+
+@pytest.mark.needs("av")
+def test_webcam_says_what_it_sees(tmp_path):
+    folder = tmp_path / "incoming"
+    folder.mkdir()
+    command = [sys.executable, str(EXAMPLES / "webcam.py"), "Read the text.", "--model", str(NANO)]
+    command += ["--source", str(folder), "--image-size", "256"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE)
+    for number in range(200):  # it sees only what comes once it watches
+        shutil.copy(QUEEN, folder / f"{number}.png")
+        time.sleep(0.3)
+        if select.select([process.stdout], [], [], 0)[0]:
+            break
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=30)
+    assert out.decode().startswith('The note says "queen".  (')
+    assert process.returncode == 0
+
+
+@pytest.mark.needs("av")
+def test_webcam_says_what_is_wrong():
+    found = run("webcam.py", "--model", NANO, "--source", "rtsp://127.0.0.1:9/x")
+    assert found.returncode == 1 and "Traceback" not in found.stderr
+    assert found.stderr.startswith("Error: Cannot read rtsp://127.0.0.1:9/x")
 
 
 def test_captions_go_on_where_they_stopped(tmp_path):

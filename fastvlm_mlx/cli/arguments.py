@@ -55,6 +55,11 @@ Images = Annotated[
         "each after its own --image."
     ),
 ]
+Video = Annotated[
+    str | None,
+    typer.Option(help="Path or URL of a video, of which a few frames are shown with their times."),
+]
+Frames = Annotated[int, typer.Option(help="Frames of --video, the most.")]
 ImageSize = Annotated[
     int | None,
     typer.Option(help="Side in pixels, a multiple of 64; smaller is faster and coarser."),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,12 +15,13 @@ from ..checks import reason
 from ..evaluate.questions import DEFAULT_QUESTION
 from ..generation.generate import stream_generate
 from ..generation.options import Options
+from ..generation.video import FRAMES
 from ..hub.resolve import NANO
-from ..image.load import dragged_paths
+from ..image.load import dragged_path, dragged_paths
 from ..text.messages import Messages
-from .arguments import Bits, Dtype, Images, Model, Revision, option_flags
+from .arguments import Bits, Dtype, Frames, Images, Model, Revision, Video, option_flags
 from .images import is_bundled
-from .printing import print_answer, print_nano_note, print_timings
+from .printing import print_answer, print_nano_note, print_timings, warnings_as_notes
 
 SAMPLE_IMAGE = NANO / "images" / "penguins.png"
 
@@ -28,6 +30,8 @@ SAMPLE_IMAGE = NANO / "images" / "penguins.png"
 def generate(
     model: Model = None,
     image: Images = None,
+    video: Video = None,
+    frames: Frames = FRAMES,
     prompt: Annotated[
         str | None,
         typer.Option(
@@ -53,9 +57,11 @@ def generate(
     ] = False,
     **options: Any,
 ) -> None:
-    """Answer a question about images; without arguments, describe a bundled one.
+    """Answer a question about images or a video; without arguments, describe a bundled one.
 
     fastvlm generate --model apple/FastVLM-0.5B --image photo.jpg --prompt "What is this?"
+
+    fastvlm generate --model apple/FastVLM-0.5B --video clip.mp4 --prompt "What happens?"
     """
     draft_model = options.pop("draft_model")
     chosen = Options(**options | {"stop": tuple(options["stop"])})
@@ -63,13 +69,18 @@ def generate(
     loaded = load(model, revision=revision, dtype=dtype, quantize=quantize)
     if draft_model is not None:
         chosen = replace(chosen, draft_model=load(draft_model, dtype=dtype))
-    if not image and prompt is None and messages is None:
+    if not image and video is None and prompt is None and messages is None:
         image = [str(SAMPLE_IMAGE)]
         typer.echo(f"No --image and no --prompt: describing {SAMPLE_IMAGE}.", err=True)
     images = [path for text in image or [] for path in dragged_paths(text)]
-    responses = stream_generate(*loaded, question, image=images, **vars(chosen))
+    clip = None if video is None else dragged_path(video)
+    with warnings_as_notes() if clip or messages else nullcontext():
+        responses = stream_generate(
+            *loaded, question, image=images, video=clip, frames=frames, **vars(chosen)
+        )
     text, last = print_answer(responses, quiet=as_json)
-    if model is None and (question != DEFAULT_QUESTION or not all(map(is_bundled, images))):
+    known = clip is None and all(map(is_bundled, images))
+    if model is None and (question != DEFAULT_QUESTION or not known):
         print_nano_note()
     if as_json:
         result = asdict(last) | {"text": text}

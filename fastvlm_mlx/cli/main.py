@@ -22,6 +22,7 @@ from .models import models
 from .printing import errors_as_sentences
 from .serve import EXAMPLE, serve
 from .upload import upload
+from .watch import watch
 
 app = typer.Typer(
     name="fastvlm",
@@ -31,7 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (generate, chat, models, download, convert, upload, doctor):
+for command in (generate, chat, watch, models, download, convert, upload, doctor):
     app.command()(command)
 app.command(epilog=FLOORS)(bench)
 app.command(epilog=EXAMPLE)(serve)

@@ -11,6 +11,7 @@ import mlx.core as mx
 from ..model.fastvlm import FastVLM
 from ..processor import Processor
 from ..text.messages import Messages
+from ..video.decode import VideoSource
 from .beam import search_tokens
 from .constrain import Constraint, make_constraint
 from .decode import generate_tokens, make_kv_cache
@@ -20,6 +21,7 @@ from .prompt_cache import PromptCache
 from .response import Response, stream_responses, whole_text
 from .sampling import Logprobs
 from .speculate import make_drafter, speculate_tokens
+from .video import FRAMES, with_frames
 
 
 def generate(
@@ -28,6 +30,8 @@ def generate(
     prompt: Messages,
     image: ImageSources = None,
     *,
+    video: VideoSource | None = None,
+    frames: int = FRAMES,
     prompt_cache: PromptCache | None = None,
     **options: Any,
 ) -> str:
@@ -42,21 +46,35 @@ def generate(
             {"url": …}}. {"type": "image"} by itself is the next of `image`. A text that a ChatML
             template wrote is taken as it is.
         image: one image or several: path, URL, bytes, PIL image or array.
+        video: instead of images, a video (path, http, https or data URL, bytes or file object), of
+            which the prompt gets a few frames with their times; in messages also as parts
+            {"type": "video", "video": …} or {"type": "video_url", …}. It needs PyAV, the extra
+            `video`.
+        frames: of each video, the most: by scene, and evenly within each. There are fewer, with a
+            warning, where the model has no room for them.
         prompt_cache: what earlier calls computed, so that an image asked about again is neither
             encoded nor read by the decoder again.
         **options: the fields of `Options`.
 
     Raises:
-        ValueError: an option is out of range, an image can't be read, marks and images differ in
-            number, or the prompt is longer than the model's limit.
+        ValueError: an option is out of range, an image or video can't be read, marks and images
+            differ in number, or the prompt is longer than the model's limit.
         IncompleteAnswer: `max_tokens` ended an answer before it was what `schema`, `regex` or
             `choices` ask for; a ValueError that has the text so far.
-        FileNotFoundError: no such image.
+        FileNotFoundError: no such image or video.
+        ImportError: a video, and PyAV is not installed.
         TypeError: there is no such option.
     """
     chosen = Options.of(options)
     responses = stream_generate(
-        model, processor, prompt, image=image, prompt_cache=prompt_cache, **vars(chosen)
+        model,
+        processor,
+        prompt,
+        image=image,
+        video=video,
+        frames=frames,
+        prompt_cache=prompt_cache,
+        **vars(chosen),
     )
     return whole_text(responses, chosen)
 
@@ -67,11 +85,14 @@ def stream_generate(
     prompt: Messages,
     image: ImageSources = None,
     *,
+    video: VideoSource | None = None,
+    frames: int = FRAMES,
     prompt_cache: PromptCache | None = None,
     **options: Any,
 ) -> Iterator[Response]:
     """As `generate`, piece by piece; bad arguments raise on the call, not on the first piece."""
     chosen = Options.of(options)
+    prompt = with_frames(model, processor, prompt, image, video, frames, chosen)
     constraint = make_constraint(processor, model.config.text.vocab_size, chosen)
     encode = None if prompt_cache is None else prompt_cache.encode
     inputs = read_inputs(model, processor, prompt, image, chosen, encode=encode)

@@ -71,6 +71,8 @@ ELSEWHERE = {
     "num_return_sequences": "ask several times, or with batch_generate",
     "image": "it goes with the question",
     "prompt_cache": "only generate and stream_generate take one",
+    "video": "only generate and stream_generate take one",
+    "frames": "only generate and stream_generate take a video",
 }
 
 

@@ -1,0 +1,1 @@
+"""Answers about the newest frame of a source, again and again."""

@@ -1,0 +1,1 @@
+"""Videos, cameras, streams, the screen, folders → frames in time."""
