@@ -32,7 +32,7 @@ from ..ops import check_process, on_cpu, wired_memory
 from ..processor import Processor
 from ..text.messages import Messages, collect_images
 from .decode import check_finite
-from .inputs import ImageSources, list_images, preprocess_images
+from .inputs import ImageSources, list_images, preprocess_images, tokenize
 from .options import CACHE_KINDS, DRAFTS, Options, refuse
 from .prefix import Prefix, common_prefix
 from .requests import PendingRequest, Picture, Row, encode_together, sample_rows
@@ -156,6 +156,30 @@ class Batch:
         start = time.perf_counter()
         self._waiting.append(PendingRequest(id, prompt, images, chosen, start))
         self._read_ahead()
+        return id
+
+    def insert_encoded(
+        self, prompt: Messages, visual_tokens: list[mx.array], options: Options
+    ) -> int:
+        """Add a request about images that were encoded before; returns its id for `step`.
+
+        Args:
+            prompt: as `insert` takes it.
+            visual_tokens: [n, hidden_size] of each image, computed, in the prompt's order.
+            options: from `batch_options`.
+
+        Raises:
+            ValueError: marks and images differ in number, or the prompt is too long.
+        """
+        check_process()
+        counts = [len(tokens) for tokens in visual_tokens]
+        input_ids = tokenize(self.model, self.processor, prompt, counts, options)
+        if not self:
+            self._wired.enter_context(wired_memory())
+        id, self._count = self._count, self._count + 1
+        now = time.perf_counter()
+        request = PendingRequest(id, prompt, [], options, now, now, now, visual_tokens, input_ids)
+        self._encoded.append(request)
         return id
 
     def remove(self, id: int) -> None:

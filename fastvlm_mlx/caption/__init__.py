@@ -1,0 +1,1 @@
+"""Captions for many images: read ahead, answered together, written exactly once."""
