@@ -8,11 +8,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import mlx.core as mx
 
-from ..checks import reason
+from ..checks import reason, shown
 from ..generation.options import Options
 from ..generation.requests import encode_together
 from ..generation.scheduler import MAX_BATCH, Batch
@@ -76,7 +76,7 @@ class Answering:
 
     Attributes:
         busy: seconds in which the model computed.
-        waited: seconds in which it waited for images.
+        idle: seconds of `run` in which it did not.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class Answering:
         max_batch: int = MAX_BATCH,
     ):
         self.model, self.processor, self.options, self.known = model, processor, options, known
-        self.busy = self.waited = 0.0
+        self.busy = self.idle = 0.0
         self._identity = digest([identity, said_options(options)])
         self._batch = Batch(model, processor, max_batch=max_batch)
         self._reading: deque[tuple[Task, Future[Read]]] = deque()
@@ -108,7 +108,7 @@ class Answering:
         from concurrent.futures import ThreadPoolExecutor
 
         threads = ThreadPoolExecutor(min(MAX_READERS, (os.cpu_count() or 1) + 1))
-        more = True
+        more, start, busy = True, time.perf_counter(), self.busy
         try:
             while more or self._batch:
                 while more and len(self._batch) < self._batch.max_batch:
@@ -120,6 +120,7 @@ class Answering:
                 found, self._finished = self._finished, []
                 yield found
         finally:
+            self.idle += time.perf_counter() - start - (self.busy - busy)
             threads.shutdown(cancel_futures=True)
 
     def _take(
@@ -144,14 +145,11 @@ class Answering:
         """Encode those images about which something is to be asked, and ask it."""
         wanted: dict[str, tuple[Read, list[str]]] = {}
         for task, future in group:
-            start = time.perf_counter()
             try:
                 read = future.result()
             except (ValueError, OSError) as error:
                 self._fail(task, error)
                 continue
-            finally:
-                self.waited += time.perf_counter() - start
             task.pixels = read.key
             prompts = self._unknown(task, read.key)
             if prompts:
@@ -211,7 +209,8 @@ class Answering:
 
     def _fail(self, task: Task, error: Exception) -> None:
         if task.error is None:
-            task.error = reason(error)
+            named = f"Cannot read {shown(task.item.image)}: "
+            task.error = reason(error).removeprefix(named)
             self._finished.append(task)
 
 
@@ -236,7 +235,7 @@ def fingerprint(model: FastVLM) -> str:
     from mlx.utils import tree_flatten
 
     found = hashlib.blake2b(repr(model.config).encode(), digest_size=16)
-    tensors = sorted(tree_flatten(model.parameters()))
+    tensors: list[tuple[str, mx.array]] = sorted(cast(Any, tree_flatten(model.parameters())))
     samples = [tensor.reshape(-1)[:: max(1, tensor.size // 64)] for _, tensor in tensors]
     samples = [each.astype(mx.float32) if each.dtype == mx.bfloat16 else each for each in samples]
     mx.eval(samples)

@@ -73,7 +73,7 @@ class RewrittenTable:
         yield from map(tables.to_line, new.values())
 
     def _csv_lines(self, new: dict[str, dict[str, Any]]) -> Iterator[bytes]:
-        delimiter, header = tables.delimiter_of(self.file), []
+        delimiter, header = tables.delimiter_of(self.file), list[str]()
         if self.file.exists():
             with self.file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as old:
                 for number, fields in enumerate(csv.reader(old, delimiter=delimiter)):

@@ -44,7 +44,8 @@ class Summary:
         failed_before: images that failed in an earlier run and were passed over.
         flags: how often each flag was given.
         seconds: of the whole run.
-        busy, waited: of these, how long the model computed, and how long it waited for images.
+        busy, idle: of these, how long the model computed, and how long it did not while images
+            were left.
     """
 
     written: int = 0
@@ -55,7 +56,7 @@ class Summary:
     flags: Counter[str] = field(default_factory=Counter)
     seconds: float = 0.0
     busy: float = 0.0
-    waited: float = 0.0
+    idle: float = 0.0
 
 
 def caption_images(
@@ -153,7 +154,7 @@ class _Run:
                 model, processor, chosen, identity, known, max_batch=max_batch
             )
             self._work()
-        self.summary.busy, self.summary.waited = self.answering.busy, self.answering.waited
+        self.summary.busy, self.summary.idle = self.answering.busy, self.answering.idle
         self.summary.seconds = time.perf_counter() - start
         return self.summary
 

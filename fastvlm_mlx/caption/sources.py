@@ -174,7 +174,7 @@ def _samples(file: Path) -> Iterator[tuple[str, dict[str, TarMember]]]:
     """
     import tarfile
 
-    key, sample = "", {}
+    key, sample = "", dict[str, TarMember]()
     try:
         with tarfile.open(file, "r:") as tar:
             for info in tar:
