@@ -38,7 +38,6 @@ class Job:
         min_words: a caption of fewer words is a failure.
         max_words: longer captions are cut after the last whole sentence, and flagged.
         retry_errors: try again what failed in an earlier run.
-        seed: of the draw of prompts.
 
     Raises:
         ValueError: a value is out of its range.
@@ -54,7 +53,6 @@ class Job:
     min_words: int = 1
     max_words: int | None = None
     retry_errors: bool = False
-    seed: int = 0
 
     def __post_init__(self) -> None:
         if not self.prompts and not self.questions:
@@ -85,21 +83,21 @@ class Job:
         """The columns that take answers."""
         return [CAPTION] * bool(self.prompts) + list(self.questions)
 
-    def ask(self, item: Item) -> list[str]:
-        """What to ask of an image, for each of `fields`.
+    def ask(self, item: Item, seed: int = 0) -> list[str]:
+        """What to ask of an image, for each of `fields`; `seed` is that of the draw of prompts.
 
         Raises:
             ValueError: a prompt has a `{place}` for what the image doesn't have.
         """
         asked = list(self.questions.values())
         if self.prompts:
-            asked.insert(0, item.row.get(PROMPT) or self._draw(item))
+            asked.insert(0, item.row.get(PROMPT) or self._draw(item, seed))
         return [fill(prompt, item) for prompt in asked]
 
-    def _draw(self, item: Item) -> str:
+    def _draw(self, item: Item, seed: int) -> str:
         if len(self.prompts) == 1:
             return self.prompts[0]
-        draw = random.Random(f"{self.seed} {item.key}")
+        draw = random.Random(f"{seed} {item.key}")
         return draw.choices(self.prompts, self.weights or None)[0]
 
     def recipe(self, model: str, options: Mapping[str, Any]) -> str:

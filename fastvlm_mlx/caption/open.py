@@ -27,17 +27,22 @@ def is_suffix(out: str) -> bool:
     return out.startswith(".") and len(out) > 1 and out[1:].isalnum()
 
 
-def check_out(out: str, sources: Sequence[Source]) -> None:
+def check_out(out: str, sources: Sequence[Source], job: Job) -> None:
     """Refuse an output of no known kind, one that can't be written, and one that is a source.
+
+    It needs no model, which may take long to download.
 
     Raises:
         ValueError, OSError: with the reason.
     """
     if is_suffix(out) and out.lower() not in (*tables.TABLES, TAR):
+        Sidecars(out, job.fields)
         return
     file = Path(out)
     if file.suffix.lower() not in (*tables.TABLES, TAR):
         raise ValueError(f"Captions are written to {KINDS}, found {shown(out)}.")
+    if file.suffix.lower() in tables.PARQUET:
+        tables.import_parquet()
     check_target(file)
     for source in sources:
         if source.file is not None and file.exists() and file.samefile(source.file):

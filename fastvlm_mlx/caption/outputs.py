@@ -28,10 +28,11 @@ class Row:
     flags: Sequence[str] = ()
 
     def record(self) -> dict[str, Any]:
-        """As one object: the row that named the image, and what is new."""
+        """As one object: the row that named the image, and then what is new, the flags last."""
         prompt = {} if self.prompt is None else {PROMPT: self.prompt}
         own = {**self.fields, **prompt, FLAGS: list(self.flags)}
-        return {"image": self.item.key, **self.item.row, **own}
+        rest = {name: value for name, value in self.item.row.items() if name not in own}
+        return {"image": self.item.key, **rest, **own}
 
 
 class Output(Protocol):

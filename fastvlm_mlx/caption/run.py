@@ -27,7 +27,7 @@ from .outputs import Fields, Row, fields_of
 from .quality import judge
 from .shards import SHARD_SIZE
 from .share import Share
-from .sources import all_items, find_sources
+from .sources import Source, all_items, find_sources
 
 POLL = 0.1  # seconds between two looks for what other processes have answered
 
@@ -46,6 +46,7 @@ class Summary:
         seconds: of the whole run.
         busy, idle: of these, how long the model computed, and how long it did not while images
             were left.
+        rank: of this process, where several share the work; the first one, 0, writes and counts.
     """
 
     written: int = 0
@@ -57,12 +58,13 @@ class Summary:
     seconds: float = 0.0
     busy: float = 0.0
     idle: float = 0.0
+    rank: int = 0
 
 
 def caption_images(
     model: FastVLM,
     processor: Processor,
-    sources: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    sources: str | os.PathLike[str] | Sequence[str | os.PathLike[str] | Source],
     out: str | os.PathLike[str],
     job: Job | None = None,
     *,
@@ -91,7 +93,7 @@ def caption_images(
             output can't be written. An image that is no good is listed in the summary instead.
     """
     names = [sources] if isinstance(sources, (str, os.PathLike)) else sources
-    found = find_sources([os.fspath(name) for name in names])
+    found = find_sources(names)
     run = _Run(job or Job(), found, os.fspath(out), progress)
     return run(model, processor, manifest, max_batch, shard_size, options)
 
@@ -119,8 +121,8 @@ class _Pending:
 class _Run:
     """One run over all images: plans, has answers made, writes in the order of the sources."""
 
-    def __init__(self, job: Job, sources: Sequence[Any], out: str, progress: bool):
-        check_out(out, sources)
+    def __init__(self, job: Job, sources: Sequence[Source], out: str, progress: bool):
+        check_out(out, sources, job)
         self.job, self.sources, self.out, self.progress = job, sources, out, progress
         self.summary = Summary()
         self._order: deque[_Pending] = deque()
@@ -138,6 +140,7 @@ class _Run:
         start = time.perf_counter()
         chosen = batch_options(options)
         processor.num_visual_tokens(chosen.image_size)
+        self.seed = chosen.seed or 0
         identity = fingerprint(model)
         self.recipe = self.job.recipe(identity, said_options(chosen))
         total = sum(source.count() for source in self.sources)
@@ -161,6 +164,7 @@ class _Run:
     def _open(self, stack: ExitStack, manifest: Path, shard_size: int) -> None:
         self.share = Share(manifest)
         stack.callback(self.share.close)
+        self.summary.rank = self.share.rank
         first = self.share.rank == 0
         try:  # the first process mends what the last run left, before others read it
             self.manifest = Manifest(manifest, shared=self.share.size > 1)
@@ -247,7 +251,7 @@ class _Run:
         if had and not existing and self.job.existing == SKIP:
             self.summary.kept += 1
             return _Pending(item, row=Row(item, had, item.row.get(PROMPT)))
-        task = Task(item, self.job.ask(item))
+        task = Task(item, self.job.ask(item, self.seed))
         if ours and ours.pixels:
             self._recall(task, ours.pixels)
         return _Pending(item, had, task=task, before=entry)

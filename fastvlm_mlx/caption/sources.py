@@ -36,7 +36,7 @@ class Source:
     file: Path | None = None
 
 
-def find_sources(names: Iterable[str]) -> list[Source]:
+def find_sources(names: Iterable[str | os.PathLike[str] | Source]) -> list[Source]:
     """What the names stand for: folders, patterns such as `photos/**/*.jpg`, images, URLs, text
     lists, JSONL, CSV and Parquet files, WebDataset tars, and `-` for a list on standard input.
 
@@ -47,7 +47,10 @@ def find_sources(names: Iterable[str]) -> list[Source]:
     return [source for name in names for source in _find(name)]
 
 
-def _find(name: str) -> list[Source]:
+def _find(named: str | os.PathLike[str] | Source) -> list[Source]:
+    if isinstance(named, Source):
+        return [named]
+    name = os.fspath(named)
     if name == STDIN:
         return [_of_lines("standard input", sys.stdin.read().splitlines(), Path())]
     if "://" in name and not name.lower().startswith("file:"):

@@ -9,9 +9,10 @@ from typing import Annotated, Any
 import typer
 
 from ..caption.job import EXISTING, Job
-from ..caption.open import KINDS
+from ..caption.open import KINDS, check_out
 from ..caption.run import Summary, caption_images
 from ..caption.shards import SHARD_SIZE
+from ..caption.sources import find_sources
 from ..checkpoint.load import load
 from ..checks import brief
 from ..evaluate.questions import DEFAULT_QUESTION
@@ -128,15 +129,14 @@ def caption(
         min_words=min_words,
         max_words=max_words,
         retry_errors=retry_errors,
-        seed=options["seed"] or 0,
     )
+    found = find_sources(sources)
+    check_out(out, found, job)  # before a model is downloaded
     loaded = load(model, revision=revision, dtype=dtype, quantize=quantize)
     options["stop"] = tuple(options["stop"])
-    if model is None:
-        print_nano_note()
     summary = caption_images(
         *loaded,
-        sources,
+        found,
         out,
         job,
         manifest=manifest,
@@ -145,8 +145,12 @@ def caption(
         progress=True,
         **options,
     )
+    if summary.rank:
+        return
     for line in summary_lines(summary):
         typer.echo(line, err=True)
+    if model is None:
+        print_nano_note()
     if summary.failed:
         sys.exit(1)
 
