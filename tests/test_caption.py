@@ -220,7 +220,7 @@ def test_places_in_prompts_are_filled(tmp_path):
     assert asked == '22.05 of holiday: sea, sun, Ann, {"json": 1} {}'
     (folder / "22.05.tags").write_text("beach, boat\n")
     assert fill("{tags}", Item("x", None, path=folder / "22.05.png")) == "beach, boat"
-    with pytest.raises(ValueError, match="place for {nope}"):
+    with pytest.raises(ValueError, match=r"place for \{nope\}"):
         fill("{nope}", item)
 
 
