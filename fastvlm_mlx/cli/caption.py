@@ -38,77 +38,87 @@ FLAGS = (
 )
 
 
+Sources = Annotated[
+    list[str],
+    typer.Argument(
+        help="Folders, patterns such as 'photos/**/*.jpg', images, URLs, text lists (.txt), "
+        ".jsonl, .csv, .tsv and .parquet files, WebDataset .tar files, or - for a list on standard "
+        "input.",
+        show_default=False,
+    ),
+]
+Out = Annotated[str, typer.Option(help=f"Where to: {KINDS} of files beside the images.")]
+Prompts = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="What to ask; repeat it, and each image gets one of them at random. {name}, {folder}, "
+        "{tags} and the columns of a row are filled in.",
+        show_default=DEFAULT_QUESTION,
+    ),
+]
+Weights = Annotated[
+    list[float] | None,
+    typer.Option(help="How often each --prompt is drawn; one for each.", show_default=False),
+]
+Questions = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=TEXT",
+        help="Ask each image this, too if there is a --prompt, and write the answer to the column "
+        "NAME. Repeat it for several; the image is encoded once.",
+        show_default=False,
+    ),
+]
+Existing = Annotated[
+    str, typer.Option(help=f"What happens to captions that are there: {', '.join(EXISTING)}.")
+]
+Separator = Annotated[str, typer.Option(help="Between an old caption and what is added to it.")]
+Trigger = Annotated[str | None, typer.Option(help="A word that every caption begins with or has.")]
+Banned = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="A word that no caption may have: one that does is not written. Repeat it for "
+        "several.",
+        show_default=False,
+    ),
+]
+MinWords = Annotated[int, typer.Option(help="Captions of fewer words are not written.")]
+MaxWords = Annotated[
+    int | None, typer.Option(help="Longer captions are cut after the last whole sentence.")
+]
+RetryErrors = Annotated[
+    bool, typer.Option("--retry-errors", help="Try again what failed in an earlier run.")
+]
+ManifestFile = Annotated[
+    Path | None,
+    typer.Option(
+        help="The file that an interrupted run goes on from.", show_default="beside --out"
+    ),
+]
+MaxBatch = Annotated[int, typer.Option(help="Captions that are decoded together.")]
+ShardSize = Annotated[
+    int, typer.Option(help="Images in each tar of a pattern such as captions-%06d.tar.")
+]
+
+
 @option_flags(*FLAGS)
 def caption(
-    sources: Annotated[
-        list[str],
-        typer.Argument(
-            help="Folders, patterns such as 'photos/**/*.jpg', images, URLs, text lists (.txt), "
-            ".jsonl, .csv, .tsv and .parquet files, WebDataset .tar files, or - for a list on "
-            "standard input.",
-            show_default=False,
-        ),
-    ],
-    out: Annotated[str, typer.Option(help=f"Where to: {KINDS} of files beside the images.")],
+    sources: Sources,
+    out: Out,
     model: Model = None,
-    prompt: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="What to ask; repeat it, and each image gets one of them at random. {name}, "
-            "{folder}, {tags} and the columns of a row are filled in.",
-            show_default=DEFAULT_QUESTION,
-        ),
-    ] = None,
-    weight: Annotated[
-        list[float] | None,
-        typer.Option(help="How often each --prompt is drawn; one for each.", show_default=False),
-    ] = None,
-    question: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME=TEXT",
-            help="Ask each image this too, and write the answer to the column NAME. Repeat it for "
-            "several; the image is encoded once.",
-            show_default=False,
-        ),
-    ] = None,
-    existing: Annotated[
-        str,
-        typer.Option(help=f"What happens to captions that are there: {', '.join(EXISTING)}."),
-    ] = OWN.existing,
-    separator: Annotated[
-        str, typer.Option(help="Between an old caption and what is added to it.")
-    ] = OWN.separator,
-    trigger: Annotated[
-        str | None, typer.Option(help="A word that every caption begins with or has.")
-    ] = OWN.trigger,
-    ban: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="A word that no caption may have: one that does is not written. Repeat it for "
-            "several.",
-            show_default=False,
-        ),
-    ] = None,
-    min_words: Annotated[
-        int, typer.Option(help="Captions of fewer words are not written.")
-    ] = OWN.min_words,
-    max_words: Annotated[
-        int | None, typer.Option(help="Longer captions are cut after the last whole sentence.")
-    ] = OWN.max_words,
-    retry_errors: Annotated[
-        bool, typer.Option("--retry-errors", help="Try again what failed in an earlier run.")
-    ] = OWN.retry_errors,
-    manifest: Annotated[
-        Path | None,
-        typer.Option(
-            help="The file that an interrupted run goes on from.", show_default="beside --out"
-        ),
-    ] = None,
-    max_batch: Annotated[int, typer.Option(help="Captions that are decoded together.")] = MAX_BATCH,
-    shard_size: Annotated[
-        int, typer.Option(help="Images in each tar of a pattern such as captions-%06d.tar.")
-    ] = SHARD_SIZE,
+    prompt: Prompts = None,
+    weight: Weights = None,
+    question: Questions = None,
+    existing: Existing = OWN.existing,
+    separator: Separator = OWN.separator,
+    trigger: Trigger = OWN.trigger,
+    ban: Banned = None,
+    min_words: MinWords = OWN.min_words,
+    max_words: MaxWords = OWN.max_words,
+    retry_errors: RetryErrors = OWN.retry_errors,
+    manifest: ManifestFile = None,
+    max_batch: MaxBatch = MAX_BATCH,
+    shard_size: ShardSize = SHARD_SIZE,
     revision: Revision = None,
     dtype: Dtype = None,
     quantize: Bits = None,
@@ -134,25 +144,19 @@ def caption(
     check_out(out, found, job)  # before a model is downloaded
     loaded = load(model, revision=revision, dtype=dtype, quantize=quantize)
     options["stop"] = tuple(options["stop"])
-    summary = caption_images(
-        *loaded,
-        found,
-        out,
-        job,
-        manifest=manifest,
-        max_batch=max_batch,
-        shard_size=shard_size,
-        progress=True,
-        **options,
-    )
-    if summary.rank:
-        return
-    for line in summary_lines(summary):
-        typer.echo(line, err=True)
-    if model is None:
-        print_nano_note()
+    own: Any = {"manifest": manifest, "max_batch": max_batch, "shard_size": shard_size}
+    summary = caption_images(*loaded, found, out, job, progress=True, **own, **options)
+    if summary.rank == 0:
+        _say(summary)
+        if model is None:
+            print_nano_note()
     if summary.failed:
         sys.exit(1)
+
+
+def _say(summary: Summary) -> None:
+    for line in summary_lines(summary):
+        typer.echo(line, err=True)
 
 
 def _named_question(text: str) -> tuple[str, str]:
