@@ -11,6 +11,7 @@ from typing import Any
 
 from . import (
     batch,
+    caption,
     compare,
     growth,
     image_size,
@@ -34,6 +35,7 @@ MEASUREMENTS: dict[str, ModuleType] = {
         memory,
         load,
         batch,
+        caption,
         image_size,
         preprocess,
         speculate,

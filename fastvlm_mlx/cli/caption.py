@@ -144,8 +144,17 @@ def caption(
     check_out(out, found, job)  # before a model is downloaded
     loaded = load(model, revision=revision, dtype=dtype, quantize=quantize)
     options["stop"] = tuple(options["stop"])
-    own: Any = {"manifest": manifest, "max_batch": max_batch, "shard_size": shard_size}
-    summary = caption_images(*loaded, found, out, job, progress=True, **own, **options)
+    summary = caption_images(
+        *loaded,
+        found,
+        out,
+        job,
+        manifest=manifest,
+        max_batch=max_batch,
+        shard_size=shard_size,
+        progress=True,
+        **options,
+    )
     if summary.rank == 0:
         _say(summary)
         if model is None:
