@@ -11,6 +11,7 @@ from mlx.utils import tree_flatten
 from ..model.fastvlm import FastVLM
 from ..model.qwen2 import Qwen2
 from ..ops import takes_quantized_caches, wired
+from .constrain import Constraint, mask_logits
 from .options import Options
 from .sampling import Sampler, make_logits_processor, make_sampler
 
@@ -59,6 +60,7 @@ def generate_tokens(
     options: Options,
     limit: int,
     sampler: Sampler | None = None,
+    constraint: Constraint | None = None,
 ) -> Iterator[int]:
     """Prefill, then one token after the other, each computed while the previous one is read.
 
@@ -69,16 +71,22 @@ def generate_tokens(
         options: see `Options`.
         limit: the most tokens to generate.
         sampler: what chooses tokens; made from the options by default.
+        constraint: rules tokens out; it has accepted each token that is yielded.
     """
     sample = make_sampler(options) if sampler is None else sampler
     process = make_logits_processor(options)
     seen = mx.array([i for i in input_ids if i >= 0])
     decoder = model.language_model
 
-    def next_token(logits: mx.array) -> mx.array:
+    def next_token(logits: mx.array, previous: mx.array | None = None) -> mx.array:
         nonlocal seen
         if process is not None:
             logits = process(seen, logits)
+        if constraint is not None:
+            mx.async_eval(logits)  # while the grammar works
+            if previous is not None:
+                constraint.accept(int(previous))
+            logits = mask_logits(logits, constraint.mask)
         token = sample(logits)
         if process is not None:
             seen = mx.concatenate([seen, token])
@@ -93,10 +101,14 @@ def generate_tokens(
     is_finite = mx.isfinite(logits).all()
     mx.async_eval(is_finite)  # before the next token, so that reading it won't wait for that one
     token = next_token(logits)
+    if constraint is not None:  # it would stumble over the token that NaN give
+        check_finite(model, is_finite, logits.dtype)
     for i in range(1, limit + 1):
-        following = next_token(step(token)) if i < limit else token
+        following = next_token(step(token), token) if i < limit else token
         if i == 1:
             check_finite(model, is_finite, logits.dtype)
+        if constraint is not None and i == limit:
+            constraint.accept(int(token))
         yield int(token)
         token = following
 

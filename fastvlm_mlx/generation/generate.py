@@ -11,11 +11,12 @@ from ..model.fastvlm import FastVLM
 from ..processor import Processor
 from ..text.messages import Messages
 from .beam import search_tokens
+from .constrain import Constraint, make_constraint
 from .decode import generate_tokens, make_kv_cache
 from .inputs import ImageSources, Inputs, answer_limit, read_inputs
 from .options import Options
 from .prompt_cache import PromptCache
-from .response import Response, stream_responses
+from .response import Response, stream_responses, whole_text
 from .speculate import make_drafter, speculate_tokens
 
 
@@ -45,13 +46,16 @@ def generate(
     Raises:
         ValueError: an option is out of range, an image can't be read, marks and images differ in
             number, or the prompt is longer than the model's limit.
+        IncompleteAnswer: `max_tokens` ended an answer before it was what `schema`, `regex` or
+            `choices` ask for; a ValueError that has the text so far.
         FileNotFoundError: no such image.
         TypeError: there is no such option.
     """
+    chosen = Options.of(options)
     responses = stream_generate(
-        model, processor, prompt, image=image, prompt_cache=prompt_cache, **options
+        model, processor, prompt, image=image, prompt_cache=prompt_cache, **vars(chosen)
     )
-    return "".join(response.text for response in responses)
+    return whole_text(responses, chosen)
 
 
 def stream_generate(
@@ -65,21 +69,24 @@ def stream_generate(
 ) -> Iterator[Response]:
     """As `generate`, piece by piece; bad arguments raise on the call, not on the first piece."""
     chosen = Options.of(options)
+    constraint = make_constraint(processor, model.config.text.vocab_size, chosen)
     encode = None if prompt_cache is None else prompt_cache.encode
     inputs = read_inputs(model, processor, prompt, image, chosen, encode=encode)
     input_ids, times = inputs.input_ids, inputs.times
     limit = answer_limit(input_ids, chosen, processor)
     cache = make_kv_cache(model, chosen)
     if prompt_cache is None or not _keeps_prompt(chosen):
-        tokens = _answer(model, processor, prompt, inputs, cache, chosen, limit)
+        tokens = _answer(model, processor, prompt, inputs, cache, chosen, limit, constraint)
     else:
         tagged = prompt_cache.tag(input_ids, inputs.visual_tokens, inputs.image_keys)
         inputs.embeddings = inputs.embeddings[:, prompt_cache.fetch(tagged, cache) :]
         mx.eval(inputs.embeddings, [layer.stored for layer in cache if layer.stored is not None])
-        tokens = _answer(model, processor, prompt, inputs, cache, chosen, limit)
+        tokens = _answer(model, processor, prompt, inputs, cache, chosen, limit, constraint)
         tokens = _store_prompt(prompt_cache, tagged, cache, tokens)
     del inputs  # pixel values and visual tokens, which are needed no more
-    return stream_responses(tokens, processor, len(input_ids), chosen.stop, limit, times)
+    return stream_responses(
+        tokens, processor, len(input_ids), chosen.stop, limit, times, constraint
+    )
 
 
 def _keeps_prompt(options: Options) -> bool:
@@ -95,6 +102,7 @@ def _answer(
     cache: list[Any],
     options: Options,
     limit: int,
+    constraint: Constraint | None,
 ) -> Iterator[int]:
     """The tokens of an answer, decoded in the way that the options ask for."""
     if options.num_beams > 1:
@@ -102,7 +110,9 @@ def _answer(
         return search_tokens(model, inputs.embeddings, ends, options, limit)
     drafter = make_drafter(processor, prompt, inputs, options)
     asked = model, inputs.input_ids, inputs.embeddings, cache, options, limit
-    return generate_tokens(*asked) if drafter is None else speculate_tokens(*asked, drafter)
+    if drafter is None:
+        return generate_tokens(*asked, constraint=constraint)
+    return speculate_tokens(*asked, drafter, constraint)
 
 
 def _store_prompt(

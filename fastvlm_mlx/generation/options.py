@@ -12,6 +12,8 @@ import mlx.core as mx
 from ..checks import check_whole_number, is_number, is_whole_number, shown
 from ..model.fastvlm import FastVLM
 from ..processor import Processor
+from ..text.tokenizer import SURROGATES
+from .json_schema import read_schema
 
 LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
 KV_BITS = (2, 3, 4, 6, 8)
@@ -27,12 +29,18 @@ WHOLE_NUMBERS = {
     "num_beams": 1,
 }
 NEVER_NONE = ("max_tokens", "top_k", "prefill_step_size", "num_draft_tokens", "num_beams")
+CONSTRAINTS = ("schema", "regex", "choices")
+MOST_BYTES = {"regex": 2**16, "choices": 2**20}  # so that a grammar is compiled in a second
 # Options that exclude each other. A KV cache of limited size can't take rejected drafts back.
 EXCLUSIVE = (
     ("kv_bits", "max_kv_size"),
     ("prompt_lookup", "draft_model"),
     ("prompt_lookup", "max_kv_size"),
     ("draft_model", "max_kv_size"),
+    ("schema", "regex"),
+    ("schema", "choices"),
+    ("regex", "choices"),
+    *((name, "stop") for name in CONSTRAINTS),
 )
 CACHE_KINDS = ("max_kv_size", "kv_bits")
 DRAFTS = ("prompt_lookup", "draft_model")
@@ -93,6 +101,11 @@ class Options:
         num_draft_tokens: tokens that `draft_model` proposes at a time.
         num_beams: above 1, beam search: this many answers are followed at once and the likeliest
             one wins. It does not sample, and its text arrives all at once.
+        schema: the answer is JSON that is valid against this JSON schema: a dict, its text, the
+            path of a file, or a pydantic model class; "json" for any JSON, "json_object" for any
+            object. Kept as text. Its properties come in the schema's order.
+        regex: the whole answer matches this regular expression, in Rust's syntax.
+        choices: the answer is one of these texts.
 
     Numbers may be numpy's.
 
@@ -120,6 +133,9 @@ class Options:
     draft_model: tuple[FastVLM, Processor] | None = None
     num_draft_tokens: int = 3
     num_beams: int = 1
+    schema: Any = None
+    regex: str | None = None
+    choices: Sequence[str] | None = None
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> Options:
@@ -155,11 +171,27 @@ class Options:
             self._check("logits_processor", "a function", callable)
         if self.draft_model is not None:
             self._check("draft_model", "a model and its processor, as `load` gives them", _is_pair)
+        self._read_constraint()
         for one, other in EXCLUSIVE:
-            if getattr(self, one) is not None and getattr(self, other) is not None:
+            if getattr(self, one) not in (None, ()) and getattr(self, other) not in (None, ()):
                 raise ValueError(f"Give {one} or {other}, not both.")
         if self.num_beams > 1:
-            refuse(self, "beam search", *SAMPLING, *DRAFTS, *CACHE_KINDS)
+            refuse(self, "beam search", *SAMPLING, *DRAFTS, *CACHE_KINDS, *CONSTRAINTS)
+
+    def _read_constraint(self) -> None:
+        if self.schema is not None:
+            object.__setattr__(self, "schema", read_schema(self.schema))
+        if self.regex is not None:
+            self._check("regex", "a text that is not empty", _is_encodable, bool)
+        if self.choices is not None:
+            self._check("choices", "a list of texts that are not empty", _is_texts, bool)
+            self._check("choices", "a list of texts that are not empty", _is_texts, all)
+            self._check("choices", "texts without surrogates", lambda c: all(map(_is_encodable, c)))
+            object.__setattr__(self, "choices", tuple(self.choices))
+        for name, most in MOST_BYTES.items():
+            size = sum(len(text.encode()) for text in getattr(self, name) or ())
+            if size > most:
+                raise ValueError(f"{name} has {size} bytes; at most {most} are allowed.")
 
     def _check(
         self,
@@ -201,6 +233,10 @@ def _hint(name: str, names: Sequence[str]) -> str:
 
 def _is_texts(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and all(isinstance(text, str) for text in value)
+
+
+def _is_encodable(value: Any) -> bool:
+    return isinstance(value, str) and not SURROGATES.search(value)
 
 
 def _is_pair(value: Any) -> bool:

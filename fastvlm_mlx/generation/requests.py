@@ -14,6 +14,7 @@ from ..image.load import ImageSource
 from ..model.fastvlm import FastVLM
 from ..processor import Processor
 from ..text.messages import Messages
+from .constrain import Constraint
 from .inputs import answer_limit, tokenize
 from .options import Options
 from .response import Response, stream_responses
@@ -36,6 +37,7 @@ class PendingRequest:
     encoded: float = 0.0
     visual_tokens: list[mx.array] = field(default_factory=list)
     input_ids: list[int] = field(default_factory=list)
+    constraint: Constraint | None = None
 
     def tokenize(self, model: FastVLM, processor: Processor, pictures: Sequence[Picture]) -> None:
         """Find `input_ids`, now that the images are read; errors as `inputs.tokenize`."""
@@ -51,6 +53,7 @@ class Row:
         self.options = options = request.options
         self.limit = answer_limit(request.input_ids, options, processor)
         self.process = make_logits_processor(options)
+        self.constraint = request.constraint
         self.seen = mx.array([i for i in request.input_ids if i >= 0])
         self.key = None if options.seed is None else mx.random.key(options.seed)
         self.generated = 0
@@ -63,6 +66,7 @@ class Row:
             options.stop,
             self.limit,
             (request.start, request.preprocessed, request.encoded),
+            self.constraint,
         )
 
     def read(self, token: int) -> Response:

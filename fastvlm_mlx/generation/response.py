@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
 
 from ..processor import Processor
 from ..text.tokenizer import Detokenizer
+from .constrain import Constraint, IncompleteAnswer, is_constrained
+from .options import Options
 
 
 @dataclass
@@ -49,6 +51,7 @@ def stream_responses(
     stop: Sequence[str],
     limit: int,
     times: tuple[float, float, float],
+    constraint: Constraint | None = None,
 ) -> Iterator[Response]:
     """Tokens → text, with timings.
 
@@ -59,6 +62,7 @@ def stream_responses(
         stop: texts that end the answer.
         limit: the most tokens to take.
         times: of the call, after the images were read, and after they were encoded.
+        constraint: that the tokens follow: where nothing can follow, the limit cuts nothing off.
     """
     start, preprocessed, encoded = times
     detokenizer = Detokenizer(processor.tokenizer)
@@ -71,7 +75,8 @@ def stream_responses(
         text = stopper.add("" if ended else detokenizer.add(token))
         if ended or (n == limit and not stopper.stopped):
             text += stopper.add(detokenizer.finish()) + stopper.finish()
-        stopped = ended or stopper.stopped
+        complete = n == limit and constraint is not None and constraint.complete
+        stopped = ended or stopper.stopped or complete
         yield Response(
             text=text,
             token=token,
@@ -87,6 +92,16 @@ def stream_responses(
         )
         if stopped:
             return
+
+
+def whole_text(responses: Iterable[Response], options: Options) -> str:
+    """The text of an answer; IncompleteAnswer if it breaks off amid what the options ask for."""
+    text = ""
+    for response in responses:
+        text += response.text
+        if response.finish_reason == "length" and is_constrained(options):
+            raise IncompleteAnswer(text, response.generation_tokens)
+    return text
 
 
 class StopTexts:

@@ -31,6 +31,7 @@ from ..model.kv_cache import KVCache
 from ..ops import check_process, on_cpu, wired_memory
 from ..processor import Processor
 from ..text.messages import Messages, collect_images
+from .constrain import constrain_logits, make_constraint
 from .decode import check_finite
 from .inputs import ImageSources, list_images, preprocess_images, tokenize
 from .options import CACHE_KINDS, DRAFTS, Options, refuse
@@ -221,19 +222,25 @@ class Batch:
             raise self._failed.popleft()
         rows, tokens = self._rows, self._tokens
         self._keep([row.generated + 1 < row.limit for row in rows])
-        if self._rows:
-            self._decode()
+        logits = self._decode()
+        if any(row.constraint for row in rows):
+            self._accept(rows, tokens, logits)
+        self._tokens = self._next_tokens(self._rows, logits)
         if on_cpu():
             # A step that still runs reads the KV cache, which then could not be written in place.
             mx.eval(tokens)
         mx.async_eval(self._tokens, self._cache.arrays)  # nothing is left for another thread
         values: Any = tokens.tolist()
-        return [(row.id, row.read(token)) for row, token in zip(rows, values, strict=True)]
+        return [
+            (row.id, row.read(token))
+            for row, token in zip(rows, values, strict=True)
+            if not row.done
+        ]
 
     def _read_ahead(self) -> None:
         while self._waiting and len(self._reading) < READ_AHEAD * self.encode_batch:
             request = self._waiting.popleft()
-            future = self._threads.submit(_read, self.processor, request)
+            future = self._threads.submit(_read, self.model, self.processor, request)
             self._reading.append((request, future))
 
     def _let_in(self) -> None:
@@ -330,14 +337,29 @@ class Batch:
                 mx.eval(found, [cache.state for cache in caches])
         return found[:, 0]
 
-    def _decode(self) -> None:
-        """One more token for each row."""
+    def _decode(self) -> mx.array:
+        """The next logits of each row, [B, vocab_size]."""
+        if not self._rows:
+            return mx.zeros((0, self.model.config.text.vocab_size))
         hidden_states = self.model.language_model.hidden_states(
             self._tokens[:, None], self._cache.layers
         )
         self._cache.advance()
-        logits = self.model.language_model.logits(hidden_states[:, -1])
-        self._tokens = self._next_tokens(self._rows, logits)
+        return self.model.language_model.logits(hidden_states[:, -1])
+
+    def _accept(self, rows: list[Row], tokens: mx.array, logits: mx.array) -> None:
+        """Tell the constraints of rows their tokens, while the logits after them are computed."""
+        if on_cpu():
+            mx.eval(tokens)
+        mx.async_eval(logits, self._cache.arrays)
+        values: Any = tokens.tolist()
+        for row, token in zip(rows, values, strict=True):
+            try:
+                if row.constraint is not None:
+                    row.constraint.accept(token)
+            except ValueError as error:
+                row.done, row.constraint = True, None
+                self._failed.append(RequestError(row.id, error))
 
     def _next_tokens(self, rows: list[Row], logits: mx.array) -> mx.array:
         """[B, vocab_size] → tokens [B]."""
@@ -349,6 +371,7 @@ class Batch:
                 for i, row in enumerate(rows)
             ]
             logits = mx.concatenate(each)
+        logits = constrain_logits(logits, [row.constraint for row in rows])
         tokens = sample_rows(rows, logits)
         for i, row in enumerate(rows):
             if row.process is not None:
@@ -364,8 +387,9 @@ class Batch:
         self._tokens = self._tokens[mx.array(order, dtype=mx.int32)]
 
 
-def _read(processor: Processor, request: PendingRequest) -> list[Picture]:
-    """The images of a request, on a thread of their own."""
+def _read(model: FastVLM, processor: Processor, request: PendingRequest) -> list[Picture]:
+    """The images of a request, on a thread of their own, which also compiles its grammar."""
     options = request.options
+    request.constraint = make_constraint(processor, model.config.text.vocab_size, options)
     found = preprocess_images(processor, request.images, options.image_size, fast=options.fast)
     return list(zip(*found, strict=True))
