@@ -305,6 +305,51 @@ def test_banned_and_trigger_words_are_whole_words():
             judge(text, "stop", job)
 
 
+# Structured captions
+
+COUNTED = {
+    "type": "object",
+    "properties": {"what": {"enum": ["ball", "note"]}, "many": {"type": "boolean"}},
+    "required": ["what", "many"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.needs("llguidance")
+def test_captions_follow_a_schema(nano, tmp_path):
+    folder, out = pictures(tmp_path / "p", "a.png", "b.png"), tmp_path / "c.jsonl"
+    options = {"schema": COUNTED, "max_tokens": 40}
+    run(nano, folder, out, **options)
+    for row in rows(out):
+        assert row["caption"] == alone(nano, PROMPT, row["image"], **options)
+        found = json.loads(row["caption"])
+        assert found["what"] in ("ball", "note") and isinstance(found["many"], bool)
+
+
+@pytest.mark.needs("llguidance")
+def test_a_broken_off_json_is_no_caption(nano, tmp_path):
+    folder, out = pictures(tmp_path / "p", "a.png"), tmp_path / "c.jsonl"
+    summary = run(nano, folder, out, schema=COUNTED, max_tokens=2)
+    assert "before it was complete" in summary.failed[0][1] and not out.read_bytes()
+
+
+@pytest.mark.needs("llguidance")
+def test_answers_to_questions_may_be_choices(nano, tmp_path):
+    folder, out = pictures(tmp_path / "p", "a.png"), tmp_path / "c.csv"
+    run(nano, folder, out, questions={"person": "Is there a person?"}, choices=["yes", "no"])
+    assert '"yes"' in out.read_text() or '"no"' in out.read_text()
+
+
+@pytest.mark.parametrize(
+    "settings", [{"trigger": "x"}, {"max_words": 3}, {"existing": "append"}], ids=str
+)
+@pytest.mark.needs("llguidance")
+def test_what_would_spoil_json_does_not_go_with_a_schema(nano, tmp_path, settings):
+    folder = pictures(tmp_path / "p", "a.png")
+    with pytest.raises(ValueError, match="does not go with a schema"):
+        run(nano, folder, tmp_path / "c.jsonl", schema=COUNTED, **settings)
+
+
 # The command
 
 

@@ -15,7 +15,7 @@ import mlx.core as mx
 from ..checks import reason, shown
 from ..generation.options import Options
 from ..generation.requests import encode_together
-from ..generation.scheduler import MAX_BATCH, Batch
+from ..generation.scheduler import MAX_BATCH, Batch, RequestError
 from ..model.fastvlm import FastVLM
 from ..processor import Processor
 from .items import Item
@@ -192,8 +192,15 @@ class Answering:
 
     def _step(self) -> None:
         start = time.perf_counter()
-        responses = self._batch.step()
-        self.busy += time.perf_counter() - start
+        try:
+            responses = self._batch.step()
+        except RequestError as error:  # nothing could follow what was said
+            self._texts.pop(error.id, None)
+            for task, _ in self._waiting.pop(self._asked.pop(error.id)):
+                self._fail(task, error.error)
+            return
+        finally:
+            self.busy += time.perf_counter() - start
         for id, response in responses:
             self._texts[id] = self._texts.get(id, "") + response.text
             if response.finish_reason is not None:

@@ -78,6 +78,14 @@ class Job:
                     f"caption has anyway, found {shown(name)}."
                 )
 
+    def check_json(self) -> None:
+        """ValueError for what would spoil captions that are JSON."""
+        spoils = {"trigger": self.trigger, "max_words": self.max_words}
+        spoils |= {f"existing {way}": self.existing == way for way in (APPEND, PREPEND)}
+        for name, wanted in spoils.items():
+            if wanted:
+                raise ValueError(f"{name} does not go with a schema: a caption is one JSON value.")
+
     @property
     def fields(self) -> list[str]:
         """The columns that take answers."""

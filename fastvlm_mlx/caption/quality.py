@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from ..checks import shown
 from .job import Job
 
 TRUNCATED, LOOP, CUT = "truncated", "loop", "cut"
@@ -15,18 +16,24 @@ class UnfitError(ValueError):
     """A caption that is not to be written."""
 
 
-def judge(text: str, finish_reason: str, job: Job) -> tuple[str, list[str]]:
+def judge(
+    text: str, finish_reason: str, job: Job, *, constrained: bool = False
+) -> tuple[str, list[str]]:
     """A caption as it is to be written, and its flags.
+
+    With `constrained`, it had to follow a schema, which half an answer doesn't.
 
     Flags: "truncated" (`max_tokens` ended it), "loop" (its end says the same again and again),
     "cut" (to `max_words`).
 
     Raises:
-        UnfitError: it is empty, too short, or has a banned word.
+        UnfitError: it is empty, incomplete, too short, or has a banned word.
     """
     text = text.strip()
     if not text:
         raise UnfitError("the caption is empty")
+    if constrained and finish_reason == "length":
+        raise UnfitError(f"max_tokens ended the caption before it was complete: {shown(text)}")
     flags = [TRUNCATED] if finish_reason == "length" else []
     if loops(text):
         flags.append(LOOP)
@@ -35,10 +42,12 @@ def judge(text: str, finish_reason: str, job: Job) -> tuple[str, list[str]]:
         flags.append(CUT)
     count = len(text.split())
     if count < job.min_words:
-        raise UnfitError(f"the caption has {count} word(s), fewer than {job.min_words}: {text!r}")
+        raise UnfitError(
+            f"the caption has {count} word(s), fewer than {job.min_words}: {shown(text)}"
+        )
     for word in job.banned:
         if has_word(text, word):
-            raise UnfitError(f"the caption has the banned word {word!r}")
+            raise UnfitError(f"the caption has the banned word {shown(word)}")
     if job.trigger and not has_word(text, job.trigger):
         text = f"{job.trigger}, {text}"
     return text, flags

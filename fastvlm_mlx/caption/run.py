@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checks import brief, reason, shown
+from ..generation.constrain import is_constrained
 from ..generation.scheduler import MAX_BATCH, batch_options
 from ..model.fastvlm import FastVLM
 from ..processor import Processor
@@ -140,7 +141,9 @@ class _Run:
         start = time.perf_counter()
         chosen = batch_options(options)
         processor.num_visual_tokens(chosen.image_size)
-        self.seed = chosen.seed or 0
+        self.seed, self.constrained = chosen.seed or 0, is_constrained(chosen)
+        if chosen.schema is not None:
+            self.job.check_json()
         identity = fingerprint(model)
         self.recipe = self.job.recipe(identity, said_options(chosen))
         total = sum(source.count() for source in self.sources)
@@ -323,7 +326,9 @@ class _Run:
         fields, flags = {}, []
         try:
             for place, name in enumerate(self.job.fields):
-                fields[name], found = judge(*task.answers[place], self.job)
+                fields[name], found = judge(
+                    *task.answers[place], self.job, constrained=self.constrained
+                )
                 flags += [flag for flag in found if flag not in flags]
         except ValueError as error:
             assert task.pixels is not None

@@ -35,6 +35,9 @@ FLAGS = (
     "seed",
     "stop",
     "prefill_step_size",
+    "schema",
+    "regex",
+    "choices",
 )
 
 

@@ -170,7 +170,8 @@ class Batch:
             options: from `batch_options`.
 
         Raises:
-            ValueError: marks and images differ in number, or the prompt is too long.
+            ValueError: marks and images differ in number, the prompt is too long, or nothing can
+                follow the schema.
         """
         check_process()
         counts = [len(tokens) for tokens in visual_tokens]
@@ -180,6 +181,8 @@ class Batch:
         id, self._count = self._count, self._count + 1
         now = time.perf_counter()
         request = PendingRequest(id, prompt, [], options, now, now, now, visual_tokens, input_ids)
+        vocab_size = self.model.config.text.vocab_size
+        request.constraint = make_constraint(self.processor, vocab_size, options)
         self._encoded.append(request)
         return id
 
