@@ -180,7 +180,8 @@ class Batch:
             self._wired.enter_context(wired_memory())
         id, self._count = self._count, self._count + 1
         now = time.perf_counter()
-        request = PendingRequest(id, prompt, [], options, now, now, now, visual_tokens, input_ids)
+        request = PendingRequest(id, prompt, [], options, now, preprocessed=now, encoded=now)
+        request.visual_tokens, request.input_ids = visual_tokens, input_ids
         vocab_size = self.model.config.text.vocab_size
         request.constraint = make_constraint(self.processor, vocab_size, options)
         self._encoded.append(request)
