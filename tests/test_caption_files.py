@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from captions import alone, numbered, picture, pictures, run
 
-from fastvlm_mlx.caption import tables, xmp
+from fastvlm_mlx.caption import containers, tables, xmp
 from fastvlm_mlx.caption.files import AppendedFile, replace_bytes
 from fastvlm_mlx.caption.sources import all_items, find_sources
 from fastvlm_mlx.image.load import load_image
@@ -429,3 +429,84 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
 def test_the_model_is_seldom_idle(nano, tmp_path):
     summary = run(nano, numbered(tmp_path / "p", 24), tmp_path / "c.jsonl", image_size=256)
     assert summary.idle / (summary.idle + summary.busy) < 0.25  # a busy machine; benchmarks: 0.05
+
+
+# Descriptions within images
+
+GREETING = 'Ein Bär & "Käse", 熊 🐻'
+
+
+def saved(file: Path, mode: str = "RGB", **settings) -> Path:
+    picture(3, 24).convert(mode).save(file, **settings)
+    return file
+
+
+def described(file: Path) -> str:
+    """As Pillow, which others wrote, finds the description."""
+    from PIL import Image
+
+    with Image.open(file) as image:
+        image.load()
+        packet = image.info.get("xmp") or image.info.get("XML:com.adobe.xmp") or b""
+    packet = packet.encode() if isinstance(packet, str) else packet
+    return xmp.description_of(packet) if packet else ""
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "settings"),
+    [
+        ("a.jpg", "RGB", {}),
+        ("b.jpg", "L", {"progressive": True}),
+        ("c.jpg", "RGB", {"xmp": xmp.with_description(b"", "old")}),
+        ("d.png", "RGBA", {}),
+        ("e.png", "P", {}),
+        ("f.webp", "RGB", {"quality": 80}),
+        ("g.webp", "RGBA", {"lossless": True}),
+        ("h.webp", "RGB", {"xmp": xmp.with_description(b"", "old"), "lossless": True}),
+    ],
+)
+def test_a_description_within_an_image_changes_nothing_else(tmp_path, name, mode, settings):
+    from PIL import Image
+
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F] = 6, "Maker"  # turned, and the camera's maker
+    file = saved(tmp_path / name, mode, exif=exif, **settings)
+    before = load_image(file).tobytes()
+    with Image.open(file) as image:
+        kept_mode = image.mode
+    for text in (GREETING, "two"):
+        image = file.read_bytes()
+        packet = xmp.with_description(containers.read_packet(image), text)
+        replace_bytes(file, containers.with_packet(image, packet))
+        assert described(file) == text
+        assert xmp.description_of(containers.read_packet(file.read_bytes())) == text
+    assert load_image(file).tobytes() == before
+    with Image.open(file) as image:
+        assert dict(image.getexif()) == dict(exif) and image.mode == kept_mode
+    longer = len(containers.with_packet(image := file.read_bytes(), packet)) - len(image)
+    assert longer == 0
+
+
+def test_captions_within_images(nano, tmp_path):
+    folder = tmp_path / "p"
+    folder.mkdir()
+    files = [saved(folder / name) for name in ("a.jpg", "b.png", "c.webp", "d.gif")]
+    new = {file.name: alone(nano, PROMPT, file) for file in files}
+    for _ in range(2):
+        summary = run(nano, folder, "xmp")
+    assert summary.kept == 3 and summary.failed_before == 1
+    assert [described(file) for file in files[:3]] == [new[file.name] for file in files[:3]]
+    for _ in range(2):
+        run(nano, folder, "xmp", existing="append", prompts=["Read the text."])
+    for file in files[:3]:
+        assert described(file) == f"{new[file.name]} {alone(nano, 'Read the text.', file)}"
+
+
+def test_damaged_images_are_not_written_into():
+    for data in (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n123", b"RIFF\0\0\0\0WEBP"):
+        with pytest.raises(ValueError, match="damaged"):
+            containers.with_packet(data, b"x")
+    with pytest.raises(ValueError, match="JPEG, PNG and WebP"):
+        containers.with_packet(b"GIF89a", b"x")
+    with pytest.raises(ValueError, match="longer than a JPEG"):
+        containers.with_packet(b"\xff\xd8\xff\xda\0\0", b"x" * 70_000)

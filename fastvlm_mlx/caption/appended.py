@@ -25,6 +25,8 @@ class AppendedTable:
         existing: the captions that it has.
     """
 
+    changes_images = False
+
     def __init__(self, file: Path, existing: dict[str, Fields | None]):
         self.file = file
         self._existing = existing

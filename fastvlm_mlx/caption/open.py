@@ -8,6 +8,7 @@ from pathlib import Path
 from ..checks import check_whole_number, shown
 from . import tables
 from .appended import AppendedTable, existing_rows, mend
+from .embedded import Embedded
 from .files import check_target
 from .job import SKIP, Job
 from .manifest import Manifest
@@ -18,13 +19,21 @@ from .sidecars import Sidecars
 from .sources import Source
 
 TAR = ".tar"
-KINDS = "a .jsonl, .csv, .tsv, .parquet or .tar file, or only a suffix such as .txt or .xmp"
+INSIDE = "xmp"  # the output that is the images themselves
+KINDS = (
+    "a .jsonl, .csv, .tsv, .parquet or .tar file; only a suffix such as .txt or .xmp for files "
+    f"beside the images; or {INSIDE} for the description within JPEG, PNG and WebP images"
+)
 SIZE = "size"  # the fact how far a table was written
 
 
-def is_suffix(out: str) -> bool:
-    """Whether captions go into files of their own beside the images: `.txt` is only a suffix."""
-    return out.startswith(".") and len(out) > 1 and out[1:].isalnum()
+def is_with_images(out: str) -> bool:
+    """Whether captions go into the images, or into files beside them: `.txt` is only a suffix."""
+    return out == INSIDE or (out.startswith(".") and len(out) > 1 and out[1:].isalnum())
+
+
+def _with_images(out: str, job: Job) -> Output:
+    return Embedded(job.fields) if out == INSIDE else Sidecars(out, job.fields)
 
 
 def check_out(out: str, sources: Sequence[Source], job: Job) -> None:
@@ -35,8 +44,8 @@ def check_out(out: str, sources: Sequence[Source], job: Job) -> None:
     Raises:
         ValueError, OSError: with the reason.
     """
-    if is_suffix(out) and out.lower() not in (*tables.TABLES, TAR):
-        Sidecars(out, job.fields)
+    if is_with_images(out) and out.lower() not in (*tables.TABLES, TAR):
+        _with_images(out, job)
         return
     file = Path(out)
     if file.suffix.lower() not in (*tables.TABLES, TAR):
@@ -51,12 +60,14 @@ def check_out(out: str, sources: Sequence[Source], job: Job) -> None:
 
 def manifest_of(out: str, sources: Sequence[Source]) -> Path:
     """Where the manifest stands unless another place is asked for: beside what is written."""
-    if not is_suffix(out):
+    if not is_with_images(out):
         return Path(out).with_name(f"{Path(out).name}.manifest")
     first = next((item.path for source in sources for item in source.items() if item.path), None)
     folder = first.parent if first else Path()
     roots = [Path(source.name) for source in sources if Path(source.name).is_dir()]
-    return (roots[0] if roots else folder) / f".fastvlm-captions{out}.manifest"
+    return (
+        roots[0] if roots else folder
+    ) / f".fastvlm-captions{out if out != INSIDE else ''}.manifest"
 
 
 def open_output(
@@ -74,8 +85,8 @@ def open_output(
     Raises:
         ValueError: it holds what can't be gone on with, or the job doesn't suit it.
     """
-    if is_suffix(out):
-        return Sidecars(out, job.fields)
+    if is_with_images(out):
+        return _with_images(out, job)
     file = Path(out)
     kind = file.suffix.lower()
     if kind == TAR:

@@ -38,6 +38,9 @@ class Row:
 class Output(Protocol):
     """Where captions go. `write` may keep rows for a while; `flush` says whether it has none."""
 
+    changes_images: bool
+    """Whether the image files are other ones once it has written."""
+
     def existing(self, item: Item) -> Fields | None:
         """The captions that the output has of an image; None if it lacks one."""
 

@@ -30,6 +30,8 @@ class RewrittenTable:
         names: the columns that take captions.
     """
 
+    changes_images = False
+
     def __init__(self, file: Path, names: Sequence[str]):
         self.file, self.names = file, names
         self._existing = self._read_existing()

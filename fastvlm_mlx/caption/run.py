@@ -81,7 +81,8 @@ def caption_images(
         model, processor: from `load`.
         sources: see `find_sources`.
         out: a .jsonl, .csv, .tsv, .parquet or .tar file (captions-%06d.tar for several), or a
-            suffix: `.txt` for text files beside the images, `.xmp` for XMP ones.
+            suffix: `.txt` for text files beside the images, `.xmp` for XMP ones; or `xmp` for
+            descriptions within JPEG, PNG and WebP images themselves.
         job: what is asked; by default for a description.
         manifest: the SQLite file that a run goes on from; beside `out` by default.
         max_batch: captions that are decoded together.
@@ -232,9 +233,10 @@ class _Run:
         """What is to be done about an image; None for nothing."""
         entry = self.manifest.entry(item.key)
         ours = entry if entry and (entry.recipe, entry.stamp) == self._mark(item) else None
-        existing = self.output.existing(item)
-        again = entry is not None and entry.state == FAILED and self.job.retry_errors
-        if entry is not None and entry.state == FAILED and not again and (ours or existing):
+        failed = entry is not None and entry.state == FAILED
+        again = failed and self.job.retry_errors
+        existing = None if failed and ours and not again else self.output.existing(item)
+        if failed and not again and (ours or existing):
             self.summary.failed_before += 1
             return None
         done = existing and (self.job.existing == SKIP or (ours and ours.state == WRITTEN))
@@ -364,7 +366,7 @@ class _Run:
                 self.manifest.set_fact(SIZE, size)
 
     def _mark(self, item: Item) -> tuple[str, str]:
-        return self.recipe, item.stamp
+        return self.recipe, "" if self.output.changes_images else item.stamp
 
     def _note(
         self, item: Item, state: str, *, pixels: str | None = None, error: str | None = None

@@ -37,6 +37,8 @@ class Shards:
         writing: False only to see what they hold.
     """
 
+    changes_images = False
+
     def __init__(self, file: Path, names: Sequence[str], shard_size: int, *, writing: bool = True):
         self.file, self.names = file, names
         self._several = PLACE.search(file.name) is not None

@@ -30,17 +30,15 @@ class Sidecars:
         ValueError: the suffix is one of images, or there are several columns.
     """
 
+    changes_images = False
+
     def __init__(self, suffix: str, names: Sequence[str]):
         if suffix.lower() in IMAGE_SUFFIXES:
             raise ValueError(
                 f"A file with the suffix {suffix} beside a picture may be the picture itself: "
                 "choose another, such as .txt."
             )
-        if list(names) != [CAPTION]:
-            raise ValueError(
-                f"A {suffix} file holds one caption, and there are questions: {', '.join(names)}; "
-                "write them to a .jsonl, .csv or .parquet file."
-            )
+        check_single(f"A {suffix} file", names)
         self.suffix = suffix
         self._shared: dict[Path, Counter[str]] = {}
 
@@ -94,6 +92,15 @@ class Sidecars:
                 _alike(stem) for stem, suffix in names if suffix.lower() in IMAGE_SUFFIXES
             )
         return self._shared[folder]
+
+
+def check_single(holder: str, names: Sequence[str]) -> None:
+    """ValueError unless there is one caption for each image, and no questions."""
+    if list(names) != [CAPTION]:
+        raise ValueError(
+            f"{holder} holds one caption, and there are questions: {', '.join(names)}; write them "
+            "to a .jsonl, .csv or .parquet file."
+        )
 
 
 def _alike(name: str) -> str:

@@ -100,7 +100,7 @@ def _named_item(name: str, root: Path, row: dict[str, Any] | None = None) -> Ite
     """The image that a list names: a URL, or a path from the list's folder or from here."""
     if "://" in name and not name.lower().startswith("file:"):
         return Item(printable(name), name, row or {})
-    path = Path(dragged_path(name))
+    path = Path(dragged_path(name) if "://" in name else os.path.expanduser(name))
     beside = root / path
     file = beside if beside.exists() or not path.exists() else path
     return Item(printable(name), str(file), row or {}, file)

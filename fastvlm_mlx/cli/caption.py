@@ -50,7 +50,7 @@ Sources = Annotated[
         show_default=False,
     ),
 ]
-Out = Annotated[str, typer.Option(help=f"Where to: {KINDS} of files beside the images.")]
+Out = Annotated[str, typer.Option(help=f"Where to: {KINDS}.")]
 Prompts = Annotated[
     list[str] | None,
     typer.Option(
@@ -147,17 +147,21 @@ def caption(
     check_out(out, found, job)  # before a model is downloaded
     loaded = load(model, revision=revision, dtype=dtype, quantize=quantize)
     options["stop"] = tuple(options["stop"])
-    summary = caption_images(
-        *loaded,
-        found,
-        out,
-        job,
-        manifest=manifest,
-        max_batch=max_batch,
-        shard_size=shard_size,
-        progress=True,
-        **options,
-    )
+    try:
+        summary = caption_images(
+            *loaded,
+            found,
+            out,
+            job,
+            manifest=manifest,
+            max_batch=max_batch,
+            shard_size=shard_size,
+            progress=True,
+            **options,
+        )
+    except KeyboardInterrupt:
+        typer.echo("Stopped; the same command goes on from here.", err=True)
+        sys.exit(130)
     if summary.rank == 0:
         _say(summary)
         if model is None:
