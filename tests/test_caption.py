@@ -363,6 +363,13 @@ def test_the_command_says_what_it_did(run_caption, tmp_path):
     assert len(rows(tmp_path / "c.jsonl")) == 2
 
 
+def test_flags_are_said_where_no_row_has_them(run_caption, tmp_path):
+    folder = pictures(tmp_path / "p", "a.png")
+    done = run_caption(folder, "--out", ".txt")
+    assert f"Look at {folder / 'a.png'}: truncated" in done.err and "truncated: 1" in done.err
+    assert "Look at" not in run_caption(folder, "--out", tmp_path / "c.jsonl").err
+
+
 @pytest.fixture
 def run_caption(run):
     size = ("--image-size", QUICK["image_size"], "--max-tokens", QUICK["max_tokens"])

@@ -17,12 +17,16 @@ def replacing(file: Path) -> Iterator[Path]:
     draft = file.with_name(f".{file.name}.draft")
     try:
         yield draft
+        with draft.open("rb+") as written:
+            os.fsync(written.fileno())
         if file.exists():
             shutil.copymode(file, draft)
         os.replace(draft, file)
-    except BaseException:
+    except BaseException as error:
         with suppress(OSError):
             draft.unlink()
+        if isinstance(error, OSError) and error.filename is None:
+            raise _named(error, file) from None
         raise
 
 
@@ -38,6 +42,7 @@ class AppendedFile:
     def __init__(self, file: Path):
         # Unbuffered, so that records are written in one step
         self._stream = file.open("ab", buffering=0)
+        self._file = file
         self.size = self._stream.tell()
 
     def append(self, data: bytes) -> None:
@@ -46,15 +51,20 @@ class AppendedFile:
         try:
             while view:
                 view = view[self._stream.write(view) :]
-        except OSError:
+        except OSError as error:
             self._stream.truncate(self.size)
-            raise
+            raise _named(error, self._file) from None
         self.size += len(data)
 
     def close(self) -> None:
         """Close it, its contents on the disk."""
         os.fsync(self._stream.fileno())
         self._stream.close()
+
+
+def _named(error: OSError, file: Path) -> OSError:
+    """An error that says which file it is about, as those of writing don't."""
+    return OSError(error.errno, error.strerror, str(file)) if error.strerror else error
 
 
 def check_target(file: Path) -> None:

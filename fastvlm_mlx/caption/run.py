@@ -23,7 +23,7 @@ from .appended import AppendedTable
 from .items import PROMPT, Item
 from .job import APPEND, PREPEND, SKIP, Job
 from .manifest import ANSWERED, FAILED, WRITTEN, Entry, Manifest
-from .open import SIZE, check_out, manifest_of, open_output
+from .open import SIZE, check_out, is_with_images, manifest_of, open_output
 from .outputs import Fields, Row, fields_of
 from .quality import judge
 from .shards import SHARD_SIZE
@@ -339,6 +339,8 @@ class _Run:
             self._fail(task.item, reason(error))
             return None
         self.summary.flags.update(flags)
+        if flags and is_with_images(self.out):  # where no row says so
+            self._say(f"Look at {brief(task.item.key)}: {', '.join(flags)}")
         if base and self.job.existing in (APPEND, PREPEND):
             fields = {name: self._joined(base[name], text) for name, text in fields.items()}
         prompt = task.prompts[0] if self.job.prompts else None
@@ -377,8 +379,11 @@ class _Run:
     def _fail(self, item: Item, error: str, pixels: str | None = None) -> None:
         self._note(item, FAILED, pixels=pixels, error=error)
         self.summary.failed.append((item.key, error))
+        self._say(f"Left out {brief(item.key)}: {error}")
+
+    def _say(self, line: str) -> None:
         if self.progress and self.share.rank == 0:
-            self.bar.write(f"Left out {brief(item.key)}: {error}", file=sys.stderr)
+            self.bar.write(line, file=sys.stderr)
 
     def _skip(self) -> None:
         """Count an image as done without letting it speed up the rate."""

@@ -162,17 +162,17 @@ def caption(
     except KeyboardInterrupt:
         typer.echo("Stopped; the same command goes on from here.", err=True)
         sys.exit(130)
-    if summary.rank == 0:
-        _say(summary)
-        if model is None:
-            print_nano_note()
-    if summary.failed:
-        sys.exit(1)
+    if summary.rank == 0:  # others end with 0: a launcher ends all processes if one fails
+        _end(summary, with_nano=model is None)
 
 
-def _say(summary: Summary) -> None:
+def _end(summary: Summary, *, with_nano: bool) -> None:
     for line in summary_lines(summary):
         typer.echo(line, err=True)
+    if with_nano:
+        print_nano_note()
+    if summary.failed:
+        sys.exit(1)
 
 
 def _named_question(text: str) -> tuple[str, str]:
