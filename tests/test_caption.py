@@ -1,15 +1,17 @@
 """Captions: what is asked, what is written, and what a second run does."""
 
 import json
+import tarfile
 from pathlib import Path
 
 import pytest
 from captions import QUICK, alone, numbered, picture, pictures, run
 
 from fastvlm_mlx.caption import answers
-from fastvlm_mlx.caption.items import Item
-from fastvlm_mlx.caption.job import Job, fill
+from fastvlm_mlx.caption.items import Item, fill
+from fastvlm_mlx.caption.job import Job
 from fastvlm_mlx.caption.quality import UnfitError, judge, loops, shorten
+from fastvlm_mlx.caption.tables import read_rows
 from fastvlm_mlx.hub.resolve import NANO
 
 PROMPT = "Describe the image."
@@ -110,8 +112,6 @@ def test_another_question_model_or_image_is_asked_anew(nano, small, tmp_path, en
 
 @pytest.mark.parametrize("kind", [".jsonl", ".csv"])
 def test_what_happens_to_captions_that_are_there(nano, tmp_path, kind):
-    from fastvlm_mlx.caption.tables import read_rows
-
     folder, out = pictures(tmp_path / "p", "a.png", "b.png"), tmp_path / f"c{kind}"
     new = {name: alone(nano, PROMPT, folder / f"{name}.png") for name in "ab"}
 
@@ -234,6 +234,25 @@ def test_a_rows_own_prompt_is_asked(nano, tmp_path):
     assert found[0]["caption"] == alone(nano, "Read the text.", folder / "a.png")
     assert found[1]["caption"] == alone(nano, PROMPT, folder / "b.png")
     assert found[0]["id"] == 7 and found[0]["prompt"] == "Read the text."
+
+
+@pytest.mark.parametrize("kind", [".jsonl", ".csv", ".tar"])
+def test_several_rows_may_ask_about_one_image(nano, tmp_path, encoded, kind):
+    folder, out = pictures(tmp_path, "a.png"), tmp_path / f"c{kind}"
+    asked = ["Read the text.", "How many {what} are there?", "Read the text."]
+    lines = [{"image": "a.png", "prompt": prompt, "what": "balls"} for prompt in asked]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for existing in ("skip", "skip", "append") if kind != ".tar" else ("skip", "skip"):
+        run(nano, tmp_path / "in.jsonl", out, existing=existing)
+    if kind == ".tar":
+        with tarfile.open(out) as tar:
+            found = [json.load(tar.extractfile(m)) for m in tar if m.name.endswith(".json")]
+    else:
+        found = list(read_rows(out))
+    assert [row["prompt"] for row in found] == [asked[0], "How many balls are there?"]
+    for row in found:
+        text = alone(nano, row["prompt"], folder / "a.png")
+        assert row["caption"] == (text if kind == ".tar" else f"{text} {text}")
 
 
 def test_a_prompt_that_does_not_fit_fails_for_its_image(nano, tmp_path):

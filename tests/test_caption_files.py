@@ -50,6 +50,15 @@ def test_a_folder_is_searched_without_hidden_files(tmp_path):
     assert keys(f"{folder}/**/*.webp", folder) == [found[3], *found[:3]]  # each once
 
 
+def test_captions_that_a_pattern_matches_are_no_lists(nano, tmp_path):
+    folder = pictures(tmp_path / "p", "a.png", "b.jpg", "b.png")
+    run(nano, folder, ".txt")
+    run(nano, folder, ".xmp")
+    images = [str(folder / name) for name in ("a.png", "b.jpg", "b.png")]
+    assert sorted(keys(f"{folder}/*")) == images  # by the command, or written out by a shell
+    assert sorted(keys(*(file for file in folder.iterdir() if file.name[0] != "."))) == images
+
+
 def test_names_in_both_unicode_forms_are_two_images(nano, tmp_path):
     names = [unicodedata.normalize(form, "é.png") for form in ("NFC", "NFD")]
     folder = pictures(tmp_path / "p", *names)

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 from ..checks import shown
 from . import tables
 from .files import AppendedFile
-from .items import IMAGE_COLUMNS, Item
+from .items import IMAGE_COLUMNS, Item, found_by, ids_of
 from .outputs import Fields, Row, fields_of
 
 CHUNK = 2**20
@@ -40,7 +40,7 @@ class AppendedTable:
         return self._appended.size
 
     def existing(self, item: Item) -> Fields | None:
-        return self._existing.get(item.key)
+        return found_by(item.ids, self._existing)
 
     def write(self, row: Row) -> None:
         record = row.record()
@@ -72,7 +72,7 @@ def in_columns(record: dict[str, Any], header: Sequence[str]) -> list[Any]:
 
 
 def existing_rows(file: Path, names: Sequence[str]) -> dict[str, Fields | None]:
-    """The captions in a table by image; None for an image that lacks one.
+    """The captions in a table by the images' ids; None for an image that lacks one.
 
     Raises:
         ValueError: the table has a header without a column that takes captions.
@@ -83,8 +83,8 @@ def existing_rows(file: Path, names: Sequence[str]) -> dict[str, Fields | None]:
     if is_csv(file):
         _check_header(file, names)
     for row in tables.read_rows(file):
-        if not isinstance(row, ValueError) and (key := tables.key_of(row)) is not None:
-            found[key] = fields_of(row, names)
+        if not isinstance(row, ValueError):
+            found |= dict.fromkeys(ids_of(row), fields_of(row, names))
     return found
 
 

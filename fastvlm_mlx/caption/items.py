@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 
 from ..checks import shown
+
+T = TypeVar("T")
 
 # Columns that may name the image of a row, and those that give its caption; the first counts.
 IMAGE_COLUMNS = ("image", "file_name", "path", "filepath", "image_path", "file", "url")
@@ -16,6 +20,7 @@ CAPTION = "caption"
 TAGS = "tags"
 # What this command adds to a row
 PROMPT, FLAGS = "prompt", "flags"
+PLACE = re.compile(r"\{([A-Za-z_]\w*)\}")
 
 
 @dataclass(slots=True)
@@ -23,7 +28,7 @@ class Item:
     """One image.
 
     Attributes:
-        key: what the output calls it; no two items of a run share one.
+        key: what the output calls it.
         image: a path, URL, bytes, or a part of an archive, as `load_image` takes it; or the error
             for which there is none.
         row: the columns of the row that named it.
@@ -34,6 +39,19 @@ class Item:
     image: Any
     row: dict[str, Any] = field(default_factory=dict)
     path: Path | None = None
+
+    @property
+    def ids(self) -> list[str]:
+        """What the item is known by, the best first; no two items of a run share the first.
+
+        Several rows may ask about one image, each with its own prompt; a record that has no prompt
+        may be about any of them.
+        """
+        if not (prompt := self.row.get(PROMPT)):
+            return [self.key]
+        with suppress(ValueError):  # which is found again when it is asked
+            prompt = fill(prompt, self)
+        return [f"{self.key}\n{prompt}", f"{self.key}\n"]
 
     @property
     def name(self) -> str:
@@ -99,10 +117,38 @@ def image_column(row: Mapping[str, Any]) -> str | None:
     return next((name for name in IMAGE_COLUMNS if row.get(name) not in (None, "")), None)
 
 
+def found_by(ids: Iterable[str], known: Mapping[str, T]) -> T | None:
+    """What is known by the first of the ids that is known; None if none is."""
+    return next((known[id] for id in ids if id in known), None)
+
+
 def caption_of(row: Mapping[str, Any], field: str = CAPTION) -> str:
     """The caption that a row has already; empty if it has none."""
     found = row.get(field)
     return found.strip() if isinstance(found, str) else ""
+
+
+def fill(prompt: str, item: Item) -> str:
+    """A prompt with `{name}`, `{folder}`, `{tags}` and columns of the row in their places."""
+
+    def value(place: re.Match[str]) -> str:
+        name = place[1]
+        if name in ("name", "folder", "tags"):
+            return str(getattr(item, name))
+        if name not in item.row:
+            raise ValueError(f"the prompt has a place for {place[0]}, and there is no such column")
+        return str(item.row[name])
+
+    return PLACE.sub(value, prompt)
+
+
+def ids_of(record: Mapping[str, Any]) -> list[str]:
+    """What a record's item may be known by; nothing if it names no image."""
+    column = image_column(record)
+    if column is None:
+        return []
+    key = printable(str(record[column]))
+    return [f"{key}\n{record.get(PROMPT) or ''}", key]
 
 
 def _text_of(file: Path) -> str | None:

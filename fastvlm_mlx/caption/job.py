@@ -5,18 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..checks import check_whole_number, is_number, shown
 from ..evaluate.questions import DEFAULT_QUESTION
-from .items import CAPTION, FLAGS, IMAGE_COLUMNS, PROMPT, Item
+from .items import CAPTION, FLAGS, IMAGE_COLUMNS, PROMPT, Item, fill
 
 SKIP, OVERWRITE, APPEND, PREPEND = "skip", "overwrite", "append", "prepend"
 EXISTING = (SKIP, OVERWRITE, APPEND, PREPEND)
-PLACE = re.compile(r"\{([A-Za-z_]\w*)\}")
 
 
 @dataclass(frozen=True)
@@ -112,20 +110,6 @@ class Job:
         """A short text that differs where anything does that a caption depends on."""
         own = asdict(self) | {"retry_errors": None}
         return digest([model, own, dict(options)])
-
-
-def fill(prompt: str, item: Item) -> str:
-    """A prompt with `{name}`, `{folder}`, `{tags}` and columns of the row in their places."""
-
-    def value(place: re.Match[str]) -> str:
-        name = place[1]
-        if name in ("name", "folder", "tags"):
-            return str(getattr(item, name))
-        if name not in item.row:
-            raise ValueError(f"the prompt has a place for {place[0]}, and there is no such column")
-        return str(item.row[name])
-
-    return PLACE.sub(value, prompt)
 
 
 def digest(value: Any) -> str:

@@ -13,7 +13,7 @@ from ..checks import shown
 from . import tables
 from .appended import existing_rows, in_columns, is_csv
 from .files import replacing
-from .items import FLAGS, PROMPT, Item, caption_of
+from .items import FLAGS, PROMPT, Item, caption_of, found_by, ids_of
 from .outputs import Fields, Row
 
 PERIOD = 2.0  # seconds between two times of writing, at least
@@ -39,10 +39,11 @@ class RewrittenTable:
         self._next = time.monotonic() + PERIOD
 
     def existing(self, item: Item) -> Fields | None:
-        return self._existing.get(item.key)
+        return found_by(item.ids, self._existing)
 
     def write(self, row: Row) -> None:
-        self._pending[row.item.key] = row
+        known = [id for id in row.item.ids if id in self._existing]
+        self._pending[(known or row.item.ids)[0]] = row
 
     def flush(self, *, now: bool = False) -> bool:
         if self._pending and (now or time.monotonic() >= self._next):
@@ -70,7 +71,7 @@ class RewrittenTable:
             with self.file.open("rb") as lines:
                 for line in lines:
                     record = tables.parse_line(line) or {}
-                    change = new.pop(tables.key_of(record) or "", None)
+                    change = _take(new, record)
                     yield line if change is None else tables.to_line(record | change)
         yield from map(tables.to_line, new.values())
 
@@ -81,7 +82,7 @@ class RewrittenTable:
                 for number, fields in enumerate(csv.reader(old, delimiter=delimiter)):
                     header = header if number else fields
                     record = dict(zip(header, fields, strict=False))
-                    change = new.pop(tables.key_of(record) or "", None) if number else None
+                    change = _take(new, record) if number else None
                     fields = fields if change is None else in_columns(record | change, header)
                     yield tables.to_csv(fields, delimiter)
         for record in new.values():
@@ -89,6 +90,12 @@ class RewrittenTable:
                 header = list(record)
                 yield tables.to_csv(header, delimiter)
             yield tables.to_csv(in_columns(record, header), delimiter)
+
+
+def _take(new: dict[str, dict[str, Any]], record: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The new record in the place of an old one, which is then none of the new ones any more."""
+    known = next((id for id in ids_of(record) if id in new), None)
+    return None if known is None else new.pop(known)
 
 
 class ParquetTable(RewrittenTable):
@@ -117,10 +124,11 @@ class ParquetTable(RewrittenTable):
                     f"{tables.columns_said(old.schema_arrow.names)}, not "
                     f"{', '.join(self.schema.names)}: choose another file."
                 )
-            for batch in old.iter_batches(columns=["image", *self.names]):
+            for batch in old.iter_batches(columns=["image", PROMPT, *self.names]):
                 for row in batch.to_pylist():
                     captions = {name: caption_of(row, name) for name in self.names}
-                    found[row["image"]] = captions if all(captions.values()) else None
+                    known = captions if all(captions.values()) else None
+                    found |= dict.fromkeys(ids_of(row), known)
         return found
 
     def _write(self, draft: Path, new: dict[str, dict[str, Any]]) -> None:
@@ -134,10 +142,10 @@ class ParquetTable(RewrittenTable):
                 writer.write_batch(self._batch(list(rows.values())))
 
     def _changed(self, batch: Any, new: dict[str, dict[str, Any]]) -> Any:
-        keys = batch.column("image").to_pylist()
-        if new.keys().isdisjoint(keys):
+        records = batch.select(["image", PROMPT]).to_pylist()
+        if not any(id in new for record in records for id in ids_of(record)):
             return batch
-        return self._batch([new.pop(row["image"], row) for row in batch.to_pylist()])
+        return self._batch([_take(new, row) or row for row in batch.to_pylist()])
 
     def _batch(self, rows: list[dict[str, Any]]) -> Any:
         return self._arrow.RecordBatch.from_pylist(rows, schema=self.schema)

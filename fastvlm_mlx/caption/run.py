@@ -231,7 +231,7 @@ class _Run:
 
     def _plan(self, item: Item) -> _Pending | None:
         """What is to be done about an image; None for nothing."""
-        entry = self.manifest.entry(item.key)
+        entry = self.manifest.entry(item.ids[0])
         ours = entry if entry and (entry.recipe, entry.stamp) == self._mark(item) else None
         failed = entry is not None and entry.state == FAILED
         again = failed and self.job.retry_errors
@@ -288,7 +288,7 @@ class _Run:
 
     def _own(self, pending: _Pending) -> Task | None:
         """A task of another process that is not answered there; None once it is."""
-        task, entry = pending.task, self.manifest.entry(pending.item.key)
+        task, entry = pending.task, self.manifest.entry(pending.item.ids[0])
         assert task is not None
         if (
             entry
@@ -310,7 +310,7 @@ class _Run:
         if self.job.existing in (APPEND, PREPEND) and pending.task:
             # So that a run that ends right after the caption was written won't add it twice
             planned = repr(sorted(row.fields.items()))
-            self.manifest.set_entry(item.key, entry._replace(state=ANSWERED, planned=planned))
+            self.manifest.set_entry(item.ids[0], entry._replace(state=ANSWERED, planned=planned))
             self.manifest.commit()
         try:
             self.output.write(row)
@@ -318,7 +318,7 @@ class _Run:
             return self._fail(item, reason(error))
         self.summary.written += pending.task is not None
         if pending.task is not None:
-            self._unmarked.append((item.key, entry._replace(flags=" ".join(row.flags) or None)))
+            self._unmarked.append((item.ids[0], entry._replace(flags=" ".join(row.flags) or None)))
 
     def _row(self, task: Task, base: Fields | None) -> Row | None:
         """What is written about an image; None if it has failed."""
@@ -374,7 +374,7 @@ class _Run:
         self, item: Item, state: str, *, pixels: str | None = None, error: str | None = None
     ) -> None:
         entry = Entry(*self._mark(item), state, pixels, error=error)
-        self.manifest.set_entry(item.key, entry)
+        self.manifest.set_entry(item.ids[0], entry)
 
     def _fail(self, item: Item, error: str, pixels: str | None = None) -> None:
         self._note(item, FAILED, pixels=pixels, error=error)

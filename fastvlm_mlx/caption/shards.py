@@ -14,7 +14,7 @@ from ..checks import reason, shown
 from ..image.load import IMAGE_SUFFIXES
 from . import tables
 from .files import AppendedFile
-from .items import CAPTION, Item, printable
+from .items import CAPTION, Item, found_by, ids_of
 from .outputs import Fields, Row, fields_of
 
 BLOCK = 512
@@ -52,7 +52,7 @@ class Shards:
             self._read(shard, writing)
 
     def existing(self, item: Item) -> Fields | None:
-        return self._existing.get(item.key)
+        return found_by(item.ids, self._existing)
 
     def write(self, row: Row) -> None:
         data = self._sample(row)
@@ -102,7 +102,7 @@ class Shards:
         """Learn what a tar holds; if half a sample stands at its end, it is cut off."""
         end = self._in_shard = 0
         for record, position in _records(shard):
-            self._existing[printable(record["image"])] = fields_of(record, self.names)
+            self._existing |= dict.fromkeys(ids_of(record), fields_of(record, self.names))
             end, self._in_shard = position, self._in_shard + 1
         self._count += self._in_shard
         self._shards.append((shard, end))

@@ -16,6 +16,7 @@ from . import tables
 from .items import CAPTION, IMAGE_COLUMNS, Item, TarMember, image_column, printable
 
 LISTS = (".txt", ".lst", ".list")
+SIDECARS = (".xmp", ".tags", ".caption")
 STDIN = "-"
 
 
@@ -44,7 +45,7 @@ def find_sources(names: Iterable[str | os.PathLike[str] | Source]) -> list[Sourc
         FileNotFoundError: there is no such file or folder, or a pattern matches nothing.
         ValueError: a file of an unknown kind.
     """
-    return [source for name in names for source in _find(name)]
+    return [source for name in names for source in _find(name) if not _is_sidecar(source)]
 
 
 def _find(named: str | os.PathLike[str] | Source) -> list[Source]:
@@ -62,10 +63,20 @@ def _find(named: str | os.PathLike[str] | Source) -> list[Source]:
     if path.exists():
         return [_of_file(path)]
     found = [Path(each) for each in sorted(glob.glob(str(path), recursive=True))]
-    files = [each for each in found if each.is_file() and not is_litter(each.name)]
+    files = [file for file in found if file.is_file() and not is_litter(file.name)]
     if not files:
         raise FileNotFoundError(f"There is no file, folder or match for {shown(name)}.")
     return [_of_file(file) for file in files]
+
+
+def _is_sidecar(source: Source) -> bool:
+    """Whether a file only belongs to an image beside it, as where a shell wrote photos/* out."""
+    file = source.file
+    if file is None or file.suffix.lower() not in (*LISTS, *SIDECARS):
+        return False
+    stems = (file.with_suffix(suffix) for suffix in IMAGE_SUFFIXES)
+    whole = file.with_suffix("")
+    return any(map(Path.exists, stems)) or (whole.suffix in IMAGE_SUFFIXES and whole.exists())
 
 
 def _of_file(file: Path) -> Source:
@@ -79,11 +90,11 @@ def _of_file(file: Path) -> Source:
         return Source(name, lambda: _tar_items(file), lambda: sum(1 for _ in _members(file)), file)
     if name.lower().endswith((".tar.gz", ".tgz", ".tar.zst", ".tar.xz")):
         raise ValueError(f"{shown(name)} is compressed, and can't be read at any place: unpack it.")
-    return _of_items(name, [_file_item(file)])
+    return _of_items(name, [_file_item(file)], file)
 
 
-def _of_items(name: str, items: Sequence[Item]) -> Source:
-    return Source(name, lambda: iter(items), lambda: len(items))
+def _of_items(name: str, items: Sequence[Item], file: Path | None = None) -> Source:
+    return Source(name, lambda: iter(items), lambda: len(items), file)
 
 
 def _of_lines(name: str, lines: Iterable[str], root: Path, file: Path | None = None) -> Source:
@@ -196,10 +207,10 @@ def _samples(file: Path) -> Iterator[tuple[str, dict[str, TarMember]]]:
 
 
 def all_items(sources: Sequence[Source]) -> Iterator[Item]:
-    """The images of all sources, those that are named twice only once."""
+    """The images of all sources, those that are named twice only once for each prompt of a row."""
     seen: set[str] = set()
     for source in sources:
         for item in source.items():
-            if item.key not in seen:
-                seen.add(item.key)
+            if (id := item.ids[0]) not in seen:
+                seen.add(id)
                 yield item

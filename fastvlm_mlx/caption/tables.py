@@ -5,12 +5,11 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from ..checks import brief, reason, shown
-from .items import image_column, printable
 
 Record = dict[str, Any]
 JSONL, CSV, PARQUET = (".jsonl", ".ndjson"), (".csv", ".tsv"), (".parquet",)
@@ -133,12 +132,6 @@ def _read_parquet(file: Path) -> Iterator[Record | ValueError]:
     for batch in open_parquet(file).iter_batches(batch_size=ROWS_AT_ONCE):
         for row in range(batch.num_rows):  # not all at once: rows may hold whole images
             yield batch.slice(row, 1).to_pylist()[0]
-
-
-def key_of(record: Mapping[str, Any]) -> str | None:
-    """What a record calls its image."""
-    column = image_column(record)
-    return printable(str(record[column])) if column else None
 
 
 def columns_said(names: Iterable[str]) -> str:
