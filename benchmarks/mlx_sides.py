@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -152,6 +154,25 @@ class Ours(MlxSide):
 
         return step
 
+    def caption(
+        self, folder: Path, dtype: str, images: list[str], prompt: str, max_tokens: int
+    ) -> dict[str, Any]:
+        """Caption files into a new .jsonl file; seconds, the share of them that the model was
+        idle, and the texts."""
+        from fastvlm_mlx.caption import Job, caption_images
+        from fastvlm_mlx.checkpoint.load import load
+
+        if not hasattr(self, "loaded"):
+            self.loaded = load(folder, dtype=dtype)
+        with tempfile.TemporaryDirectory() as scratch:
+            out, job = Path(scratch, "captions.jsonl"), Job(prompts=[prompt])
+            start = time.perf_counter()
+            done = caption_images(*self.loaded, images, out, job, max_tokens=max_tokens)
+            seconds = time.perf_counter() - start
+            rows = map(json.loads, out.read_text("utf-8").splitlines())
+            texts = [row["caption"] for row in rows]
+        return {"seconds": seconds, "idle": done.idle / (done.idle + done.busy), "texts": texts}
+
     def _read(self, pixel_values: mx.array, prompt: Sequence[int]) -> tuple[list[int], mx.array]:
         visual_tokens = self.model.encode_images(pixel_values)
         mx.eval(visual_tokens)
@@ -221,6 +242,27 @@ class MlxVlm(MlxSide):
             return mx.argmax(logits - mx.logsumexp(logits, axis=-1, keepdims=True), axis=-1)
 
         return step
+
+    def caption(
+        self, folder: Path, dtype: str, images: list[str], prompt: str, max_tokens: int
+    ) -> dict[str, Any]:
+        """Caption files with mlx-vlm's own batches; seconds and the texts."""
+        from mlx_vlm.generate import batch_generate
+        from mlx_vlm.utils import load_processor
+
+        if not hasattr(self, "processor"):
+            self.load(folder, dtype)
+            self.processor = load_processor(folder)
+        start = time.perf_counter()
+        found = batch_generate(
+            self.model,
+            self.processor,
+            images=images,
+            prompts=[prompt] * len(images),
+            max_tokens=max_tokens,
+        )
+        seconds = time.perf_counter() - start
+        return {"seconds": seconds, "texts": [text.strip() for text in found.texts]}
 
     def _read(
         self, pixel_values: mx.array, prompt: Sequence[int]

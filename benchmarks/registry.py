@@ -11,6 +11,7 @@ from typing import Any
 
 from . import (
     batch,
+    caption,
     compare,
     constrained,
     growth,
@@ -37,6 +38,7 @@ MEASUREMENTS: dict[str, ModuleType] = {
         memory,
         load,
         batch,
+        caption,
         image_size,
         preprocess,
         speculate,

@@ -77,6 +77,8 @@ def answer(library: Side, folder: Path, dtype: str, do: str, **request: Any) -> 
         return {"resident": peak_resident_bytes(), "arrays": library.peak_array_bytes()}
     if do == "load":
         return {"seconds": seconds_of(library.load, folder, dtype)}
+    if do == "caption":
+        return library.caption(folder, dtype, **request)  # type: ignore[attr-defined]
     if do == "launches":
         return library.launches(folder, dtype, **request)  # type: ignore[attr-defined]
     pixel_values = library.to_device(noise_image(request.pop("image_size")))

@@ -19,6 +19,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks import (  # noqa: E402
     __main__,
     batch,
+    caption,
     compare,
     constrained,
     memory,
@@ -435,3 +436,22 @@ def test_noise_is_the_same_everywhere() -> None:
     assert image.shape == (1, 64, 64, 3) and image.dtype == np.float32
     assert image.min() >= 0 and image.max() < 1
     assert np.array_equal(image, worker.noise_image(64))
+
+
+def test_this_side_captions_files(nano_folders: Path, tmp_path: Path) -> None:
+    files = caption.make_pictures(tmp_path / "pictures", 6, 64)
+    assert len({file.read_bytes() for file in files}) == 6  # no two alike, so none is saved
+    side = peers.Worker(OURS, sys.executable, nano_folders / "mlx", "float32")
+    asked = {"images": list(map(str, files)), "prompt": "Describe the image.", "max_tokens": 3}
+    found = side.ask("caption", **asked)
+    side.close()
+    assert len(found["texts"]) == 6 and all(found["texts"])
+    assert found["seconds"] > 0 and 0 <= found["idle"] <= 1
+
+
+def test_captions_of_both_sides_are_compared() -> None:
+    ours = {"seconds": 1.0, "idle": 0.02, "texts": ["a", "b"]}
+    theirs = {"seconds": 3.0, "texts": ["a", "c"]}
+    args = argparse.Namespace(pictures=2)
+    title, body, _ = report.section(caption.table({OURS: [ours], PEER: [theirs]}, args))
+    assert "3.00 times as fast" in title and "idle 2.0%" in title and "1 of 2" in body

@@ -11,6 +11,7 @@ import typer
 
 from ..version import __version__
 from .bench import FLOORS, bench
+from .caption import caption
 from .chat import chat
 from .convert import convert
 from .doctor import doctor
@@ -32,7 +33,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (generate, chat, watch, models, download, convert, upload, doctor):
+for command in (generate, chat, watch, caption, models, download, convert, upload, doctor):
     app.command()(command)
 app.command(epilog=FLOORS)(bench)
 app.command(epilog=EXAMPLE)(serve)

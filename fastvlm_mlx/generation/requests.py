@@ -114,6 +114,14 @@ class PendingRequest:
         counts = [model.num_visual_tokens(*picture) for picture in self.pictures]
         self.input_ids = tokenize(model, processor, self.prompt, counts, self.options)
 
+    def take(self, model: FastVLM, processor: Processor, visual_tokens: Sequence[mx.array]) -> None:
+        """Do all of that for images that are encoded; errors as `read` and `tokenize`."""
+        self.read(model, processor, with_keys=False)
+        counts = [len(tokens) for tokens in visual_tokens]
+        self.input_ids = tokenize(model, processor, self.prompt, counts, self.options)
+        self.visual_tokens = list(visual_tokens)
+        self.encoding = self.encoded = self.preprocessed
+
     @property
     def missing(self) -> list[int]:
         """The numbers of the images that are not encoded yet."""

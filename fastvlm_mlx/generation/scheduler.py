@@ -171,6 +171,31 @@ class Batch:
         self._read_ahead()
         return id
 
+    def insert_encoded(
+        self, prompt: Messages, visual_tokens: list[mx.array], options: Options
+    ) -> int:
+        """Add a request about images that were encoded before; returns its id for `step`.
+
+        Args:
+            prompt: as `insert` takes it.
+            visual_tokens: [n, hidden_size] of each image, computed, in the prompt's order.
+            options: from `batch_options`.
+
+        Raises:
+            ValueError: marks and images differ in number, the prompt is too long, nothing can
+                follow the schema, or the batch has a cache, whose keys are the images'.
+        """
+        check_process()
+        if self.cache is not None:
+            raise ValueError("A batch with a cache takes no images that were encoded before.")
+        asked = PendingRequest(self._count, prompt, [], options, time.perf_counter())
+        asked.take(self.model, self.processor, visual_tokens)
+        if not self:
+            self._wired.enter_context(wired_memory())
+        self._count += 1
+        self._encoded.append(asked)
+        return asked.id
+
     def remove(self, id: int) -> None:
         """Give up a request; nothing happens if it has ended."""
         for row in self._rows:
