@@ -18,6 +18,7 @@ from . import (
     load,
     memory,
     preprocess,
+    requests,
     second_question,
     speculate,
 )
@@ -30,6 +31,7 @@ MEASUREMENTS: dict[str, ModuleType] = {
         compare,
         launches,
         second_question,
+        requests,
         growth,
         memory,
         load,

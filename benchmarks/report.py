@@ -215,6 +215,20 @@ def second_question(result: Result) -> Section:
     )
 
 
+def requests(result: Result) -> Section:
+    name, (first, *others) = result["model"]["name"], result["seconds"].items()
+    rows = [(which, spread(found)) for which, found in (first, *others)]
+    what = f"time to first token in the server, {name}, of the first question's"
+    return Section(
+        f"A picture that was asked about before: {name}, {result['image_size']} pixels",
+        f"{setting(result)}\n\n{markdown_table(('', 'time to first token, s'), rows)}",
+        [
+            (f"{what}: {which}", f"≤ {MOST_OF_FIRST}", f"{ratio(found, first[1]):.3f}")
+            for which, found in others
+        ],
+    )
+
+
 def setting(result: Result, *lines: str) -> str:
     """The machine's line, and others."""
     return markdown_list(f"{machine_in_words(result['machine'])}.", *lines)
@@ -312,6 +326,7 @@ KINDS: dict[str, Callable[[Result], Section]] = {
     "compare": compare,
     "launches": launches,
     "second-question": second_question,
+    "requests": requests,
     "growth": growth,
     "memory": memory,
     "batch": batch,

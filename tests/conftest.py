@@ -24,7 +24,8 @@ from fastvlm_mlx.image import preprocess, resize
 
 # What a person has set for other programs: the Hub, proxies, certificates, the terminal, Python.
 FOREIGN = ("HF_", "HUGGING", "TRANSFORMERS_", "MLX_", "SSL_CERT_", "PYTHONIOENCODING")
-FOREIGN += ("FASTVLM_MODEL", "COLUMNS", "LINES", "PYTHONWARNINGS", "PYTHONOPTIMIZE")
+FOREIGN += ("FASTVLM_MODEL", "FASTVLM_API_KEY", "COLUMNS", "LINES")
+FOREIGN += ("PYTHONWARNINGS", "PYTHONOPTIMIZE")
 # Each makes typer or rich write colours where there is no terminal, or none where there is one.
 FOREIGN += ("FORCE_COLOR", "NO_COLOR", "CLICOLOR", "PY_COLORS", "TTY_", "GITHUB_ACTIONS")
 

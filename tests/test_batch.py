@@ -12,7 +12,8 @@ from models import Nano
 from fastvlm_mlx import ops
 from fastvlm_mlx.generation.batch import BatchError, batch_generate, stream_batch
 from fastvlm_mlx.generation.generate import generate, stream_generate
-from fastvlm_mlx.generation.scheduler import Batch, RequestError, encode_together
+from fastvlm_mlx.generation.requests import RequestError, encode_together
+from fastvlm_mlx.generation.scheduler import Batch
 from fastvlm_mlx.hub.resolve import NANO
 from fastvlm_mlx.model.batch_kv_cache import BatchKVCache
 from fastvlm_mlx.model.kv_cache import KVCache

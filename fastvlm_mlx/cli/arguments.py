@@ -111,6 +111,24 @@ FLAGS: dict[str, Any] = {
         int, typer.Option(help="Tokens that --draft-model proposes per step.")
     ],
     "num_beams": Annotated[int, typer.Option(help="Above 1, beam search, which does not sample.")],
+    "schema": Annotated[
+        str | None,
+        typer.Option(
+            help="Answer in JSON that is valid against this JSON schema, a file or its text; "
+            "json_object for any object."
+        ),
+    ],
+    "regex": Annotated[
+        str | None, typer.Option(help="Answer with what matches this regular expression.")
+    ],
+    "choices": Annotated[
+        list[str] | None,
+        typer.Option(
+            "--choice",
+            "--choices",
+            help="Answer with this text or another one given so; repeat it.",
+        ),
+    ],
 }
 
 

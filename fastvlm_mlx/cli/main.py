@@ -18,6 +18,7 @@ from .download import download
 from .generate import generate
 from .models import models
 from .printing import errors_as_sentences
+from .serve import EXAMPLE, serve
 from .upload import upload
 from .watch import watch
 
@@ -32,6 +33,7 @@ app = typer.Typer(
 for command in (generate, chat, watch, models, download, convert, upload, doctor):
     app.command()(command)
 app.command(epilog=FLOORS)(bench)
+app.command(epilog=EXAMPLE)(serve)
 
 
 def _print_version(wanted: bool) -> None:

@@ -10,9 +10,11 @@ from ..checks import shown
 from ..model.fastvlm import FastVLM
 from ..processor import Processor
 from ..text.messages import Messages
+from .constrain import IncompleteAnswer, is_constrained
 from .inputs import ImageSources
+from .requests import RequestError, batch_options
 from .response import Response
-from .scheduler import MAX_BATCH, Batch, RequestError, batch_options
+from .scheduler import MAX_BATCH, Batch
 
 Request: TypeAlias = tuple[Messages, ImageSources]
 
@@ -62,7 +64,8 @@ def batch_generate(
         ValueError: an option is out of range, or is one that batches can't take: drafts, beams,
             `kv_bits` and `max_kv_size`.
         BatchError: some requests could not be answered, since an image can't be read, marks and
-            images differ in number, or the prompt is too long. The other answers are in `texts`.
+            images differ in number, the prompt is too long, or `max_tokens` cut off what a
+            `schema` asks for. The other answers are in `texts`.
     """
     responses = stream_batch(
         model,
@@ -72,13 +75,16 @@ def batch_generate(
         encode_batch=encode_batch,
         **options,
     )
+    constrained = is_constrained(batch_options(options))
     texts: dict[int, str] = {}
     errors: dict[int, Exception] = {}
     try:
         for i, response in responses:
             texts[i] = texts.get(i, "") + response.text
+            if constrained and response.finish_reason == "length":
+                errors[i] = IncompleteAnswer(texts.pop(i), response.generation_tokens)
     except BatchError as error:
-        errors = error.errors
+        errors = dict(sorted((errors | error.errors).items()))
     answers = [texts.get(i) for i in range(len(texts) + len(errors))]
     if errors:
         raise BatchError(errors, answers)

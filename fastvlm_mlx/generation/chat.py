@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Generator, Iterator
 from threading import RLock, get_ident
 from threading import enumerate as enumerate_threads
@@ -12,11 +13,13 @@ import mlx.core as mx
 from ..model.fastvlm import FastVLM
 from ..processor import Processor
 from ..text.messages import Messages, read_question
+from .constrain import make_constraint
 from .decode import generate_tokens, make_kv_cache
 from .inputs import ImageSources, answer_limit, list_images, read_inputs
 from .options import DRAFTS, Options, refuse
 from .prefix import common_prefix
-from .response import Response, stream_responses
+from .response import Response, stream_responses, whole_text
+from .sampling import Logprobs
 
 
 class Chat:
@@ -84,6 +87,7 @@ class Chat:
 
         Raises:
             ValueError, FileNotFoundError: as `generate`; the conversation is then as before.
+            IncompleteAnswer: as `generate`; the answer counts as far as it came.
             RuntimeError: another thread has not read its streamed answer to the end.
         """
         with self._lock:
@@ -99,7 +103,7 @@ class Chat:
             if stream:
                 return self._steps(responses)
             try:
-                return "".join(response.text for response in responses)
+                return whole_text(responses, chosen)
             finally:
                 self.stop()
 
@@ -144,6 +148,7 @@ class Chat:
     ) -> Generator[Response, None, None]:
         content, images = read_question(prompt, list_images(image))
         messages = [*self.messages, {"role": "user", "content": content}]
+        constraint = make_constraint(self.processor, self.model.config.text.vocab_size, options)
         inputs = read_inputs(
             self.model, self.processor, messages, images, options, earlier=self._visual_tokens
         )
@@ -152,7 +157,9 @@ class Chat:
         limit = answer_limit(input_ids, options, self.processor)
         unknown = inputs.embeddings[:, known:]
         mx.eval(unknown)  # another thread may read the answer
-        tokens = generate_tokens(self.model, input_ids, unknown, self._cache, options, limit)
+        logprobs: deque[Logprobs] | None = None if options.logprobs is None else deque()
+        asked = self.model, input_ids, unknown, self._cache, options, limit
+        tokens = generate_tokens(*asked, constraint=constraint, logprobs=logprobs)
         responses = stream_responses(
             self._remember(input_ids, tokens),
             self.processor,
@@ -160,6 +167,8 @@ class Chat:
             options.stop,
             limit,
             inputs.times,
+            constraint,
+            logprobs,
         )
         self._unread = messages, visual_tokens
         return self._record(messages, visual_tokens, responses)

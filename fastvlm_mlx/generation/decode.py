@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -11,8 +12,16 @@ from mlx.utils import tree_flatten
 from ..model.fastvlm import FastVLM
 from ..model.qwen2 import Qwen2
 from ..ops import takes_quantized_caches, wired
+from .constrain import Constraint, mask_logits
 from .options import Options
-from .sampling import Sampler, make_logits_processor, make_sampler
+from .sampling import (
+    LazyLogprobs,
+    Logprobs,
+    Sampler,
+    find_logprobs,
+    make_logits_processor,
+    make_sampler,
+)
 
 
 def make_kv_cache(model: FastVLM, options: Options) -> list[Any]:
@@ -50,6 +59,32 @@ def prefill(decoder: Qwen2, embeddings: mx.array, cache: list[Any], step: int) -
     return decoder.hidden_states(None, cache, embeddings)
 
 
+def hidden_states_at(
+    model: FastVLM, places: Sequence[int], embeddings: mx.array, caches: list[Any], step: int
+) -> mx.array:
+    """Prefill of several sequences; [B, hidden_size] at one place of each.
+
+    Args:
+        places: of what is given here of each sequence.
+        embeddings: [B, T, hidden_size] of what the caches don't hold, padded at the end.
+        caches: updated in place.
+        step: tokens to process at a time.
+    """
+    B, T, _ = embeddings.shape
+    index = mx.array(list(places))[:, None, None]
+    found = mx.zeros((B, 1, embeddings.shape[2]), embeddings.dtype)
+    columns = max(1, step // B)
+    for start in range(0, T, columns):
+        chunk = embeddings[:, start : start + columns]
+        hidden_states = model.language_model.hidden_states(None, caches, chunk)
+        at = mx.clip(index - start, 0, chunk.shape[1] - 1)
+        reached = mx.take_along_axis(hidden_states, at, axis=1)
+        found = mx.where(index >= start, reached, found)
+        if start + columns < T:
+            mx.eval(found, [cache.state for cache in caches])
+    return found[:, 0]
+
+
 @wired
 def generate_tokens(
     model: FastVLM,
@@ -59,6 +94,8 @@ def generate_tokens(
     options: Options,
     limit: int,
     sampler: Sampler | None = None,
+    constraint: Constraint | None = None,
+    logprobs: deque[Logprobs] | None = None,
 ) -> Iterator[int]:
     """Prefill, then one token after the other, each computed while the previous one is read.
 
@@ -69,17 +106,26 @@ def generate_tokens(
         options: see `Options`.
         limit: the most tokens to generate.
         sampler: what chooses tokens; made from the options by default.
+        constraint: rules tokens out; it has accepted each token that is yielded.
+        logprobs: to append those of each token to, before the token comes.
     """
     sample = make_sampler(options) if sampler is None else sampler
     process = make_logits_processor(options)
     seen = mx.array([i for i in input_ids if i >= 0])
+    found: deque[LazyLogprobs] = deque()
     decoder = model.language_model
 
-    def next_token(logits: mx.array) -> mx.array:
+    def next_token(logits: mx.array, previous: mx.array | None = None) -> mx.array:
         nonlocal seen
-        if process is not None:
-            logits = process(seen, logits)
-        token = sample(logits)
+        processed = logits if process is None else process(seen, logits)
+        if constraint is not None:
+            mx.async_eval(processed)  # while the grammar works
+            if previous is not None:
+                constraint.accept(int(previous))
+            processed = mask_logits(processed, constraint.mask)
+        token = sample(processed)
+        if logprobs is not None:
+            found.append(find_logprobs(logits, token, options.logprobs or 0))
         if process is not None:
             seen = mx.concatenate([seen, token])
         mx.async_eval(token, seen)  # nothing is left for another thread that may go on
@@ -93,10 +139,16 @@ def generate_tokens(
     is_finite = mx.isfinite(logits).all()
     mx.async_eval(is_finite)  # before the next token, so that reading it won't wait for that one
     token = next_token(logits)
+    if constraint is not None:  # it would stumble over the token that NaN give
+        check_finite(model, is_finite, logits.dtype)
     for i in range(1, limit + 1):
-        following = next_token(step(token)) if i < limit else token
+        following = next_token(step(token), token) if i < limit else token
         if i == 1:
             check_finite(model, is_finite, logits.dtype)
+        if constraint is not None and i == limit:
+            constraint.accept(int(token))
+        if logprobs is not None:
+            logprobs.append(found.popleft().read())
         yield int(token)
         token = following
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,11 +13,13 @@ from ..processor import Processor
 from ..text.messages import Messages
 from ..video.decode import VideoSource
 from .beam import search_tokens
+from .constrain import Constraint, make_constraint
 from .decode import generate_tokens, make_kv_cache
 from .inputs import ImageSources, Inputs, answer_limit, read_inputs
 from .options import Options
 from .prompt_cache import PromptCache
-from .response import Response, stream_responses
+from .response import Response, stream_responses, whole_text
+from .sampling import Logprobs
 from .speculate import make_drafter, speculate_tokens
 from .video import FRAMES, with_frames
 
@@ -55,10 +58,12 @@ def generate(
     Raises:
         ValueError: an option is out of range, an image or video can't be read, marks and images
             differ in number, or the prompt is longer than the model's limit.
+        IncompleteAnswer: x
         FileNotFoundError: no such image or video.
         ImportError: a video, and PyAV is not installed.
         TypeError: there is no such option.
     """
+    chosen = Options.of(options)
     responses = stream_generate(
         model,
         processor,
@@ -67,9 +72,9 @@ def generate(
         video=video,
         frames=frames,
         prompt_cache=prompt_cache,
-        **options,
+        **vars(chosen),
     )
-    return "".join(response.text for response in responses)
+    return whole_text(responses, chosen)
 
 
 def stream_generate(
@@ -86,21 +91,27 @@ def stream_generate(
     """As `generate`, piece by piece; bad arguments raise on the call, not on the first piece."""
     chosen = Options.of(options)
     prompt = with_frames(model, processor, prompt, image, video, frames, chosen)
+    constraint = make_constraint(processor, model.config.text.vocab_size, chosen)
     encode = None if prompt_cache is None else prompt_cache.encode
     inputs = read_inputs(model, processor, prompt, image, chosen, encode=encode)
     input_ids, times = inputs.input_ids, inputs.times
     limit = answer_limit(input_ids, chosen, processor)
     cache = make_kv_cache(model, chosen)
+    logprobs: deque[Logprobs] | None = None if chosen.logprobs is None else deque()
+    asked = model, processor, prompt, inputs
     if prompt_cache is None or not _keeps_prompt(chosen):
-        tokens = _answer(model, processor, prompt, inputs, cache, chosen, limit)
+        tokens = _answer(*asked, cache, chosen, limit, constraint, logprobs)
     else:
         tagged = prompt_cache.tag(input_ids, inputs.visual_tokens, inputs.image_keys)
         inputs.embeddings = inputs.embeddings[:, prompt_cache.fetch(tagged, cache) :]
         mx.eval(inputs.embeddings, [layer.stored for layer in cache if layer.stored is not None])
-        tokens = _answer(model, processor, prompt, inputs, cache, chosen, limit)
+        tokens = _answer(*asked, cache, chosen, limit, constraint, logprobs)
         tokens = _store_prompt(prompt_cache, tagged, cache, tokens)
-    del inputs  # pixel values and visual tokens, which are needed no more
-    return stream_responses(tokens, processor, len(input_ids), chosen.stop, limit, times)
+    del inputs, asked  # pixel values and visual tokens, which are needed no more
+    length = len(input_ids)
+    return stream_responses(
+        tokens, processor, length, chosen.stop, limit, times, constraint, logprobs
+    )
 
 
 def _keeps_prompt(options: Options) -> bool:
@@ -116,6 +127,8 @@ def _answer(
     cache: list[Any],
     options: Options,
     limit: int,
+    constraint: Constraint | None,
+    logprobs: deque[Logprobs] | None,
 ) -> Iterator[int]:
     """The tokens of an answer, decoded in the way that the options ask for."""
     if options.num_beams > 1:
@@ -123,7 +136,9 @@ def _answer(
         return search_tokens(model, inputs.embeddings, ends, options, limit)
     drafter = make_drafter(processor, prompt, inputs, options)
     asked = model, inputs.input_ids, inputs.embeddings, cache, options, limit
-    return generate_tokens(*asked) if drafter is None else speculate_tokens(*asked, drafter)
+    if drafter is None:
+        return generate_tokens(*asked, constraint=constraint, logprobs=logprobs)
+    return speculate_tokens(*asked, drafter, constraint)
 
 
 def _store_prompt(

@@ -99,6 +99,23 @@ def read_inputs(
     return Inputs(input_ids, embeddings, visual_tokens, pixel_values, sizes, times, keys)
 
 
+class ContextTooLong(ValueError):
+    """A prompt that leaves no room for an answer.
+
+    Attributes:
+        tokens: that the prompt has.
+        limit: of the model, for prompt and answer together.
+    """
+
+    def __init__(self, tokens: int, limit: int):
+        super().__init__(
+            f"The prompt has {tokens} tokens, and the model's limit is {limit} with the answer; "
+            "shorten it, or use fewer or smaller images."
+        )
+        self.tokens = tokens
+        self.limit = limit
+
+
 def list_images(image: ImageSources) -> list[ImageSource]:
     """One image, several or none, as a list."""
     if image is None:
@@ -141,7 +158,8 @@ def tokenize(
     """Token ids of a prompt, with a place for each visual token; `counts` has those of each image.
 
     Raises:
-        ValueError: as `build_prompt`, or the prompt leaves no room for an answer.
+        ValueError: as `build_prompt`.
+        ContextTooLong: the prompt leaves no room for an answer.
     """
     input_ids = build_prompt(
         processor.tokenizer,
@@ -156,12 +174,9 @@ def tokenize(
 
 
 def check_length(input_ids: Sequence[int], max_length: int) -> None:
-    """ValueError if a prompt leaves no room for an answer."""
+    """ContextTooLong if a prompt leaves no room for an answer."""
     if len(input_ids) >= max_length:
-        raise ValueError(
-            f"The prompt has {len(input_ids)} tokens, and the model's limit is {max_length} with "
-            "the answer; shorten it, or use fewer or smaller images."
-        )
+        raise ContextTooLong(len(input_ids), max_length)
 
 
 def answer_limit(input_ids: Sequence[int], options: Options, processor: Processor) -> int:

@@ -12,6 +12,8 @@ import mlx.core as mx
 from ..checks import check_whole_number, is_number, is_whole_number, shown
 from ..model.fastvlm import FastVLM
 from ..processor import Processor
+from ..text.tokenizer import SURROGATES
+from .json_schema import read_schema
 
 LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
 KV_BITS = (2, 3, 4, 6, 8)
@@ -25,17 +27,27 @@ WHOLE_NUMBERS = {
     "prompt_lookup": 1,
     "num_draft_tokens": 1,
     "num_beams": 1,
+    "logprobs": 0,
 }
 NEVER_NONE = ("max_tokens", "top_k", "prefill_step_size", "num_draft_tokens", "num_beams")
+CONSTRAINTS = ("schema", "regex", "choices")
+MOST_BYTES = {"regex": 2**16, "choices": 2**20}  # so that a grammar is compiled in a second
 # Options that exclude each other. A KV cache of limited size can't take rejected drafts back.
 EXCLUSIVE = (
     ("kv_bits", "max_kv_size"),
     ("prompt_lookup", "draft_model"),
     ("prompt_lookup", "max_kv_size"),
     ("draft_model", "max_kv_size"),
+    ("schema", "regex"),
+    ("schema", "choices"),
+    ("regex", "choices"),
+    *((name, "stop") for name in CONSTRAINTS),
+    ("prompt_lookup", "logprobs"),
+    ("draft_model", "logprobs"),
 )
 CACHE_KINDS = ("max_kv_size", "kv_bits")
 DRAFTS = ("prompt_lookup", "draft_model")
+MOST_LOGPROBS = 20  # alternatives of a token
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "logits_processor")
 # What transformers, mlx-vlm and other libraries have under another name, or elsewhere
 OTHER_NAMES = {
@@ -93,8 +105,16 @@ class Options:
         draft_model: speculative decoding with drafts of a smaller model of the same family, as
             `load` returns it.
         num_draft_tokens: tokens that `draft_model` proposes at a time.
+        logprobs: report the log probability of each token and of up to 20 of the likeliest in its
+            place, so many: of the model's own distribution, before temperature, penalties and
+            `logits_processor`. Not with drafts or beams.
         num_beams: above 1, beam search: this many answers are followed at once and the likeliest
             one wins. It does not sample, and its text arrives all at once.
+        schema: the answer is JSON that is valid against this JSON schema: a dict, its text, the
+            path of a file, or a pydantic model class; "json" for any JSON, "json_object" for any
+            object. Kept as text. Its properties come in the schema's order.
+        regex: the whole answer matches this regular expression, in Rust's syntax.
+        choices: the answer is one of these texts.
 
     Numbers may be numpy's.
 
@@ -122,6 +142,10 @@ class Options:
     draft_model: tuple[FastVLM, Processor] | None = None
     num_draft_tokens: int = 3
     num_beams: int = 1
+    schema: Any = None
+    regex: str | None = None
+    choices: Sequence[str] | None = None
+    logprobs: int | None = None
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> Options:
@@ -151,17 +175,37 @@ class Options:
         for name in ("system", "conv_mode"):
             if getattr(self, name) is not None:
                 self._check(name, "a text", lambda text: isinstance(text, str))
+        if self.logprobs is not None:
+            wanted = f"a whole number from 0 to {MOST_LOGPROBS}"
+            self._check("logprobs", wanted, is_number, lambda n: n <= MOST_LOGPROBS)
         if self.kv_bits is not None:
             self._check("kv_bits", f"one of {KV_BITS}", is_whole_number, KV_BITS.__contains__)
         if self.logits_processor is not None:
             self._check("logits_processor", "a function", callable)
         if self.draft_model is not None:
             self._check("draft_model", "a model and its processor, as `load` gives them", _is_pair)
+        self._read_constraint()
         for one, other in EXCLUSIVE:
-            if getattr(self, one) is not None and getattr(self, other) is not None:
+            if getattr(self, one) not in (None, ()) and getattr(self, other) not in (None, ()):
                 raise ValueError(f"Give {one} or {other}, not both.")
         if self.num_beams > 1:
-            refuse(self, "beam search", *SAMPLING, *DRAFTS, *CACHE_KINDS)
+            others = *DRAFTS, *CACHE_KINDS, *CONSTRAINTS, "logprobs"
+            refuse(self, "beam search", *SAMPLING, *others)
+
+    def _read_constraint(self) -> None:
+        if self.schema is not None:
+            object.__setattr__(self, "schema", read_schema(self.schema))
+        if self.regex is not None:
+            self._check("regex", "a text that is not empty", _is_encodable, bool)
+        if self.choices is not None:
+            self._check("choices", "a list of texts that are not empty", _is_texts, bool)
+            self._check("choices", "a list of texts that are not empty", _is_texts, all)
+            self._check("choices", "texts without surrogates", lambda c: all(map(_is_encodable, c)))
+            object.__setattr__(self, "choices", tuple(self.choices))
+        for name, most in MOST_BYTES.items():
+            size = sum(len(text.encode()) for text in getattr(self, name) or ())
+            if size > most:
+                raise ValueError(f"{name} has {size} bytes; at most {most} are allowed.")
 
     def _check(
         self,
@@ -203,6 +247,10 @@ def _hint(name: str, names: Sequence[str]) -> str:
 
 def _is_texts(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and all(isinstance(text, str) for text in value)
+
+
+def _is_encodable(value: Any) -> bool:
+    return isinstance(value, str) and not SURROGATES.search(value)
 
 
 def _is_pair(value: Any) -> bool:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any, TypeAlias
@@ -14,33 +15,155 @@ from ..image.load import ImageSource
 from ..model.fastvlm import FastVLM
 from ..processor import Processor
 from ..text.messages import Messages
-from .inputs import answer_limit, tokenize
-from .options import Options
+from .constrain import Constraint, make_constraint
+from .inputs import answer_limit, preprocess_images, tokenize
+from .options import CACHE_KINDS, DRAFTS, LogitsProcessor, Options, refuse
+from .prefix import Prefix
+from .prompt_cache import PromptCache, image_key
 from .response import Response, stream_responses
-from .sampling import filter_logits, is_greedy, make_logits_processor
+from .sampling import (
+    LazyLogprobs,
+    Logprobs,
+    filter_logits,
+    find_logprobs,
+    is_greedy,
+    make_logits_processor,
+)
 
 # Pixel values of an image, uint8 [n, S, S, 3], and its original (width, height)
 Picture: TypeAlias = tuple[mx.array, tuple[int, int]]
 
 
+class RequestError(ValueError):
+    """A request that can't be answered.
+
+    Attributes:
+        id: which one.
+        error: what is wrong with it.
+    """
+
+    def __init__(self, id: int, error: Exception):
+        super().__init__(f"Request {id}: {error}")
+        self.id = id
+        self.error = error
+
+
+def batch_options(options: Mapping[str, Any]) -> Options:
+    """The options of a request in a batch; ValueError if one is out of range or not for batches."""
+    chosen = Options.of(options)
+    refuse(chosen, "a batch", *CACHE_KINDS, *DRAFTS, "num_beams")
+    return chosen
+
+
 @dataclass(eq=False)
 class PendingRequest:
-    """A request on its way to the decoder."""
+    """A request on its way to the decoder.
+
+    Attributes:
+        start, reading, preprocessed, encoding, encoded: when it came, its images began to be read
+            and were, and they, all together, began to be encoded and were.
+        pictures: its images, read, until all are encoded.
+        keys: of the images, if there is a cache.
+        visual_tokens: of each image, None before it is encoded.
+        cached_images: that needed no encoder.
+        tagged: `input_ids` with the identity of images in their places, if there is a cache.
+        prefix: what the cache knows of them.
+        process: its logits processor.
+    """
 
     id: int
     prompt: Messages
     images: list[ImageSource]
     options: Options
     start: float
+    reading: float = 0.0
     preprocessed: float = 0.0
+    encoding: float = 0.0
     encoded: float = 0.0
-    visual_tokens: list[mx.array] = field(default_factory=list)
+    pictures: list[Picture] = field(default_factory=list)
+    keys: list[bytes] = field(default_factory=list)
+    visual_tokens: list[mx.array | None] = field(default_factory=list)
+    cached_images: int = 0
+    tagged: list[int] = field(default_factory=list)
+    prefix: Prefix = field(default_factory=lambda: Prefix([], []))
     input_ids: list[int] = field(default_factory=list)
+    process: LogitsProcessor | None = None
+    constraint: Constraint | None = None
 
-    def tokenize(self, model: FastVLM, processor: Processor, pictures: Sequence[Picture]) -> None:
+    def read(self, model: FastVLM, processor: Processor, with_keys: bool) -> PendingRequest:
+        """Do, on a thread of its own, what nobody should wait for: read images, compile a grammar.
+
+        Args:
+            model, processor: see `batch_generate`.
+            with_keys: whether the images' keys are needed.
+        """
+        self.reading = time.perf_counter()
+        options = self.options
+        self.constraint = make_constraint(processor, model.config.text.vocab_size, options)
+        found = preprocess_images(processor, self.images, options.image_size, fast=options.fast)
+        self.pictures = list(zip(*found, strict=True))
+        self.images = []  # they may be large
+        self.visual_tokens = [None] * len(self.pictures)
+        self.keys = [image_key(*picture) for picture in self.pictures] if with_keys else []
+        self.process = make_logits_processor(options)
+        self.preprocessed = time.perf_counter()
+        return self
+
+    def tokenize(self, model: FastVLM, processor: Processor) -> None:
         """Find `input_ids`, now that the images are read; errors as `inputs.tokenize`."""
-        counts = [model.num_visual_tokens(*picture) for picture in pictures]
+        counts = [model.num_visual_tokens(*picture) for picture in self.pictures]
         self.input_ids = tokenize(model, processor, self.prompt, counts, self.options)
+
+    @property
+    def missing(self) -> list[int]:
+        """The numbers of the images that are not encoded yet."""
+        return [n for n, tokens in enumerate(self.visual_tokens) if tokens is None]
+
+    def know(self, find: Callable[[bytes], mx.array | None]) -> None:
+        """Take visual tokens that need no encoder, by the images' keys."""
+        for n in self.missing if self.keys else ():
+            self.visual_tokens[n] = find(self.keys[n])
+            self.cached_images += self.visual_tokens[n] is not None
+
+
+# An image to encode: its request, its number there, and what was read
+Chosen: TypeAlias = tuple[PendingRequest, int, Picture]
+
+
+def present(arrays: Sequence[mx.array | None]) -> list[mx.array]:
+    """The arrays of a list that lacks none."""
+    return [array for array in arrays if array is not None]
+
+
+def next_images(requests: Iterable[PendingRequest], most: int) -> list[Chosen]:
+    """The next images to encode, each once: at most so many squares, but one image at least."""
+    chosen: list[Chosen] = []
+    squares, keys = 0, set()
+    for request in requests:
+        for n in request.missing:
+            if request.keys and request.keys[n] in keys:
+                continue
+            squares += len(request.pictures[n][0])
+            if chosen and squares > most:
+                return chosen
+            chosen.append((request, n, request.pictures[n]))
+            keys.update(request.keys[n : n + 1])
+    return chosen
+
+
+def group_by_prefix(
+    requests: list[PendingRequest], cache: PromptCache | None
+) -> list[list[PendingRequest]]:
+    """Requests that can be prefilled together: those of which the same beginning is known."""
+    if cache is None:
+        return [requests] if requests else []
+    groups: dict[tuple[int, ...], list[PendingRequest]] = {}
+    for request in requests:
+        visual_tokens = present(request.visual_tokens)
+        request.tagged = cache.tag(request.input_ids, visual_tokens, request.keys)
+        request.prefix = cache.find(request.tagged)
+        groups.setdefault(tuple(request.prefix.ids), []).append(request)
+    return list(groups.values())
 
 
 class Row:
@@ -50,12 +173,17 @@ class Row:
         self.id = request.id
         self.options = options = request.options
         self.limit = answer_limit(request.input_ids, options, processor)
-        self.process = make_logits_processor(options)
+        self.process = request.process
+        self.constraint = request.constraint
         self.seen = mx.array([i for i in request.input_ids if i >= 0])
         self.key = None if options.seed is None else mx.random.key(options.seed)
         self.generated = 0
         self.done = False
+        self.request = request
+        self.entering = time.perf_counter()
         self._tokens: deque[int] = deque()
+        self._lazy: deque[LazyLogprobs] = deque()
+        self._logprobs: deque[Logprobs] | None = None if options.logprobs is None else deque()
         self._responses = stream_responses(
             iter(self._tokens.popleft, None),
             processor,
@@ -63,14 +191,38 @@ class Row:
             options.stop,
             self.limit,
             (request.start, request.preprocessed, request.encoded),
+            self.constraint,
+            self._logprobs,
         )
+
+    def choose(self, logits: mx.array, token: mx.array) -> None:
+        """Note a token [1] that is computed for later, chosen by logits [1, vocab_size]."""
+        if self._logprobs is not None:
+            self._lazy.append(find_logprobs(logits, token, self.options.logprobs or 0))
+        if self.process is not None:
+            self.seen = mx.concatenate([self.seen, token])
 
     def read(self, token: int) -> Response:
         """What one more token brings."""
         self._tokens.append(token)
-        response = next(self._responses)
+        if self._logprobs is not None:
+            self._logprobs.append(self._lazy.popleft().read())
+        response = self._timed(next(self._responses))
         self.generated = response.generation_tokens
-        self.done = response.finish_reason is not None
+        self.done = self.done or response.finish_reason is not None
+        return response
+
+    def _timed(self, response: Response) -> Response:
+        """A response whose times leave out what the request waited for others."""
+        asked = self.request
+        first = response.ttft + asked.start
+        response.preprocess_time = asked.preprocessed - asked.reading
+        response.encode_time = asked.encoded - asked.encoding
+        response.prefill_time = first - self.entering
+        worked = response.preprocess_time + response.encode_time + response.prefill_time
+        response.queue_time = max(0.0, response.ttft - worked)
+        response.cached_tokens = len(asked.prefix.ids)
+        response.cached_images = asked.cached_images
         return response
 
 

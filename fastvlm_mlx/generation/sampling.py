@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
@@ -79,6 +80,45 @@ def keep_top_p(logits: mx.array, top_p: float) -> mx.array:
     return mx.where(kept, logits, -mx.inf)
 
 
+class Logprobs(NamedTuple):
+    """The log probability of a token, and the likeliest (token, log probability) in its place."""
+
+    logprob: float
+    top: list[tuple[int, float]]
+
+
+class LazyLogprobs(NamedTuple):
+    """Log probabilities of tokens that are not yet read: [B], and of the likeliest [B, n] each."""
+
+    chosen: mx.array
+    tokens: mx.array
+    top: mx.array
+
+    def read(self, row: int = 0) -> Logprobs:
+        """Those of one row."""
+        logprob: Any = self.chosen[row].item()
+        tokens: Any = self.tokens[row].tolist()
+        top: Any = self.top[row].tolist()
+        return Logprobs(logprob, list(zip(tokens, top, strict=True)))
+
+
+def find_logprobs(logits: mx.array, chosen: mx.array, top: int) -> LazyLogprobs:
+    """Log probabilities of `chosen` [B], and of the `top` likeliest, by logits [B, vocab_size]."""
+    top = min(top, logits.shape[-1])
+    logits = logits.astype(mx.float32)
+    logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    tokens = mx.argpartition(-logprobs, max(0, top - 1), axis=-1)[:, :top]
+    values = mx.take_along_axis(logprobs, tokens, axis=-1)
+    order = mx.argsort(-values, axis=-1)
+    found = LazyLogprobs(
+        mx.take_along_axis(logprobs, chosen[:, None], axis=-1)[:, 0],
+        mx.take_along_axis(tokens, order, axis=-1),
+        mx.take_along_axis(values, order, axis=-1),
+    )
+    mx.async_eval(*found)  # nothing is left for another thread
+    return found
+
+
 def make_logits_processor(options: Options) -> LogitsProcessor | None:
     """The repetition penalty and the caller's own processor, in this order; None for neither."""
     processors: list[LogitsProcessor] = []
@@ -92,6 +132,7 @@ def make_logits_processor(options: Options) -> LogitsProcessor | None:
         return None
 
     def process(tokens: mx.array, logits: mx.array) -> mx.array:
+        logits = logits[:]  # processors may write into theirs
         for processor in processors:
             processed = processor(tokens, logits)
             if not isinstance(processed, mx.array) or processed.shape != logits.shape:

@@ -16,9 +16,9 @@ import os
 import time
 import weakref
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
-from itertools import islice, takewhile
+from itertools import takewhile
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
@@ -31,11 +31,23 @@ from ..model.kv_cache import KVCache
 from ..ops import check_process, on_cpu, wired_memory
 from ..processor import Processor
 from ..text.messages import Messages, collect_images
-from .decode import check_finite
-from .inputs import ImageSources, list_images, preprocess_images
-from .options import CACHE_KINDS, DRAFTS, Options, refuse
+from .constrain import constrain_logits
+from .decode import check_finite, hidden_states_at
+from .inputs import ImageSources, list_images
 from .prefix import Prefix, common_prefix
-from .requests import PendingRequest, Picture, Row, encode_together, sample_rows
+from .prompt_cache import PromptCache
+from .requests import (
+    Chosen,
+    PendingRequest,
+    RequestError,
+    Row,
+    batch_options,
+    encode_together,
+    group_by_prefix,
+    next_images,
+    present,
+    sample_rows,
+)
 from .response import Response
 
 if TYPE_CHECKING:
@@ -45,27 +57,6 @@ MAX_BATCH = 16  # sequences in the decoder, if nothing else is asked for
 MAX_THREADS = 8  # that read images
 READ_AHEAD = 2  # encoder batches whose images are read in advance
 PIXELS_AT_ONCE, IMAGES_AT_ONCE = 2**22, 8  # that are encoded, if nothing else is asked for
-
-
-class RequestError(ValueError):
-    """A request that can't be answered.
-
-    Attributes:
-        id: which one.
-        error: what is wrong with it.
-    """
-
-    def __init__(self, id: int, error: Exception):
-        super().__init__(f"Request {id}: {error}")
-        self.id = id
-        self.error = error
-
-
-def batch_options(options: Mapping[str, Any]) -> Options:
-    """The options of a request in a batch; ValueError if one is out of range or not for batches."""
-    chosen = Options.of(options)
-    refuse(chosen, "a batch", *CACHE_KINDS, *DRAFTS, "num_beams")
-    return chosen
 
 
 class Batch:
@@ -85,6 +76,10 @@ class Batch:
         max_batch: sequences that are decoded at a time.
         encode_batch: images that are encoded, and requests that enter the decoder, at a time; by
             default 8, or fewer if they have more than 4 million pixels.
+        when_read: called, from any thread, when the images of a request were read. With it,
+            `step` never waits for images: requests go on as they are read, not in their order.
+        cache: what earlier requests computed; images and beginnings of prompts that it knows are
+            neither encoded nor read by the decoder again.
 
     Raises:
         ValueError: one of the numbers is below 1.
@@ -97,6 +92,8 @@ class Batch:
         *,
         max_batch: int = MAX_BATCH,
         encode_batch: int | None = None,
+        when_read: Callable[[], None] | None = None,
+        cache: PromptCache | None = None,
     ):
         from concurrent.futures import ThreadPoolExecutor
 
@@ -105,15 +102,20 @@ class Batch:
             encode_batch = max(1, min(IMAGES_AT_ONCE, PIXELS_AT_ONCE // pixels))
         check_whole_number("max_batch", max_batch)
         check_whole_number("encode_batch", encode_batch)
+        if cache is not None:
+            cache.check_model(model)
         self.model = model
         self.processor = processor
         self.max_batch = max_batch
         self.encode_batch = encode_batch
+        self.when_read = when_read
+        self.cache = cache
         self._threads = ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1))
         self._stepping = Lock()
         self._count = 0
         self._waiting: deque[PendingRequest] = deque()
-        self._reading: deque[tuple[PendingRequest, Future[list[Picture]]]] = deque()
+        self._reading: deque[tuple[PendingRequest, Future[PendingRequest]]] = deque()
+        self._read: deque[PendingRequest] = deque()
         self._encoded: deque[PendingRequest] = deque()
         self._failed: deque[RequestError] = deque()
         self._rows: list[Row] = []
@@ -125,8 +127,19 @@ class Batch:
 
     def __len__(self) -> int:
         """Requests that have not ended."""
-        entering = len(self._waiting) + len(self._reading) + len(self._encoded)
-        return entering + len(self._failed) + sum(not row.done for row in self._rows)
+        reading = len(self._waiting) + len(self._reading)
+        return reading + len(self._read) + len(self._encoded) + len(self._failed) + self.running
+
+    @property
+    def running(self) -> int:
+        """Requests that are being answered."""
+        return sum(not row.done for row in self._rows)
+
+    @property
+    def is_blocked(self) -> bool:
+        """Whether nothing can be done before an image is read."""
+        ready = self._rows or self._read or self._encoded or self._failed
+        return not ready and not any(future.done() for _, future in self._reading)
 
     @property
     def wants_more(self) -> bool:
@@ -164,6 +177,7 @@ class Batch:
             row.done = row.done or row.id == id
         self._waiting = deque(request for request in self._waiting if request.id != id)
         self._reading = deque(pair for pair in self._reading if pair[0].id != id)
+        self._read = deque(request for request in self._read if request.id != id)
         self._encoded = deque(request for request in self._encoded if request.id != id)
         self._read_ahead()
         self._release()
@@ -197,48 +211,101 @@ class Batch:
             raise self._failed.popleft()
         rows, tokens = self._rows, self._tokens
         self._keep([row.generated + 1 < row.limit for row in rows])
-        if self._rows:
-            self._decode()
+        logits = self._decode()
+        if any(row.constraint for row in rows):
+            self._accept(rows, tokens, logits)
+        self._tokens = self._next_tokens(self._rows, logits)
         if on_cpu():
             # A step that still runs reads the KV cache, which then could not be written in place.
             mx.eval(tokens)
         mx.async_eval(self._tokens, self._cache.arrays)  # nothing is left for another thread
         values: Any = tokens.tolist()
-        return [(row.id, row.read(token)) for row, token in zip(rows, values, strict=True)]
+        return [
+            (row.id, row.read(token))
+            for row, token in zip(rows, values, strict=True)
+            if not row.done
+        ]
 
     def _read_ahead(self) -> None:
         while self._waiting and len(self._reading) < READ_AHEAD * self.encode_batch:
             request = self._waiting.popleft()
-            future = self._threads.submit(_read, self.processor, request)
+            asked = self.model, self.processor, self.cache is not None
+            future = self._threads.submit(request.read, *asked)
             self._reading.append((request, future))
+            if self.when_read is not None:
+                future.add_done_callback(self._tell)
+
+    def _tell(self, _: Any) -> None:
+        if self.when_read is not None:
+            self.when_read()
 
     def _let_in(self) -> None:
         """Prefill what is encoded, as far as there is room; encode first if nothing is."""
         if not self._encoded:
-            self._encode()
+            if not self._read:
+                self._tokenize()
+            chosen = next_images(self._read, self.encode_batch)
+            self._try(self._encode, chosen, [request for request, _, _ in chosen])
+            self._pass_on()
         room = self.max_batch - len(self._rows)
         entering = [self._encoded.popleft() for _ in range(min(room, len(self._encoded)))]
-        if entering:
-            self._prefill(entering)
+        for group in group_by_prefix(entering, self.cache):
+            self._try(self._prefill, group, group)
 
-    def _encode(self) -> None:
-        """Tokenize the prompts of the next few requests, and encode their images."""
-        found: list[tuple[PendingRequest, list[Picture]]] = []
-        for _ in range(min(self.encode_batch, len(self._reading))):
-            request, future = self._reading.popleft()
+    def _tokenize(self) -> None:
+        """Tokenize the prompts of the next few requests, now that their images are read."""
+        ready = [pair for pair in self._reading if self.when_read is None or pair[1].done()]
+        for pair in ready[: self.encode_batch]:
+            request, future = pair
+            self._reading.remove(pair)
             try:
-                pictures = future.result()
-                request.preprocessed = time.perf_counter()
-                request.tokenize(self.model, self.processor, pictures)
-                found.append((request, pictures))
-            except (ValueError, OSError) as error:
+                future.result().tokenize(self.model, self.processor)
+                if self.cache is not None:
+                    request.know(self.cache.find_image)
+                self._read.append(request)
+            except Exception as error:
                 self._failed.append(RequestError(request.id, error))
         self._read_ahead()
-        images = [image for _, images in found for image in images]
-        visual_tokens = iter(encode_together(self.model, images, self.encode_batch))
-        for request, images in found:
-            request.visual_tokens = list(islice(visual_tokens, len(images)))
+
+    def _try(
+        self, work: Callable[[list[Any]], None], items: list[Any], requests: list[PendingRequest]
+    ) -> None:
+        """Do some work on all items; one by one if that fails, so that a fault stays with its
+        request."""
+        try:
+            work(items)
+        except Exception as error:
+            if len(items) == 1:
+                self.remove(requests[0].id)
+                self._failed.append(RequestError(requests[0].id, error))
+                return
+            for item, request in zip(items, requests, strict=True):
+                self._try(work, [item], [request])
+
+    def _encode(self, chosen: list[Chosen]) -> None:
+        """Encode images together, each once."""
+        start = time.perf_counter()
+        encoded = encode_together(
+            self.model, [picture for *_, picture in chosen], self.encode_batch
+        )
+        for (request, n, _), visual_tokens in zip(chosen, encoded, strict=True):
+            request.encoding = request.encoding or start
+            request.visual_tokens[n] = visual_tokens
+        if self.cache is not None:
+            keys = [request.keys[n] for request, n, _ in chosen]
+            of_key = dict(zip(keys, encoded, strict=True))
+            for key, visual_tokens in of_key.items():
+                self.cache.store_image(key, visual_tokens)
+            for request in self._read:
+                request.know(of_key.get)
+
+    def _pass_on(self) -> None:
+        """The requests whose images are all encoded can enter."""
+        for request in [request for request in self._read if not request.missing]:
+            self._read.remove(request)
+            request.pictures = []
             request.encoded = time.perf_counter()
+            request.encoding = request.encoding or request.encoded
             self._encoded.append(request)
 
     def _prefill(self, requests: list[PendingRequest]) -> None:
@@ -248,13 +315,14 @@ class Batch:
         padded = [ids + [0] * (max(lengths) - len(ids)) for ids in sequences]
         rows = [Row(request, self.processor) for request in requests]
         step = min(row.options.prefill_step_size for row in rows)
-        caches = self._start_caches(sequences, step)
+        caches = self._start_caches(sequences, requests[0].prefix, step)
         known = caches[0].offset
         embeddings = self.model.embed_inputs(
-            mx.array(padded), visual_tokens=[t for r in requests for t in r.visual_tokens]
+            mx.array(padded),
+            visual_tokens=[t for r in requests for t in present(r.visual_tokens)],
         )
         last = [length - known - 1 for length in lengths]
-        hidden_states = self._hidden_states_at(last, embeddings[:, known:], caches, step)
+        hidden_states = hidden_states_at(self.model, last, embeddings[:, known:], caches, step)
         logits = self.model.language_model.logits(hidden_states)
         check_finite(self.model, mx.isfinite(logits).all(), logits.dtype)
         tokens = self._next_tokens(rows, logits)
@@ -262,74 +330,79 @@ class Batch:
         self._tokens = mx.concatenate([self._tokens, tokens])
         self._rows = self._rows + rows
         self._cache.add(caches, lengths)
+        if self.cache is not None:
+            for i, request in enumerate(requests):
+                self.cache.store(request.tagged, caches, row=i)
 
-    def _start_caches(self, sequences: list[list[int]], step: int) -> list[KVCache]:
-        """KV caches that hold the common beginning of all sequences, often the system prompt.
+    def _start_caches(self, sequences: list[list[int]], prefix: Prefix, step: int) -> list[KVCache]:
+        """KV caches that hold what is known of all sequences.
 
-        It is computed once, and kept for later sequences.
+        If that is nothing, it is their common beginning, often the system prompt, which is computed
+        once and kept for later sequences.
         """
+        if prefix.ids:
+            caches = self.model.make_kv_cache()
+            prefix.fill(caches, len(prefix.ids), len(sequences))
+            return caches
         text = list(takewhile(lambda i: i >= 0, sequences[0][:-1]))
         alike = min(common_prefix(text, ids[:-1]) for ids in sequences)
         known = self._prefix.shared(text[:alike])
         if alike < (alike - known) * (len(sequences) - 1):
             known, cache = alike, self.model.make_kv_cache()
             embeddings = self.model.embed_inputs(mx.array([text[:alike]]))
-            self._hidden_states_at([alike - 1], embeddings, cache, step)
+            hidden_states_at(self.model, [alike - 1], embeddings, cache, step)
             self._prefix = Prefix.of(text[:alike], cache)
         caches = self.model.make_kv_cache()
         if known:
             self._prefix.fill(caches, known, len(sequences))
         return caches
 
-    def _hidden_states_at(
-        self, places: list[int], embeddings: mx.array, caches: list[KVCache], step: int
-    ) -> mx.array:
-        """Prefill; [B, hidden_size] at one place of each sequence.
-
-        Args:
-            places: of what is given here of each sequence.
-            embeddings: [B, T, hidden_size] of what the caches don't hold, padded at the end.
-            caches: updated in place.
-            step: tokens to process at a time.
-        """
-        B, T, _ = embeddings.shape
-        index = mx.array(places)[:, None, None]
-        found = mx.zeros((B, 1, embeddings.shape[2]), embeddings.dtype)
-        columns = max(1, step // B)
-        for start in range(0, T, columns):
-            chunk = embeddings[:, start : start + columns]
-            hidden_states = self.model.language_model.hidden_states(None, caches, chunk)
-            at = mx.clip(index - start, 0, chunk.shape[1] - 1)
-            reached = mx.take_along_axis(hidden_states, at, axis=1)
-            found = mx.where(index >= start, reached, found)
-            if start + columns < T:
-                mx.eval(found, [cache.state for cache in caches])
-        return found[:, 0]
-
-    def _decode(self) -> None:
-        """One more token for each row."""
+    def _decode(self) -> mx.array:
+        """The next logits of each row, [B, vocab_size]."""
+        if not self._rows:
+            return mx.zeros((0, self.model.config.text.vocab_size))
         hidden_states = self.model.language_model.hidden_states(
             self._tokens[:, None], self._cache.layers
         )
         self._cache.advance()
-        logits = self.model.language_model.logits(hidden_states[:, -1])
-        self._tokens = self._next_tokens(self._rows, logits)
+        return self.model.language_model.logits(hidden_states[:, -1])
+
+    def _accept(self, rows: list[Row], tokens: mx.array, logits: mx.array) -> None:
+        """Tell the constraints of rows their tokens, while the logits after them are computed."""
+        if on_cpu():
+            mx.eval(tokens)
+        mx.async_eval(logits, self._cache.arrays)
+        values: Any = tokens.tolist()
+        for row, token in zip(rows, values, strict=True):
+            try:
+                if row.constraint is not None:
+                    row.constraint.accept(token)
+            except ValueError as error:
+                row.done, row.constraint = True, None
+                self._failed.append(RequestError(row.id, error))
 
     def _next_tokens(self, rows: list[Row], logits: mx.array) -> mx.array:
         """[B, vocab_size] → tokens [B]."""
+        processed = logits
         if any(row.process for row in rows):
-            each = [
-                logits[i : i + 1]
-                if row.process is None
-                else row.process(row.seen, logits[i : i + 1])
-                for i, row in enumerate(rows)
-            ]
-            logits = mx.concatenate(each)
-        tokens = sample_rows(rows, logits)
+            each = [self._process(row, logits[i : i + 1]) for i, row in enumerate(rows)]
+            processed = mx.concatenate(each)
+        processed = constrain_logits(processed, [row.constraint for row in rows])
+        tokens = sample_rows(rows, processed)
         for i, row in enumerate(rows):
-            if row.process is not None:
-                row.seen = mx.concatenate([row.seen, tokens[i : i + 1]])
+            row.choose(logits[i : i + 1], tokens[i : i + 1])
         return tokens
+
+    def _process(self, row: Row, logits: mx.array) -> mx.array:
+        """What a row's own processor makes of its logits; if that fails, only the row does."""
+        if row.process is None or row.done:
+            return logits
+        try:
+            return row.process(row.seen, logits)
+        except Exception as error:
+            row.done = True
+            self._failed.append(RequestError(row.id, error))
+            return logits
 
     def _keep(self, kept: list[bool]) -> None:
         """Drop the other rows."""
@@ -338,10 +411,3 @@ class Batch:
         order = self._cache.keep(kept)
         self._rows = [self._rows[i] for i in order]
         self._tokens = self._tokens[mx.array(order, dtype=mx.int32)]
-
-
-def _read(processor: Processor, request: PendingRequest) -> list[Picture]:
-    """The images of a request, on a thread of their own."""
-    options = request.options
-    found = preprocess_images(processor, request.images, options.image_size, fast=options.fast)
-    return list(zip(*found, strict=True))

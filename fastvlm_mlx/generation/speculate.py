@@ -20,6 +20,7 @@ from ..ops import most_queries, wired
 from ..processor import Processor
 from ..text.messages import Messages
 from ..text.tokenizer import Tokenizer
+from .constrain import Constraint, mask_logits
 from .decode import generate_tokens
 from .drafters import Drafter, DraftModel, PromptLookup, trim
 from .inputs import Inputs, tokenize
@@ -38,6 +39,7 @@ def speculate_tokens(
     options: Options,
     limit: int,
     drafter: Drafter,
+    constraint: Constraint | None = None,
 ) -> Iterator[int]:
     """As `generate_tokens`, but several tokens per step where drafts are right.
 
@@ -54,11 +56,12 @@ def speculate_tokens(
             every token of the answer, in order, but perhaps also for some after one that ends it.
         limit: the most tokens to generate.
         drafter: for the same prompt, unused so far; it counts its drafts.
+        constraint: rules tokens out; see `generate_tokens`.
     """
     decoder = model.language_model
     sample = make_sampler(options)
-    choose = _make_chooser(input_ids, options, sample)
-    first = generate_tokens(model, input_ids, embeddings, cache, options, 1, sample)
+    choose = _make_chooser(input_ids, options, sample, constraint)
+    first = generate_tokens(model, input_ids, embeddings, cache, options, 1, sample, constraint)
     answer = list(first)
     yield answer[0]
     most = _most_drafts(model, cache)
@@ -68,11 +71,17 @@ def speculate_tokens(
         draft = drafter.propose(answer, count)
         tokens = mx.concatenate([mx.array(answer[-1:], mx.uint32), draft])
         logits = decoder.logits(decoder.hidden_states(tokens[None], cache)[0])
-        agreed = agree(choose(answer, logits), read(draft))
+        if constraint is not None:
+            mx.async_eval(logits)  # while the grammar reads the draft
+        drafted = read(draft)
+        agreed = agree(choose(answer, logits, drafted), drafted)
         drafter.drafted += draft.size
         drafter.accepted += len(agreed) - 1
         trim(cache, len(tokens) - len(agreed))
         answer += agreed
+        if constraint is not None:
+            for token in agreed:
+                constraint.accept(token)
         yield from agreed
 
 
@@ -86,19 +95,32 @@ def _most_drafts(model: FastVLM, cache: list[Any]) -> int:
 
 
 def _make_chooser(
-    input_ids: Sequence[int], options: Options, sample: Sampler
-) -> Callable[[list[int], mx.array], Iterable[int]]:
-    """A function of the answer so far and the logits [k, vocab_size] after it → k chosen tokens."""
+    input_ids: Sequence[int], options: Options, sample: Sampler, constraint: Constraint | None
+) -> Callable[[list[int], mx.array, list[int]], Iterable[int]]:
+    """A function that chooses k tokens.
+
+    It takes the answer so far, the logits [k, vocab_size] after it, and the k - 1 drafted tokens.
+    """
     process = make_logits_processor(options)
+
+    def choose_together(answer: list[int], logits: mx.array, drafted: list[int]) -> list[int]:
+        if constraint is not None:
+            logits = mask_logits(logits, constraint.masks(drafted))
+        return read(sample(logits))
+
     if process is None:
-        return lambda answer, logits: read(sample(logits))
+        return choose_together
     prompt = mx.array([i for i in input_ids if i >= 0])
 
-    def choose(answer: list[int], logits: mx.array) -> Iterator[int]:
+    def choose(answer: list[int], logits: mx.array, drafted: list[int]) -> Iterator[int]:
         # One at a time, so that a processor never sees a token that is not part of the answer.
         seen = mx.concatenate([prompt, mx.array(answer, mx.uint32)])
-        for row in logits:
-            token = sample(process(seen, row[None]))
+        masks = None if constraint is None else constraint.masks(drafted)
+        for i, row in enumerate(logits):
+            processed = process(seen, row[None])
+            if masks is not None:
+                processed = mask_logits(processed, masks[i : i + 1])
+            token = sample(processed)
             seen = mx.concatenate([seen, token])
             yield from read(token)
 

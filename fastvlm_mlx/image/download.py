@@ -32,7 +32,9 @@ def check_limits(timeout: float, max_bytes: int) -> None:
         raise ValueError(f"max_bytes must be a number above 0, found {shown(max_bytes)}.")
 
 
-def download_bytes(url: str, name: str, timeout: float, max_bytes: int) -> bytes:
+def download_bytes(
+    url: str, name: str, timeout: float, max_bytes: int, pin: http.Pin | None = None
+) -> bytes:
     """The body at an http or https URL.
 
     The client's timeouts start again with each byte, and looking up a host has none, so the
@@ -43,13 +45,15 @@ def download_bytes(url: str, name: str, timeout: float, max_bytes: int) -> bytes
         name: what errors call it.
         timeout: seconds from the first step to the last byte.
         max_bytes: the largest body.
+        pin: what chooses the address of each host on the way, instead of the system; then no proxy
+            is used.
 
     Raises:
         TimeoutError: it did not arrive in time.
         OSError: it is larger than `max_bytes`, or did not arrive whole.
     """
     try:
-        client = http.plain_client()
+        client = http.plain_client() if pin is None else http.direct_client()
     except Exception as error:  # a proxy it can't use
         raise OSError(f"Cannot read {name}: {reason(error)}.") from None
     answers: SimpleQueue[bytes | Exception] = SimpleQueue()
@@ -57,7 +61,7 @@ def download_bytes(url: str, name: str, timeout: float, max_bytes: int) -> bytes
     def fetch() -> None:
         try:
             # It stops itself later, so that it is the deadline below that is reported.
-            answers.put(_fetch(client, url, timeout + 1, max_bytes))
+            answers.put(_fetch(client, url, timeout + 1, max_bytes, pin))
         except Exception as error:
             answers.put(error)
 
@@ -73,12 +77,18 @@ def download_bytes(url: str, name: str, timeout: float, max_bytes: int) -> bytes
     return answer
 
 
-def _fetch(client: Any, url: str, timeout: float, max_bytes: int) -> bytes:
+def _fetch(client: Any, url: str, timeout: float, max_bytes: int, pin: http.Pin | None) -> bytes:
     """The body at `url`; any exception says why there is none."""
-    with client, closing(http.get(client, url, headers=HEADERS, timeout=timeout)) as response:
+    with client, closing(_ask(client, url, timeout, pin)) as response:
         if response.status_code not in (200, 203):  # a part, which nobody asked for, is no success
             raise OSError(f"the server answered {response.status_code} {response.reason_phrase}")
         return _read_body(response, timeout, max_bytes)
+
+
+def _ask(client: Any, url: str, timeout: float, pin: http.Pin | None) -> Any:
+    if pin is None:
+        return http.get(client, url, headers=HEADERS, timeout=timeout)
+    return http.get_pinned(client, url, pin, headers=HEADERS, timeout=timeout)
 
 
 def _read_body(response: Any, timeout: float, max_bytes: int) -> bytes:

@@ -1,0 +1,1 @@
+"""The server: one engine behind the interfaces that people already use."""
