@@ -185,6 +185,9 @@ def test_bytes_and_file_objects_are_read_too(tmp_path: Path) -> None:
     data = path.read_bytes()
     for video in (data, BytesIO(data), str(path)):
         assert len(list(read_frames(video))) == 2
+        assert decode.pixels_of(video) == 64 * 48
+    with pytest.raises(ValueError, match="not a video"):  # FFmpeg would show it as a film
+        list(read_frames((NANO / "images" / "panda.png").read_bytes()))
 
 
 def test_a_name_with_a_colon_is_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -265,6 +268,12 @@ def test_frames_of_a_file_are_chosen_by_scene(tmp_path: Path) -> None:
     colours = [list(frame.image.getpixel((20, 20))) for frame in found]
     assert_colours(colours, [RED, GREEN, BLUE], within=6)
     assert 0 < found[0].time < 2.5 <= found[1].time < 3.1 <= found[2].time
+
+
+def test_a_video_that_takes_too_long_is_given_up(tmp_path: Path) -> None:
+    path = write_clip(tmp_path / "clip.mp4", [plain(RED)] * 30)
+    with pytest.raises(TimeoutError, match="takes too long"):
+        choose_frames(path, 3, patience=0.0)
 
 
 @pytest.mark.parametrize("gap", [5, 250])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterator, Sequence
+from math import inf
+from time import monotonic
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..checks import check_whole_number
@@ -30,7 +32,7 @@ class Look(NamedTuple):
     change: float
 
 
-def choose_frames(video: VideoSource, count: int) -> list[Frame]:
+def choose_frames(video: VideoSource, count: int, patience: float = inf) -> list[Frame]:
     """At most `count` frames of a video file, in order, their pictures read.
 
     The video is cut into scenes where its picture changes most, and each scene gives frames spread
@@ -40,20 +42,23 @@ def choose_frames(video: VideoSource, count: int) -> list[Frame]:
     Args:
         video: as `read_frames` takes it.
         count: at least 1.
+        patience: seconds that it may take.
 
     Raises:
         ValueError, OSError: as `read_frames`, or it has no frame that can be decoded.
+        TimeoutError: it takes longer than `patience`.
     """
     check_whole_number("frames", count)
+    deadline = monotonic() + patience
     duration = duration_of(video)
     keyframes = duration is not None and duration > LONG
-    looks = _look_through(video, duration, keyframes)
+    looks = _look_through(video, duration, keyframes, deadline)
     if keyframes and len(looks) < KEYFRAMES * count:
         keyframes = False
-        looks = _look_through(video, duration, keyframes)
+        looks = _look_through(video, duration, keyframes, deadline)
     if not looks:
         raise no_frames(video)
-    return _read_chosen(video, spread(looks, count), keyframes)
+    return _read_chosen(video, spread(looks, count), keyframes, deadline)
 
 
 def no_frames(video: VideoSource) -> ValueError:
@@ -61,7 +66,9 @@ def no_frames(video: VideoSource) -> ValueError:
     return ValueError(f"Cannot read {name_of(video)}: none of its frames can be decoded.")
 
 
-def _look_through(video: VideoSource, duration: float | None, keyframes: bool) -> list[Look]:
+def _look_through(
+    video: VideoSource, duration: float | None, keyframes: bool, deadline: float
+) -> list[Look]:
     """What changes from frame to frame, with the frames `APART`."""
     looks: list[Look] = []
     last: np.ndarray | None = None
@@ -70,6 +77,7 @@ def _look_through(video: VideoSource, duration: float | None, keyframes: bool) -
     )
     with bar:
         for number, frame in enumerate(read_frames(video, keyframes=keyframes)):
+            _check_time(video, deadline)
             if looks and frame.time < looks[-1].time + APART:
                 continue
             try:
@@ -123,9 +131,17 @@ def _nearest(scene: Sequence[Look], time: float) -> Look:
     return min(scene, key=lambda look: abs(look.time + APART / 2 - time))
 
 
-def _read_chosen(video: VideoSource, numbers: Sequence[int], keyframes: bool) -> list[Frame]:
+def _check_time(video: VideoSource, deadline: float) -> None:
+    if monotonic() > deadline:
+        raise TimeoutError(f"Cannot read {name_of(video)}: it takes too long; send a shorter one.")
+
+
+def _read_chosen(
+    video: VideoSource, numbers: Sequence[int], keyframes: bool, deadline: float
+) -> list[Frame]:
     chosen, wanted = [], set(numbers)
     for number, frame in enumerate(read_frames(video, keyframes=keyframes)):
+        _check_time(video, deadline)
         if number in wanted:
             _ = frame.image
             chosen.append(frame)

@@ -34,7 +34,13 @@ PATIENCE = 10.0  # seconds that a live source may say that nothing is there yet
 JUMP = 1.0
 # A file may name others to be opened, as playlists do: only what stands on this disk beside a path,
 # and nothing where the bytes may be a stranger's.
-FOR_PATHS, FOR_BYTES = "file,crypto,data", "data"
+FOR_PATHS = {"protocol_whitelist": "file,crypto,data"}
+# And only formats that videos come in, rather than all that FFmpeg ever met.
+FOR_BYTES = {
+    "protocol_whitelist": "data",
+    "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,mpegts,mpeg,avi,gif,flv,ogg,asf,"
+    "h264,hevc,ivf",
+}
 
 
 def import_av() -> Any:
@@ -82,7 +88,7 @@ def open_file(video: VideoSource) -> Iterator[InputContainer]:
     allowed = FOR_PATHS if isinstance(source, str) else FOR_BYTES
     # `file:` keeps libav from reading a name with a colon as a URL.
     source = f"file:{source}" if isinstance(source, str) else source
-    with open_container(source, name, options={"protocol_whitelist": allowed}) as container:
+    with open_container(source, name, options=allowed) as container:
         yield container
 
 
@@ -109,7 +115,7 @@ def open_container(source: Any, name: str, **arguments: Any) -> Iterator[InputCo
     except (av.error.FFmpegError, OSError) as error:
         if monotonic() - start >= patience:  # whatever came of an answer that was cut short
             raise TimeoutError(f"Cannot read {name}: it did not answer in time.") from None
-        if isinstance(error, av.error.InvalidDataError):
+        if isinstance(error, (av.error.InvalidDataError, av.error.ArgumentError)):
             raise ValueError(f"Cannot read {name}: it is not a video that FFmpeg knows.") from None
         raise as_os_error(error, name) from None
     with container:
@@ -293,3 +299,10 @@ def duration_of(video: VideoSource) -> float | None:
     """Seconds of a video file as it says itself; None if it does not."""
     with open_file(video) as container:
         return None if container.duration is None else container.duration / 1_000_000
+
+
+def pixels_of(video: VideoSource) -> int:
+    """How many pixels the frames of a video file have as it says itself, before any is decoded."""
+    with open_file(video) as container:
+        coded = video_stream(container, name_of(video)).codec_context
+        return coded.width * coded.height
