@@ -15,7 +15,7 @@ from ..text.prompt import build_prompt
 from .errors import too_long
 from .media import image_parts
 
-LARGEST_SIZE = 2  # times the model's own image size
+LARGEST_SIZE = 2048  # pixels, of the square that the encoder sees, unless the model's own is larger
 MOST_CHARACTERS_PER_TOKEN = 64  # on average; a longer prompt is not even tokenized
 
 
@@ -43,10 +43,8 @@ def count_tokens(
         raise too_long(f"more than {limit}", limit, processor.max_length)
     size = processor.image_size if options.image_size is None else options.image_size
     processor.num_visual_tokens(size)  # is it a size at all?
-    if size > LARGEST_SIZE * processor.image_size:
-        raise ValueError(
-            f"image_size may be at most {LARGEST_SIZE * processor.image_size}, found {size}."
-        )
+    if size > max(LARGEST_SIZE, processor.image_size):
+        raise ValueError(f"image_size may be at most {LARGEST_SIZE} here, found {size}.")
     images = [part["image"] for part in image_parts(messages)]
     ids = build_prompt(
         processor.tokenizer,
