@@ -443,6 +443,30 @@ def test_wrong_fields_are_refused_in_a_sentence(played: Served, puppet: Puppet, 
     assert not puppet.requests
 
 
+@pytest.mark.parametrize(
+    ("wrong", "param", "said"),
+    [
+        ({"temperature": 3}, "temperature", "less than or equal to 2"),
+        ({"messages": [{"role": "king"}]}, "messages.0.role", "'assistant'"),
+        (chat(5), "messages.0.content", "string"),
+        (chat([{"type": "audio"}]), "messages.0.content.0", "'image_url'"),
+        (chat([{"type": "image_url"}]), "messages.0.content.0.image_url", "required"),
+        (
+            chat([{"type": "image_url", "image_url": {}}]),
+            "messages.0.content.0.image_url.url",
+            "required",
+        ),
+    ],
+)
+def test_what_is_wrong_is_named_as_a_person_would(
+    played: Served, puppet: Puppet, wrong: Any, param: str, said: str
+) -> None:
+    error = played.post(PATH, chat() | wrong).json()["error"]
+    assert error["param"] == param
+    assert said in error["message"] and "[" not in error["message"]
+    assert error["message"].startswith(f"The request is wrong: {param}: ")
+
+
 def test_a_prompt_beyond_the_context_is_refused_with_both_numbers(
     served: Served, nano: Nano
 ) -> None:
