@@ -7,6 +7,7 @@ import threading
 import time
 from dataclasses import replace
 from io import BytesIO
+from math import isfinite
 from typing import Any
 
 import mlx.core as mx
@@ -17,6 +18,7 @@ from PIL import Image
 
 import fastvlm_mlx as fv
 from fastvlm_mlx.generation import scheduler
+from fastvlm_mlx.generation.response import Response
 from fastvlm_mlx.model.fastvlm import FastVLM
 from fastvlm_mlx.serve.engine import (
     ContextTooLong,
@@ -26,7 +28,12 @@ from fastvlm_mlx.serve.engine import (
     Request,
     RequestError,
     RequestTimeout,
+    Ticket,
 )
+
+
+async def pieces_of(ticket: Ticket) -> list[Response]:
+    return [piece async for piece in ticket]
 
 
 def picture(path: Any = PANDA) -> bytes:
@@ -132,6 +139,30 @@ def test_the_stop_text_that_ended_an_answer_is_named(nano: Nano) -> None:
         for stop, named in ((["zzz", "a"], "a"), (["zzz"], None)):
             *_, last = [p async for p in engine.submit(request("Describe.", picture(), stop=stop))]
             assert last.stop_text == named
+
+    with_engine(nano, use)
+
+
+@pytest.mark.needs("llguidance")
+def test_answers_that_must_match_run_beside_others(nano: Nano) -> None:
+    free = request("What is this?", picture(), max_tokens=12)
+    expected = alone(nano, free)
+
+    async def use(engine: Engine) -> None:
+        asked_for = {"choices": ["yes", "no"]}, {"regex": "[0-9]{3}"}, {"regex": "("}
+        bound = [
+            Request(asked("Is it day?", picture()), SMALL, logprobs=2, constraint=constraint)
+            for constraint in asked_for
+        ]
+        tickets = [engine.submit(each) for each in (free, *bound, free)]
+        found = await asyncio.gather(*map(pieces_of, tickets), return_exceptions=True)
+        texts = ["".join(p.text for p in each) for each in found if isinstance(each, list)]
+        assert [texts[0], texts[-1]] == [expected] * 2
+        assert texts[1] in ("yes", "no") and len(texts[2]) == 3 and texts[2].isdecimal()
+        assert isinstance(found[3], RequestError) and "regex" in str(found[3])
+        for piece in (*found[1], *found[2]):  # type: ignore[misc]
+            assert isfinite(piece.logprobs.logprob)
+            assert all(isfinite(logprob) for _, logprob in piece.logprobs.top)
 
     with_engine(nano, use)
 

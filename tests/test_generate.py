@@ -16,6 +16,7 @@ from PIL import Image
 
 import fastvlm_mlx as fv
 from fastvlm_mlx.checkpoint.load import load_processor
+from fastvlm_mlx.generation.batch import stream_batch
 from fastvlm_mlx.generation.beam import beam_search
 from fastvlm_mlx.generation.decode import make_kv_cache
 from fastvlm_mlx.generation.generate import generate, stream_generate
@@ -837,3 +838,61 @@ def test_a_prompt_that_is_too_long_is_refused_before_its_image_is_encoded(
             ask()
     with pytest.raises(fv.generation.batch.BatchError, match=r"The prompt has \d+ tokens"):
         fv.batch_generate(model, tight, [(ASK, PENGUINS)], image_size=1024)
+
+
+# Log probabilities
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 2.0, "seed": 3, "top_k": 50}], ids=str)
+def test_logprobs_are_those_of_the_models_logits(nano: Nano, options: dict[str, Any]) -> None:
+    model, processor = nano
+    options = {**options, "repetition_penalty": 1.7, "max_tokens": 8}
+    responses = list(stream_generate(*nano, "Hello!", logprobs=3, **options))
+    ids = build_prompt(processor.tokenizer, "Hello!", num_visual_tokens=[])
+    answer = [response.token for response in responses]
+    logits = model(mx.array([ids + answer]))[0, len(ids) - 1 : -1]
+    expected = np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
+    for response, row in zip(responses, expected, strict=True):
+        assert response.logprobs is not None
+        assert response.logprobs.logprob == pytest.approx(row[response.token], abs=1e-3)
+        likeliest = np.argsort(-row)[:3]
+        assert [token for token, _ in response.logprobs.top] == likeliest.tolist()
+        found = [logprob for _, logprob in response.logprobs.top]
+        assert found == pytest.approx(row[likeliest], abs=1e-3)
+    plain = list(stream_generate(*nano, "Hello!", **options))
+    assert [response.token for response in plain] == answer
+    assert all(response.logprobs is None for response in plain)
+
+
+def test_logprobs_in_a_conversation_and_a_batch(nano: Nano) -> None:
+    options: dict[str, Any] = {"logprobs": 1, "max_tokens": 4}
+    expected = [r.logprobs for r in stream_generate(*nano, "Hello!", **options)]
+    chat = list(fv.Chat(*nano).ask("Hello!", stream=True, **options))
+    batch = [response for _, response in stream_batch(*nano, [("Hello!", None)], **options)]
+    for found in (chat, batch):
+        for response, single in zip(found, expected, strict=True):
+            assert response.logprobs is not None and single is not None
+            assert response.logprobs.logprob == pytest.approx(single.logprob, abs=1e-4)
+            assert response.logprobs.top[0][0] == single.top[0][0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"logprobs": -1}, "logprobs must be a whole number from 0"),
+        ({"logprobs": 21}, "logprobs must be a whole number from 0 to 20, found 21"),
+        ({"logprobs": True}, "logprobs must be a whole number"),
+        ({"logprobs": 1, "num_beams": 2}, "logprobs does not go with beam search"),
+        ({"logprobs": 1, "prompt_lookup": 3}, "prompt_lookup or logprobs, not both"),
+    ],
+)
+def test_logprobs_that_cannot_be_given(nano: Nano, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        generate(*nano, "Hello!", **options)
+
+
+def test_the_stop_text_that_was_found_is_named(nano: Nano) -> None:
+    first, last = ANSWER[4:7], ANSWER[12:]
+    for stop, named in (([last, "zz", first], first), (["zz"], None), ([], None)):
+        *_, response = stream_generate(*nano, ASK, image=PENGUINS, stop=stop)
+        assert response.stop_text == named and response.finish_reason == "stop"

@@ -22,6 +22,7 @@ from fastvlm_mlx.generation.prefix import Prefix, PrefixTree
 from fastvlm_mlx.generation.scheduler import Batch
 from fastvlm_mlx.hub.resolve import NANO
 from fastvlm_mlx.model.fastvlm import FastVLM
+from fastvlm_mlx.model.qwen2 import Qwen2
 from fastvlm_mlx.serve.cache import RequestCache, ends_of_images, identity_of
 from fastvlm_mlx.serve.disk import Disk
 from fastvlm_mlx.serve.engine import Engine, Timings
@@ -144,6 +145,35 @@ def test_a_picture_that_several_wait_for_is_encoded_once(nano: Nano, encoded: li
     assert texts[ids[1]] == fv.generate(*nano, COUNT, image=PANDA)
 
 
+def test_what_several_ask_about_one_picture_at_once_reads_it_once(
+    nano: Nano, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[tuple[int, ...]] = []
+    run = Qwen2.hidden_states
+
+    def hidden_states(self: Qwen2, ids: Any, cache: Any = None, embeddings: Any = None) -> mx.array:
+        if embeddings is not None:
+            read.append(embeddings.shape[:2])
+        return run(self, ids, cache, embeddings)
+
+    asked = [(DESCRIBE, PANDA), (COUNT, PANDA), (COUNT, PENGUINS), (DESCRIBE, PANDA)]
+    asked += [("Hello!", None), ("Hello!", None)]
+    options: dict[str, Any] = {"conv_mode": "plain", "max_tokens": 8}
+    expected = [fv.generate(*nano, q, image=image, **options) for q, image in asked]
+    batch = Batch(*nano, cache=RequestCache(nano[0]))
+    ids = [batch.insert(q, image, **options) for q, image in asked]
+    monkeypatch.setattr(Qwen2, "hidden_states", hidden_states)
+    texts = dict.fromkeys(ids, "")
+    while batch:
+        for id, response in batch.step():
+            texts[id] += response.text
+    assert list(texts.values()) == expected
+    (together, length), *later = read
+    assert together == 4 and length > 4  # one for each picture, and those without
+    assert sum(rows for rows, _ in later) == 2
+    assert max(rest for _, rest in later) <= length - 16  # the visual tokens
+
+
 def test_what_was_handed_out_is_never_changed(nano: Nano) -> None:
     """Two answers branch from one beginning, at once; one is given up; then all again."""
     picture = PENGUINS.read_bytes()
@@ -204,7 +234,7 @@ def test_the_budget_holds_on_every_path(nano: Nano, max_bytes: int) -> None:
     assert (most > 0) == (max_bytes > 300)
 
 
-def counted(cache: RequestCache) -> int:
+def counted(cache: fv.PromptCache) -> int:
     """The bytes that a cache holds, counted anew."""
     arrays = [a for node in nodes(cache._tree) for a in node.stored]
     arrays += [image.tokens for image in cache._images.values()]
@@ -243,8 +273,7 @@ def test_a_tree_finds_the_longest_beginning_and_its_own_values(prompts: list[lis
     st.integers(1, 600),
 )
 def test_any_traffic_stays_within_the_budget(prompts: list[list[int]], max_bytes: int) -> None:
-    cache = RequestCache.__new__(RequestCache)
-    fv.PromptCache.__init__(cache, None, max_bytes)  # type: ignore[arg-type]
+    cache = fv.PromptCache(None, max_bytes)  # type: ignore[arg-type]
     for n, prompt in enumerate(prompts):
         cache.find([*prompt, 5])
         if n % 2:

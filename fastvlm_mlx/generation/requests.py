@@ -151,19 +151,29 @@ def next_images(requests: Iterable[PendingRequest], most: int) -> list[Chosen]:
     return chosen
 
 
-def group_by_prefix(
+def take_group(
     requests: list[PendingRequest], cache: PromptCache | None
-) -> list[list[PendingRequest]]:
-    """Requests that can be prefilled together: those of which the same beginning is known."""
+) -> tuple[list[PendingRequest], list[PendingRequest]]:
+    """Some requests that can be prefilled together, and the others.
+
+    With a cache, they are those of which the same beginning is known. Of those that go on with the
+    same image only one is taken: once it was read, the others begin with it.
+    """
     if cache is None:
-        return [requests] if requests else []
-    groups: dict[tuple[int, ...], list[PendingRequest]] = {}
+        return requests, []
     for request in requests:
         visual_tokens = present(request.visual_tokens)
         request.tagged = cache.tag(request.input_ids, visual_tokens, request.keys)
         request.prefix = cache.find(request.tagged)
-        groups.setdefault(tuple(request.prefix.ids), []).append(request)
-    return list(groups.values())
+    known = requests[0].prefix.ids
+    group: dict[int, PendingRequest] = {}
+    for request in requests:
+        if request.prefix.ids == known:
+            unknown = request.tagged[len(known) :]
+            first_image = next((mark for mark in unknown if mark < 0), -request.id)
+            group.setdefault(first_image, request)
+    taken = list(group.values())
+    return taken, [request for request in requests if request not in taken]
 
 
 class Row:

@@ -43,10 +43,10 @@ from .requests import (
     Row,
     batch_options,
     encode_together,
-    group_by_prefix,
     next_images,
     present,
     sample_rows,
+    take_group,
 )
 from .response import Response
 
@@ -249,7 +249,8 @@ class Batch:
             self._pass_on()
         room = self.max_batch - len(self._rows)
         entering = [self._encoded.popleft() for _ in range(min(room, len(self._encoded)))]
-        for group in group_by_prefix(entering, self.cache):
+        while entering:
+            group, entering = take_group(entering, self.cache)
             self._try(self._prefill, group, group)
 
     def _tokenize(self) -> None:
