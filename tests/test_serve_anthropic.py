@@ -35,10 +35,12 @@ def puppet(played: Served) -> Puppet:
     return played.engine
 
 
-def client(served: Served) -> Any:
+@pytest.fixture(scope="module")
+def client(served: Served) -> Iterator[Any]:
     import anthropic
 
-    return anthropic.Anthropic(base_url=served.url, api_key="none", max_retries=0)
+    with anthropic.Anthropic(base_url=served.url, api_key="none", max_retries=0) as client:
+        yield client
 
 
 def picture(data: str = BASE64, media_type: str = "image/png") -> dict[str, Any]:
@@ -59,8 +61,8 @@ def asked(*blocks: Any, **more: Any) -> dict[str, Any]:
 
 
 @needs_anthropic
-def test_an_answer_is_the_one_that_generate_gives(served: Served, nano: Nano) -> None:
-    reply = client(served).messages.create(**asked(picture(), text()))
+def test_an_answer_is_the_one_that_generate_gives(client: Any, nano: Nano) -> None:
+    reply = client.messages.create(**asked(picture(), text()))
     assert [block.text for block in reply.content] == [ANSWER]
     assert (reply.type, reply.role, reply.stop_reason) == ("message", "assistant", "end_turn")
     alone = list(fv.stream_generate(*nano, QUESTION, image=f"data:;base64,{BASE64}"))[-1]
@@ -70,9 +72,11 @@ def test_an_answer_is_the_one_that_generate_gives(served: Served, nano: Nano) ->
 
 
 @needs_anthropic
-def test_a_stream_has_the_same_text_and_true_numbers_from_its_start(served: Served) -> None:
-    whole = client(served).messages.create(**asked(picture(), text()))
-    with client(served).messages.stream(**asked(picture(), text())) as stream:
+def test_a_stream_has_the_same_text_and_true_numbers_from_its_start(
+    client: Any, served: Served
+) -> None:
+    whole = client.messages.create(**asked(picture(), text()))
+    with client.messages.stream(**asked(picture(), text())) as stream:
         begun = next(iter(stream))
         said = "".join(stream.text_stream)
         final = stream.get_final_message()
@@ -96,35 +100,35 @@ def test_the_asynchronous_client_is_answered(served: Served) -> None:
 
 
 @needs_anthropic
-def test_a_stop_sequence_is_named(served: Served) -> None:
+def test_a_stop_sequence_is_named(client: Any) -> None:
     stops = ["zebra", "peng"]
-    reply = client(served).messages.create(**asked(picture(), text(), stop_sequences=stops))
+    reply = client.messages.create(**asked(picture(), text(), stop_sequences=stops))
     assert (reply.stop_reason, reply.stop_sequence) == ("stop_sequence", "peng")
     assert reply.content[0].text == "There are 6 "
-    with client(served).messages.stream(**asked(picture(), text(), stop_sequences=stops)) as stream:
+    with client.messages.stream(**asked(picture(), text(), stop_sequences=stops)) as stream:
         final = stream.get_final_message()
     assert (final.stop_reason, final.stop_sequence) == ("stop_sequence", "peng")
-    cut = client(served).messages.create(**asked(picture(), text(), max_tokens=2))
+    cut = client.messages.create(**asked(picture(), text(), max_tokens=2))
     assert (cut.stop_reason, cut.stop_sequence) == ("max_tokens", None)
 
 
 @needs_anthropic
-def test_tokens_are_counted_as_they_are_used(served: Served) -> None:
+def test_tokens_are_counted_as_they_are_used(client: Any) -> None:
     body = asked(picture(), text(), system="Be brief.")
     del body["max_tokens"]
-    counted = client(served).messages.count_tokens(**body).input_tokens
-    used = client(served).messages.create(**body, max_tokens=1).usage.input_tokens
+    counted = client.messages.count_tokens(**body).input_tokens
+    used = client.messages.create(**body, max_tokens=1).usage.input_tokens
     assert counted == used
     long = asked(text("word " * 5000))
     del long["max_tokens"]
-    assert client(served).messages.count_tokens(**long).input_tokens > 4096
+    assert client.messages.count_tokens(**long).input_tokens > 4096
 
 
 @needs_anthropic
-def test_errors_are_of_the_types_that_the_client_knows(served: Served) -> None:
+def test_errors_are_of_the_types_that_the_client_knows(client: Any) -> None:
     import anthropic
 
-    create = client(served).messages.create
+    create = client.messages.create
     with pytest.raises(anthropic.NotFoundError) as missing:
         create(**asked(model="claude"))
     assert missing.value.body["error"]["type"] == "not_found_error"

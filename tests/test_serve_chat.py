@@ -52,10 +52,12 @@ def puppet(played: Served) -> Puppet:
     return played.engine
 
 
-def client(served: Served, **more: Any) -> Any:
+@pytest.fixture(scope="module")
+def client(served: Served) -> Iterator[Any]:
     import openai
 
-    return openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0, **more)
+    with openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
 
 
 def asked(*images: str, text: str = QUESTION) -> Any:
@@ -66,8 +68,8 @@ def asked(*images: str, text: str = QUESTION) -> Any:
 
 
 @needs_openai
-def test_an_answer_is_the_one_that_generate_gives(served: Served, nano: Nano) -> None:
-    reply = client(served).chat.completions.create(model="nano", messages=asked(URI))
+def test_an_answer_is_the_one_that_generate_gives(client: Any, nano: Nano) -> None:
+    reply = client.chat.completions.create(model="nano", messages=asked(URI))
     alone = list(fv.stream_generate(*nano, QUESTION, image=URI))
     assert reply.choices[0].message.content == "".join(r.text for r in alone) == ANSWER
     assert reply.choices[0].finish_reason == "stop"
@@ -85,8 +87,8 @@ def test_an_answer_is_the_one_that_generate_gives(served: Served, nano: Nano) ->
 
 
 @needs_openai
-def test_a_stream_has_the_same_text(served: Served) -> None:
-    stream = client(served).chat.completions.create(model="nano", messages=asked(URI), stream=True)
+def test_a_stream_has_the_same_text(client: Any) -> None:
+    stream = client.chat.completions.create(model="nano", messages=asked(URI), stream=True)
     chunks = list(stream)
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == ANSWER
     assert [chunk.choices[0].finish_reason for chunk in chunks][-2:] == [None, "stop"]
@@ -97,12 +99,12 @@ def test_a_stream_has_the_same_text(served: Served) -> None:
 
 
 @needs_openai
-def test_usage_comes_last_in_a_stream_where_it_is_asked_for(served: Served) -> None:
-    stream = client(served).chat.completions.create(
+def test_usage_comes_last_in_a_stream_where_it_is_asked_for(client: Any) -> None:
+    stream = client.chat.completions.create(
         model="nano", messages=asked(URI), stream=True, stream_options={"include_usage": True}
     )
     *others, last = list(stream)
-    whole = client(served).chat.completions.create(model="nano", messages=asked(URI)).usage
+    whole = client.chat.completions.create(model="nano", messages=asked(URI)).usage
     assert last.choices == []
     assert last.usage.prompt_tokens == whole.prompt_tokens
     assert last.usage.completion_tokens == whole.completion_tokens
@@ -127,10 +129,10 @@ def test_the_asynchronous_client_is_answered_several_times_at_once(served: Serve
 
 
 @needs_openai
-def test_errors_are_of_the_types_that_the_client_knows(served: Served) -> None:
+def test_errors_are_of_the_types_that_the_client_knows(client: Any) -> None:
     import openai
 
-    create = client(served).chat.completions.create
+    create = client.chat.completions.create
     with pytest.raises(openai.NotFoundError) as missing:
         create(model="gpt-4o", messages=asked())
     assert missing.value.code == "model_not_found"
@@ -143,10 +145,10 @@ def test_errors_are_of_the_types_that_the_client_knows(served: Served) -> None:
 
 
 @needs_openai
-def test_the_models_are_listed_and_found_by_name(served: Served) -> None:
+def test_the_models_are_listed_and_found_by_name(client: Any) -> None:
     import openai
 
-    models = client(served).models
+    models = client.models
     (only,) = list(models.list())
     assert only.id == "nano"
     facts = only.model_extra["fastvlm"]
@@ -441,6 +443,30 @@ def test_wrong_fields_are_refused_in_a_sentence(played: Served, puppet: Puppet, 
     assert not puppet.requests
 
 
+@pytest.mark.parametrize(
+    ("wrong", "param", "said"),
+    [
+        ({"temperature": 3}, "temperature", "less than or equal to 2"),
+        ({"messages": [{"role": "king"}]}, "messages.0.role", "'assistant'"),
+        (chat(5), "messages.0.content", "string"),
+        (chat([{"type": "audio"}]), "messages.0.content.0", "'image_url'"),
+        (chat([{"type": "image_url"}]), "messages.0.content.0.image_url", "required"),
+        (
+            chat([{"type": "image_url", "image_url": {}}]),
+            "messages.0.content.0.image_url.url",
+            "required",
+        ),
+    ],
+)
+def test_what_is_wrong_is_named_as_a_person_would(
+    played: Served, puppet: Puppet, wrong: Any, param: str, said: str
+) -> None:
+    error = played.post(PATH, chat() | wrong).json()["error"]
+    assert error["param"] == param
+    assert said in error["message"] and "[" not in error["message"]
+    assert error["message"].startswith(f"The request is wrong: {param}: ")
+
+
 def test_a_prompt_beyond_the_context_is_refused_with_both_numbers(
     served: Served, nano: Nano
 ) -> None:
@@ -486,8 +512,11 @@ def test_the_client_raises_at_a_failure_in_a_stream(played: Served, puppet: Pupp
     from fastvlm_mlx.serve.ticket import RequestTimeout
 
     puppet.script = [piece("Six"), RequestTimeout("too long")]
-    with pytest.raises(openai.APIError, match="600 seconds"):
-        list(client(played).chat.completions.create(model="nano", messages=asked(), stream=True))
+    with (
+        openai.OpenAI(base_url=f"{played.url}/v1", api_key="none") as client,
+        pytest.raises(openai.APIError, match="600 seconds"),
+    ):
+        list(client.chat.completions.create(model="nano", messages=asked(), stream=True))
 
 
 def test_a_waiting_stream_shows_signs_of_life(played: Served, puppet: Puppet) -> None:

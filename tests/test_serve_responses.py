@@ -31,10 +31,12 @@ def puppet(played: Served) -> Puppet:
     return played.engine
 
 
-def client(served: Served) -> Any:
+@pytest.fixture(scope="module")
+def client(served: Served) -> Iterator[Any]:
     import openai
 
-    return openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0)
+    with openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
 
 
 def text(said: str = QUESTION) -> dict[str, Any]:
@@ -46,22 +48,22 @@ ASKED: list[Any] = [{"role": "user", "content": [PICTURE, text()]}]
 
 
 @needs_openai
-def test_an_answer_with_its_usage(served: Served) -> None:
-    reply = client(served).responses.create(model="nano", input=ASKED)
+def test_an_answer_with_its_usage(client: Any) -> None:
+    reply = client.responses.create(model="nano", input=ASKED)
     assert reply.output_text == ANSWER
     assert (reply.status, reply.error, reply.incomplete_details) == ("completed", None, None)
     usage = reply.usage
     assert usage.input_tokens > 16
     assert usage.total_tokens == usage.input_tokens + usage.output_tokens
     assert reply.model_extra["timings"]["first_token"] > 0
-    cut = client(served).responses.create(model="nano", input=ASKED, max_output_tokens=2)
+    cut = client.responses.create(model="nano", input=ASKED, max_output_tokens=2)
     assert cut.status == "incomplete"
     assert cut.incomplete_details.reason == "max_output_tokens"
 
 
 @needs_openai
-def test_a_stream_has_the_same_text_and_numbers_without_gaps(served: Served) -> None:
-    with client(served).responses.stream(model="nano", input=ASKED) as stream:
+def test_a_stream_has_the_same_text_and_numbers_without_gaps(client: Any) -> None:
+    with client.responses.stream(model="nano", input=ASKED) as stream:
         found = list(stream)
         final = stream.get_final_response()
     assert final.output_text == ANSWER
@@ -96,14 +98,14 @@ def test_the_asynchronous_client_is_answered(served: Served) -> None:
 
 
 @needs_openai
-def test_an_output_may_be_replayed_as_input(served: Served) -> None:
-    first = client(served).responses.create(model="nano", input=ASKED)
+def test_an_output_may_be_replayed_as_input(client: Any) -> None:
+    first = client.responses.create(model="nano", input=ASKED)
     items = [
         *ASKED,
         *(item.model_dump() for item in first.output),
         {"role": "user", "content": "?"},
     ]
-    again = client(served).responses.create(model="nano", input=items, max_output_tokens=4)
+    again = client.responses.create(model="nano", input=items, max_output_tokens=4)
     assert again.usage.input_tokens > first.usage.input_tokens
 
 

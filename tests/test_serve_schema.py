@@ -68,10 +68,11 @@ def test_openai_s_client_parses_a_pydantic_model(served: Served) -> None:
         count: int = Field(ge=0, le=99)  # nano would go on with digits for ever
         certain: bool
 
-    client = openai.OpenAI(base_url=f"{served.url}/v1", api_key="none")
-    reply = client.chat.completions.parse(
-        model="nano", messages=chat(parts(URI))["messages"], response_format=Found, max_tokens=64
-    )
+    messages = chat(parts(URI))["messages"]
+    with openai.OpenAI(base_url=f"{served.url}/v1", api_key="none") as client:
+        reply = client.chat.completions.parse(
+            model="nano", messages=messages, response_format=Found, max_tokens=64
+        )
     assert isinstance(reply.choices[0].message.parsed, Found)
 
 

@@ -632,6 +632,23 @@ def test_cameras_of_linux(
         camera.open_camera(4)
 
 
+@pytest.mark.needs("av")
+@pytest.mark.parametrize("system", ["linux", "darwin", "win32"])
+def test_systems_without_cameras(system: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import av
+
+    def refuse(*arguments: Any, format: str, **options: Any) -> None:
+        raise ValueError(f"no container format {format!r}")
+
+    monkeypatch.setattr(av, "open", refuse)
+    monkeypatch.setattr(sys, "platform", system)
+    monkeypatch.setattr(camera, "_mac_authorization", lambda: None)
+    monkeypatch.setattr(camera.os.path, "exists", lambda path: True)
+    said = "only" if system == "win32" else "pip install --upgrade av"
+    with pytest.raises(OSError, match=said):
+        camera.open_camera(0)
+
+
 @pytest.mark.needs("mss")
 def test_the_screen(monkeypatch: pytest.MonkeyPatch) -> None:
     import mss

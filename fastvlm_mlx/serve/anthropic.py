@@ -165,7 +165,7 @@ def _source(block: ImageBlock) -> str:
 def _question(asked: CountRequest, service: Service) -> Question:
     """What is asked; ApiError if it can't be."""
     service.check_model(asked.model)
-    if asked.messages[-1].role == "assistant":
+    if isinstance(asked, MessagesRequest) and asked.messages[-1].role == "assistant":
         raise bad("The last message must be the user's: answers can't be begun for the model.")
     messages = [
         {"role": message.role, "content": _parts(message.role, message.content)}

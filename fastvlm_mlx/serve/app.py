@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -19,8 +18,9 @@ from ..version import __version__
 from . import anthropic, ollama, openai_chat, openai_responses
 from .ask import Service
 from .engine import Engine
-from .errors import ApiError, bad
+from .errors import ApiError
 from .guard import Guard
+from .invalid import explain
 from .media import Media
 from .metrics import Metrics
 from .settings import Settings
@@ -40,7 +40,6 @@ PAGE_HEADERS = {
     "Permissions-Policy": "camera=(self), microphone=(), geolocation=()",
     "Cross-Origin-Opener-Policy": "same-origin",
 }
-MOST_SHOWN = 3  # faults of a request
 
 
 def create_app(
@@ -126,25 +125,7 @@ def _add_page(app: FastAPI) -> None:
 async def _refuse_invalid(http: Request, error: Exception) -> Response:
     """A body that is not what the interface takes: where, and what it should be."""
     assert isinstance(error, RequestValidationError)
-    faults = error.errors()
-    said = "; ".join(dict.fromkeys(_fault(fault) for fault in faults[:MOST_SHOWN]))
-    raise bad(f"The request is wrong: {said}.", _place(faults[0]["loc"]) or None)
-
-
-def _fault(fault: Any) -> str:
-    """A fault in a body, without what stood there."""
-    place, kind, context = _place(fault["loc"]), fault["type"], fault.get("ctx", {})
-    if kind == "json_invalid":
-        return "its body is not valid JSON"
-    if kind in ("union_tag_invalid", "union_tag_not_found"):
-        tags = context.get("expected_tags", "one of the known ones")
-        return f"{place}: the type must be {tags}"
-    return f"{place or 'body'}: {fault['msg']}"
-
-
-def _place(loc: Sequence[Any]) -> str:
-    """Where in a body something stands; names that a request made up are not in it."""
-    return ".".join(str(step) for step in loc[1:] if isinstance(step, (str, int)))
+    raise explain(error.errors())
 
 
 async def _refuse_route(http: Request, error: Exception) -> Response:

@@ -21,6 +21,7 @@ from ..image.download import TIMEOUT, download_bytes
 from ..image.load import from_data_url
 from .errors import bad
 from .settings import IMAGES_OF_MOST_PIXELS, Settings
+from .videos import Messages, frames_of_each, show, video_sources, with_frames
 
 if TYPE_CHECKING:
     from PIL.Image import Image as PILImage
@@ -55,12 +56,14 @@ class Media:
         self._pin = pin
         self._threads = ThreadPoolExecutor(AT_ONCE, "images")
 
-    async def read(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """The messages with images, instead of what names them, in their image parts.
+    async def read(self, messages: Messages) -> list[dict[str, Any]]:
+        """The messages with images, instead of what names them, in their image parts; videos
+        become a few of their frames.
 
         Raises:
             ApiError: there are too many images, one is not allowed, or one can't be read.
         """
+        messages = await self._show_videos(messages)
         sources = [part["image"] for part in image_parts(messages)]
         limit = self._settings.max_images
         if len(sources) > limit:
@@ -81,7 +84,37 @@ class Media:
             for message in messages
         ]
 
-    async def _read(self, source: str, number: int) -> PILImage:
+    async def _show_videos(self, messages: Messages) -> Messages:
+        """The messages with frames in the places of their videos."""
+        sources = video_sources(messages)
+        if not sources:
+            return messages
+        images = len(image_parts(messages))
+        limit = self._settings.max_images
+        if images + len(sources) > limit:
+            raise bad(f"The request has more than {limit} images and videos.")
+        frames = frames_of_each(len(sources), images, limit)
+        loop = asyncio.get_running_loop()
+        shown = [
+            loop.run_in_executor(self._threads, self._show_video, source, f"video {i}", frames)
+            for i, source in enumerate(sources, 1)
+        ]
+        return with_frames(messages, await asyncio.gather(*shown))
+
+    def _show_video(self, source: str, name: str, frames: int) -> list[dict[str, Any]]:
+        try:
+            data, limit = self._bytes(source, name), self._settings.max_image_bytes
+            if len(data) > limit:
+                raise ValueError(f"Cannot read {name}: it has more than {limit:,} bytes.")
+            return show(data, name, frames, self._settings.max_image_pixels)
+        except ImportError:
+            raise bad("This server reads no videos: it needs the extra video.") from None
+        except (ValueError, OSError) as error:
+            raise bad(str(error), code="invalid_video") from None
+
+    async def _read(self, source: str | PILImage, number: int) -> PILImage:
+        if not isinstance(source, str):
+            return source  # a frame of a video
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._threads, self.open, source, f"image {number}")
 

@@ -49,12 +49,21 @@ class ImagePart(Model):
     image_url: ImageUrl | str
 
 
+class VideoUrl(Model):
+    url: str
+
+
+class VideoPart(Model):
+    type: Literal["video_url", "input_video"]
+    video_url: VideoUrl | str
+
+
 class RefusalPart(Model):
     type: Literal["refusal"]
     refusal: str
 
 
-Part = Annotated[TextPart | ImagePart | RefusalPart, Field(discriminator="type")]
+Part = Annotated[TextPart | ImagePart | VideoPart | RefusalPart, Field(discriminator="type")]
 Role = Literal["system", "developer", "user", "assistant", "tool", "function"]
 
 
@@ -197,13 +206,16 @@ def parts_of(role: str, content: str | Sequence[Part] | None) -> list[dict[str, 
     return [_part(role, part) for part in content]
 
 
-def _part(role: str, part: TextPart | ImagePart | RefusalPart) -> dict[str, Any]:
+def _part(role: str, part: TextPart | ImagePart | VideoPart | RefusalPart) -> dict[str, Any]:
     if isinstance(part, TextPart):
         return text_part(part.text)
     if isinstance(part, RefusalPart):
         return text_part(part.refusal)
     if role_of(role) != "user":
         raise bad(f"A message of role {role} can't have images; send them as the user's.")
+    if isinstance(part, VideoPart):
+        url = part.video_url if isinstance(part.video_url, str) else part.video_url.url
+        return {"type": "video", "video": url}
     return image_part(part.image_url if isinstance(part.image_url, str) else part.image_url.url)
 
 

@@ -138,5 +138,5 @@ class Place:
     def url(self, port: int) -> str:
         """What a browser on this machine is given."""
         scheme = "https" if self.certfile else "http"
-        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(self.host, self.host)
-        return f"{scheme}://{f'[{host}]' if ':' in host.strip('[]') else host}:{port}"
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
+        return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"

@@ -42,13 +42,17 @@ class CameraSource(Source):
 
 def open_camera(number: int) -> Any:
     """The container of a camera; OSError with a sentence if it can't be opened."""
-    if sys.platform == "darwin":
-        return _open_on_a_mac(number)
-    if sys.platform == "linux":
-        return _open_on_linux(number)
-    raise OSError(
-        "Cameras are read on macOS and Linux only; elsewhere, give frames on standard input."
-    )
+    open_it = {"darwin": _open_on_a_mac, "linux": _open_on_linux}.get(sys.platform)
+    if open_it is None:
+        raise OSError(
+            "Cameras are read on macOS and Linux only; elsewhere, give frames on standard input."
+        )
+    try:
+        return open_it(number)
+    except ValueError as error:  # this PyAV was built without the system's cameras
+        raise OSError(
+            f"Camera {number} can't be opened: {reason(error)}; pip install --upgrade av."
+        ) from None
 
 
 def _open_on_linux(number: int) -> Any:
