@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 from models import Nano
-from serving import Puppet, Served, chat, parts, says, serving
+from serving import Puppet, Served, chat, events, parts, piece, says, serving
 
 pytestmark = [pytest.mark.needs("fastapi"), pytest.mark.needs("uvicorn")]
 PATH = "/v1/chat/completions"
@@ -386,9 +386,14 @@ def test_a_fault_of_the_server_is_told_without_contents(
     puppet.refuse = RuntimeError(SECRET)
     reply = plain.post(PATH, chat(SECRET))
     assert (reply.status_code, reply.json()["error"]["type"]) == (500, "server_error")
-    (line,) = written(log)
-    assert line["level"] == "error" and "RuntimeError at serving.py" in line["error"]
-    assert SECRET not in reply.text and SECRET not in json.dumps(line)
+    failure, request = written(log)
+    assert failure["level"] == request["level"] == "error"
+    assert "RuntimeError at serving.py" in failure["error"]
+    assert SECRET not in reply.text and SECRET not in json.dumps(written(log))
+    puppet.refuse, puppet.script = None, [piece("Six"), RuntimeError(SECRET)]
+    *_, last = events(plain.lines(PATH, chat(SECRET, stream=True)))
+    assert last["error"]["type"] == "server_error"
+    assert SECRET not in json.dumps(written(log))
 
 
 def test_the_page_has_a_strict_policy_and_no_file_beside_it_is_served(
