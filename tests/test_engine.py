@@ -467,6 +467,18 @@ def test_closing_lets_what_runs_end_and_takes_nothing_more(nano: Nano) -> None:
     with_engine(nano, use, max_batch=1)
 
 
+def test_an_engine_that_was_never_started_leaves_nobody_waiting(nano: Nano) -> None:
+    async def use() -> None:
+        engine = Engine(*nano, name="nano")
+        ticket = engine.submit(request("Hello!"))
+        assert not engine.alive and not engine.ready
+        await engine.close(5)
+        with pytest.raises(EngineDied, match="shutting down"):
+            await text_of(ticket)
+
+    asyncio.run(asyncio.wait_for(use(), 3))
+
+
 def test_closing_ends_what_takes_longer_than_the_grace(nano: Nano) -> None:
     async def use(engine: Engine) -> None:
         ticket = engine.submit(request("Hi", **LONG))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from io import BytesIO
@@ -232,6 +233,26 @@ def test_the_budget_holds_on_every_path(nano: Nano, max_bytes: int) -> None:
     with_engine(nano, use, cache=cache, max_batch=2)
     assert most <= max_bytes and cache.nbytes == counted(cache)
     assert (most > 0) == (max_bytes > 300)
+
+
+def test_what_is_kept_holds_no_other_memory(nano: Nano) -> None:
+    """Eight pictures are encoded together, and only one of them is kept."""
+    cache = RequestCache(nano[0], max_bytes=20_000)
+
+    def ask_about(pictures: range) -> None:
+        batch = Batch(*nano, cache=cache)
+        for n in pictures:
+            batch.insert("Hi", Image.new("RGB", (256, 256), (n, 2 * n, 9)), max_tokens=1)
+        while batch:
+            batch.step()
+
+    ask_about(range(8))
+    gc.collect()
+    cache.clear()
+    before = mx.get_active_memory()
+    ask_about(range(8, 16))
+    gc.collect()
+    assert 16_000 < cache.nbytes <= mx.get_active_memory() - before < 30_000
 
 
 def counted(cache: fv.PromptCache) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 from models import Nano
-from serving import Puppet, Served, chat, parts, says, serving
+from serving import Puppet, Served, chat, events, parts, piece, says, serving, wait_until
 
 pytestmark = [pytest.mark.needs("fastapi"), pytest.mark.needs("uvicorn")]
 PATH = "/v1/chat/completions"
@@ -320,12 +320,16 @@ def log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
     return caplog
 
 
-def written(log: pytest.LogCaptureFixture) -> list[dict[str, Any]]:
+def written(log: pytest.LogCaptureFixture, count: int = 1) -> list[dict[str, Any]]:
+    """The lines of the log, once there are so many: a reply is sent before its line is written."""
     from fastvlm_mlx.serve.logs import JsonLines
 
-    return [
-        json.loads(JsonLines().format(record)) for record in log.records if "serve" in record.name
-    ]
+    def lines() -> list[dict[str, Any]]:
+        found = [record for record in log.records if "serve" in record.name]
+        return [json.loads(JsonLines().format(record)) for record in found]
+
+    wait_until(lambda: len(lines()) >= count)
+    return lines()
 
 
 def test_a_log_has_numbers_and_no_contents(
@@ -347,7 +351,7 @@ def test_a_log_has_prompts_and_answers_where_it_is_asked_for(
     with serving(puppet, log_prompts=True) as server:
         server.post(PATH, chat(parts(text=SECRET)))
         server.lines(PATH, chat(parts(text=SECRET), stream=True))
-    for line in written(log):
+    for line in written(log, 2):
         assert line["prompt"] == [{"role": "user", "text": SECRET}]
         assert line["answers"] == ["Six penguins."]
 
@@ -386,9 +390,14 @@ def test_a_fault_of_the_server_is_told_without_contents(
     puppet.refuse = RuntimeError(SECRET)
     reply = plain.post(PATH, chat(SECRET))
     assert (reply.status_code, reply.json()["error"]["type"]) == (500, "server_error")
-    (line,) = written(log)
-    assert line["level"] == "error" and "RuntimeError at serving.py" in line["error"]
-    assert SECRET not in reply.text and SECRET not in json.dumps(line)
+    failure, request = written(log, 2)
+    assert failure["level"] == request["level"] == "error"
+    assert "RuntimeError at serving.py" in failure["error"]
+    assert SECRET not in reply.text and SECRET not in json.dumps(written(log))
+    puppet.refuse, puppet.script = None, [piece("Six"), RuntimeError(SECRET)]
+    *_, last = events(plain.lines(PATH, chat(SECRET, stream=True)))
+    assert last["error"]["type"] == "server_error"
+    assert SECRET not in json.dumps(written(log, 4))
 
 
 def test_the_page_has_a_strict_policy_and_no_file_beside_it_is_served(

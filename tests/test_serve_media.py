@@ -33,7 +33,8 @@ from fastvlm_mlx.image.addresses import NotPublicError, is_public, public_addres
 
 pytestmark = [pytest.mark.needs("fastapi"), pytest.mark.needs("uvicorn")]
 PATH = "/v1/chat/completions"
-PIXELS = Image.open(PENGUINS).width * Image.open(PENGUINS).height
+with Image.open(PENGUINS) as _penguins:
+    PIXELS = _penguins.width * _penguins.height
 
 
 def media(pin: Any = None, **settings: Any) -> Any:

@@ -119,7 +119,9 @@ class PromptCache:
             return image.tokens
 
     def store_image(self, key: bytes, tokens: mx.array) -> None:
-        """Remember the visual tokens of an image, which are computed."""
+        """Remember the visual tokens of an image."""
+        tokens = tokens * 1  # a copy: what was encoded together lies in one buffer
+        mx.eval(tokens)
         with self._lock:
             if key not in self._images and tokens.nbytes <= self.max_bytes:
                 self._images[key] = image = KnownImage(key, tokens)

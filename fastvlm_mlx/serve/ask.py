@@ -15,9 +15,10 @@ from ..generation.options import Options
 from ..generation.response import Response
 from ..hub import registry
 from .engine import Engine
-from .errors import ApiError, bad, too_long
+from .errors import ApiError, bad, failed, too_long
 from .facts import facts_of
 from .fields import FIRST_SEED
+from .logs import log_failure
 from .media import Media, image_parts
 from .metrics import Metrics
 from .penalties import Penalties
@@ -173,7 +174,7 @@ class Service:
         return tickets, tokens
 
     def explained(self, error: BaseException) -> ApiError:
-        """What stopped an answer, as clients are told; other errors are raised again."""
+        """What stopped an answer, as clients are told; what is no fault of theirs is logged."""
         if isinstance(error, ApiError):
             return error
         if isinstance(error, QueueFull):
@@ -188,7 +189,8 @@ class Service:
             return too_long(error.tokens, error.limit - 1, error.limit)
         if isinstance(error, (RequestError, ValueError)):
             return bad(str(error))
-        raise error
+        log_failure(error)
+        return failed()
 
     async def pieces(
         self, tickets: Sequence[Ticket]

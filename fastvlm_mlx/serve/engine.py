@@ -191,6 +191,7 @@ class Engine:
         self._wake.set()
         if self._thread.is_alive():
             await asyncio.to_thread(self._thread.join)
+        self._tell_everyone()  # it may never have been started
 
     def _death(self) -> EngineDied:
         if self.error is None:
@@ -214,17 +215,17 @@ class Engine:
         except BaseException as error:
             self.error = error
         finally:
-            self._end()
+            self._tell_everyone()
+            mx.clear_streams()  # see docs/threads.md
 
-    def _end(self) -> None:
-        """Tell everyone who still waits."""
+    def _tell_everyone(self) -> None:
+        """End all tickets: nobody will answer."""
         self.ready = False
         with self._lock:
             self._ended = True
             waiting = list(self._tickets)
             self._tickets.clear()
         self._deliver((ticket, self._death()) for ticket in waiting)
-        mx.clear_streams()  # see docs/threads.md
 
     def _warm_up(self) -> None:
         """Answer a first question, so that kernels are compiled and libraries imported."""

@@ -65,6 +65,11 @@ def too_long(tokens: int | str, limit: int, context: int) -> ApiError:
     )
 
 
+def failed() -> ApiError:
+    """What is the server's own fault; what exactly, only its log says."""
+    return ApiError(500, "The server failed at this request.")
+
+
 def envelope(path: str, error: ApiError, request_id: str) -> dict[str, Any]:
     """An error as the interface at this path writes it."""
     if path.startswith("/v1/messages"):

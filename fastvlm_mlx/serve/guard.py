@@ -13,8 +13,8 @@ from uuid import uuid4
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .errors import ApiError, envelope
-from .logs import log_request, where
+from .errors import ApiError, envelope, failed
+from .logs import log_failure, log_request
 from .settings import Settings
 
 READING = ("GET", "HEAD", "OPTIONS")
@@ -54,8 +54,8 @@ class Guard:
         except ApiError as error:
             await exchange.refuse(error)
         except Exception as error:  # whose text may hold what was asked, so it is not shown
-            exchange.notes["error"] = f"{type(error).__name__} at {where(error)}"
-            await exchange.refuse(ApiError(500, "The server failed at this request."))
+            log_failure(error)
+            await exchange.refuse(failed())
         finally:
             seconds = time.perf_counter() - exchange.start
             self._on_done(scope["path"], exchange.status, seconds)

@@ -53,11 +53,10 @@ def log_request(scope: Scope, status: int, seconds: float, notes: Mapping[str, A
     logger.log(level, "request", extra={"fields": fields})
 
 
-def log_failure(error: BaseException) -> str:
-    """Log what failed by its kind and place, since its text may hold contents; returns both."""
+def log_failure(error: BaseException) -> None:
+    """Log what failed by its kind and place, since its text may hold contents."""
     said = f"{type(error).__name__} at {where(error)}"
     logger.error("failure", extra={"fields": {"error": said}})
-    return said
 
 
 def where(error: BaseException) -> str:
