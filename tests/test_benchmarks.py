@@ -37,6 +37,7 @@ from benchmarks import (  # noqa: E402
 )
 from benchmarks.worker import EAGER, OURS, PEER  # noqa: E402
 from fastvlm_mlx.bench.machine import OWN_CHOICE  # noqa: E402
+from fastvlm_mlx.hub.resolve import NANO  # noqa: E402
 
 MACHINE = {"cpu": "A CPU", "cores": 8, "system": "Linux", "preloaded": "", "gpus": []}
 
@@ -438,10 +439,10 @@ def test_noise_is_the_same_everywhere() -> None:
     assert np.array_equal(image, worker.noise_image(64))
 
 
-def test_this_side_captions_files(nano_folders: Path, tmp_path: Path) -> None:
+def test_this_side_captions_files(tmp_path: Path) -> None:
     files = caption.make_pictures(tmp_path / "pictures", 6, 64)
     assert len({file.read_bytes() for file in files}) == 6  # no two alike, so none is saved
-    side = peers.Worker(OURS, sys.executable, nano_folders / "mlx", "float32")
+    side = peers.Worker(OURS, sys.executable, NANO, "float32")
     asked = {"images": list(map(str, files)), "prompt": "Describe the image.", "max_tokens": 3}
     found = side.ask("caption", **asked)
     side.close()

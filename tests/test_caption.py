@@ -255,6 +255,25 @@ def test_several_rows_may_ask_about_one_image(nano, tmp_path, encoded, kind):
         assert row["caption"] == (text if kind == ".tar" else f"{text} {text}")
 
 
+@pytest.mark.parametrize("prompt", [7, ["a"], {"a": 1}, True])
+def test_a_prompt_that_is_no_text_fails_for_its_image(nano, tmp_path, prompt):
+    pictures(tmp_path, "a.png")
+    (tmp_path / "in.jsonl").write_text(json.dumps({"image": "a.png", "prompt": prompt}))
+    summary = run(nano, tmp_path / "in.jsonl", tmp_path / "c.jsonl")
+    assert "prompt is no text" in summary.failed[0][1]
+
+
+def test_a_broken_manifest_is_said_and_not_needed(nano, tmp_path):
+    folder, out = pictures(tmp_path / "p", "a.png"), tmp_path / "c.jsonl"
+    run(nano, folder, out)
+    before, manifest = out.read_bytes(), tmp_path / "c.jsonl.manifest"
+    manifest.write_bytes(b"no database" * 100)
+    with pytest.raises(OSError, match=r"c.jsonl.manifest' can't be used .*remove it"):
+        run(nano, folder, out)
+    manifest.unlink()
+    assert run(nano, folder, out).kept == 1 and out.read_bytes() == before
+
+
 def test_a_prompt_that_does_not_fit_fails_for_its_image(nano, tmp_path):
     folder = pictures(tmp_path / "p", "a.png")
     summary = run(nano, folder, tmp_path / "c.jsonl", prompts=["<image> and <image>"])

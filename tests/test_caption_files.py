@@ -320,6 +320,7 @@ def test_an_image_that_is_no_file_has_no_sidecar(nano, tmp_path):
     tar = write_tar(tmp_path / "in.tar", {"1.png": png(1)})
     summary = run(nano, tar, ".txt")
     assert "no file of its own" in summary.failed[0][1]
+    assert (tmp_path / ".fastvlm-captions.txt.manifest").exists()
 
 
 def test_several_columns_do_not_go_into_a_sidecar(nano, tmp_path):

@@ -50,7 +50,7 @@ class Item:
         if not (prompt := self.row.get(PROMPT)):
             return [self.key]
         with suppress(ValueError):  # which is found again when it is asked
-            prompt = fill(prompt, self)
+            prompt = fill(str(prompt), self)
         return [f"{self.key}\n{prompt}", f"{self.key}\n"]
 
     @property

@@ -93,11 +93,15 @@ class Job:
         """What to ask of an image, for each of `fields`; `seed` is that of the draw of prompts.
 
         Raises:
-            ValueError: a prompt has a `{place}` for what the image doesn't have.
+            ValueError: a prompt has a `{place}` for what the image doesn't have, or that of its
+                row is no text.
         """
         asked = list(self.questions.values())
         if self.prompts:
-            asked.insert(0, item.row.get(PROMPT) or self._draw(item, seed))
+            own = item.row.get(PROMPT) or self._draw(item, seed)
+            if not isinstance(own, str):
+                raise ValueError(f"its row's prompt is no text, but {shown(own)}")
+            asked.insert(0, own)
         return [fill(prompt, item) for prompt in asked]
 
     def _draw(self, item: Item, seed: int) -> str:

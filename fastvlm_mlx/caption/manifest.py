@@ -118,6 +118,11 @@ class Manifest:
         found = self._execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()
         return found[0] if found else None
 
+    def failed(self) -> set[str]:
+        """The images that have failed."""
+        found = self._execute("SELECT key FROM images WHERE state = ?", (FAILED,))
+        return {key for (key,) in found}
+
     def is_empty(self) -> bool:
         """Whether nothing is known of any image."""
         return self._execute("SELECT 1 FROM images LIMIT 1").fetchone() is None

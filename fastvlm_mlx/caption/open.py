@@ -62,12 +62,13 @@ def manifest_of(out: str, sources: Sequence[Source]) -> Path:
     """Where the manifest stands unless another place is asked for: beside what is written."""
     if not is_with_images(out):
         return Path(out).with_name(f"{Path(out).name}.manifest")
-    first = next((item.path for source in sources for item in source.items() if item.path), None)
-    folder = first.parent if first else Path()
-    roots = [Path(source.name) for source in sources if Path(source.name).is_dir()]
-    return (
-        roots[0] if roots else folder
-    ) / f".fastvlm-captions{out if out != INSIDE else ''}.manifest"
+    name = f".fastvlm-captions{out if out != INSIDE else ''}.manifest"
+    folder = next((s.name for s in sources if Path(s.name).is_dir()), None)
+    if folder is not None:
+        return Path(folder, name)
+    files = (item.path for source in sources for item in source.items())
+    file = next(filter(None, files), None) or next((s.file for s in sources if s.file), Path())
+    return file.with_name(name) if file.name else Path(name)
 
 
 def open_output(

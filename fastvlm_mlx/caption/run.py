@@ -173,6 +173,7 @@ class _Run:
         try:  # the first process mends what the last run left, before others read it
             self.manifest = Manifest(manifest, shared=self.share.size > 1)
             stack.callback(self.manifest.close)
+            self._failed = self.manifest.failed()  # before another process of this run adds some
             if first:
                 self.output = open_output(self.out, self.job, self.manifest, shard_size=shard_size)
                 self._note_size()
@@ -233,7 +234,9 @@ class _Run:
         """What is to be done about an image; None for nothing."""
         entry = self.manifest.entry(item.ids[0])
         ours = entry if entry and (entry.recipe, entry.stamp) == self._mark(item) else None
-        failed = entry is not None and entry.state == FAILED
+        failed = item.ids[0] in self._failed
+        if entry is not None and entry.state == FAILED and not failed:
+            entry = ours = None  # it has failed in this run: its turn to be listed comes
         again = failed and self.job.retry_errors
         existing = None if failed and ours and not again else self.output.existing(item)
         if failed and not again and (ours or existing):
