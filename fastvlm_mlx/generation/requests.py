@@ -99,15 +99,20 @@ class PendingRequest:
         """
         self.reading = time.perf_counter()
         options = self.options
-        self.constraint = make_constraint(processor, model.config.text.vocab_size, options)
+        self.prepare(model, processor)
         found = preprocess_images(processor, self.images, options.image_size, fast=options.fast)
         self.pictures = list(zip(*found, strict=True))
         self.images = []  # they may be large
         self.visual_tokens = [None] * len(self.pictures)
         self.keys = [image_key(*picture) for picture in self.pictures] if with_keys else []
-        self.process = make_logits_processor(options)
         self.preprocessed = time.perf_counter()
         return self
+
+    def prepare(self, model: FastVLM, processor: Processor) -> None:
+        """Make what chooses among tokens, from the options."""
+        vocab_size = model.config.text.vocab_size
+        self.constraint = make_constraint(processor, vocab_size, self.options)
+        self.process = make_logits_processor(self.options)
 
     def tokenize(self, model: FastVLM, processor: Processor) -> None:
         """Find `input_ids`, now that the images are read; errors as `inputs.tokenize`."""
