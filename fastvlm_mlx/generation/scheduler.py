@@ -18,7 +18,6 @@ import weakref
 from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack
-from itertools import takewhile
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
@@ -27,14 +26,13 @@ import mlx.core as mx
 from ..checks import check_whole_number
 from ..model.batch_kv_cache import BatchKVCache
 from ..model.fastvlm import FastVLM
-from ..model.kv_cache import KVCache
 from ..ops import check_process, on_cpu, wired_memory
 from ..processor import Processor
 from ..text.messages import Messages, collect_images
 from .constrain import constrain_logits
 from .decode import check_finite, hidden_states_at
 from .inputs import ImageSources, list_images
-from .prefix import Prefix, common_prefix
+from .prefix import Prefix
 from .prompt_cache import PromptCache
 from .requests import (
     Chosen,
@@ -45,6 +43,7 @@ from .requests import (
     encode_together,
     next_images,
     present,
+    read_alike,
     sample_rows,
     take_group,
 )
@@ -316,8 +315,13 @@ class Batch:
         padded = [ids + [0] * (max(lengths) - len(ids)) for ids in sequences]
         rows = [Row(request, self.processor) for request in requests]
         step = min(row.options.prefill_step_size for row in rows)
-        caches = self._start_caches(sequences, requests[0].prefix, step)
-        known = caches[0].offset
+        caches = self.model.make_kv_cache()
+        prefix, known = requests[0].prefix, len(requests[0].prefix.ids)
+        if not known:
+            prefix, known = read_alike(self.model, sequences, self._prefix, step)
+            self._prefix = prefix
+        if known:
+            prefix.fill(caches, known, len(sequences))
         embeddings = self.model.embed_inputs(
             mx.array(padded),
             visual_tokens=[t for r in requests for t in present(r.visual_tokens)],
@@ -334,29 +338,6 @@ class Batch:
         if self.cache is not None:
             for i, request in enumerate(requests):
                 self.cache.store(request.tagged, caches, row=i)
-
-    def _start_caches(self, sequences: list[list[int]], prefix: Prefix, step: int) -> list[KVCache]:
-        """KV caches that hold what is known of all sequences.
-
-        If that is nothing, it is their common beginning, often the system prompt, which is computed
-        once and kept for later sequences.
-        """
-        if prefix.ids:
-            caches = self.model.make_kv_cache()
-            prefix.fill(caches, len(prefix.ids), len(sequences))
-            return caches
-        text = list(takewhile(lambda i: i >= 0, sequences[0][:-1]))
-        alike = min(common_prefix(text, ids[:-1]) for ids in sequences)
-        known = self._prefix.shared(text[:alike])
-        if alike < (alike - known) * (len(sequences) - 1):
-            known, cache = alike, self.model.make_kv_cache()
-            embeddings = self.model.embed_inputs(mx.array([text[:alike]]))
-            hidden_states_at(self.model, [alike - 1], embeddings, cache, step)
-            self._prefix = Prefix.of(text[:alike], cache)
-        caches = self.model.make_kv_cache()
-        if known:
-            self._prefix.fill(caches, known, len(sequences))
-        return caches
 
     def _decode(self) -> mx.array:
         """The next logits of each row, [B, vocab_size]."""
