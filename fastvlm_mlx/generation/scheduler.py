@@ -226,17 +226,14 @@ class Batch:
         ]
 
     def _read_ahead(self) -> None:
+        tell = self.when_read
         while self._waiting and len(self._reading) < READ_AHEAD * self.encode_batch:
             request = self._waiting.popleft()
             asked = self.model, self.processor, self.cache is not None
             future = self._threads.submit(request.read, *asked)
             self._reading.append((request, future))
-            if self.when_read is not None:
-                future.add_done_callback(self._tell)
-
-    def _tell(self, _: Any) -> None:
-        if self.when_read is not None:
-            self.when_read()
+            if tell is not None:
+                future.add_done_callback(lambda _: tell())
 
     def _let_in(self) -> None:
         """Prefill what is encoded, as far as there is room; encode first if nothing is."""
