@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import takewhile
 
 import mlx.core as mx
 
-from ..model.fastvlm import FastVLM
 from ..model.kv_cache import KVCache
-from .decode import hidden_states_at
 
 
 @dataclass(eq=False)
@@ -110,36 +107,6 @@ class PrefixTree:
         """Forget a node that has none below it."""
         assert node.parent is not None and not node.children
         del node.parent.children[node.ids[0]]
-
-
-def start_caches(
-    model: FastVLM, sequences: Sequence[Sequence[int]], known: Prefix, shared: Prefix, step: int
-) -> tuple[list[KVCache], Prefix]:
-    """KV caches that hold what is known of all sequences, and what later ones may share.
-
-    Args:
-        model: from `load`.
-        sequences: token ids of each.
-        known: the beginning of all of them, or an empty one. If that is nothing, it is their common
-            beginning, often the system prompt, which is computed once.
-        shared: what earlier sequences had in common.
-        step: tokens to process at a time.
-    """
-    caches = model.make_kv_cache()
-    n = len(known.ids)
-    if not n:
-        text = list(takewhile(lambda i: i >= 0, sequences[0][:-1]))
-        alike = min(common_prefix(text, ids[:-1]) for ids in sequences)
-        n = shared.shared(text[:alike])
-        if alike < (alike - n) * (len(sequences) - 1):
-            n, cache = alike, model.make_kv_cache()
-            embeddings = model.embed_inputs(mx.array([text[:alike]]))
-            hidden_states_at(model, [alike - 1], embeddings, cache, step)
-            shared = Prefix.of(text[:alike], cache)
-        known = shared
-    if n:
-        known.fill(caches, n, len(sequences))
-    return caches, shared
 
 
 def _split(node: Node, n: int) -> Node:

@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, takewhile
 from typing import Any, TypeAlias
 
 import mlx.core as mx
@@ -16,9 +16,10 @@ from ..model.fastvlm import FastVLM
 from ..processor import Processor
 from ..text.messages import Messages
 from .constrain import Constraint, make_constraint
+from .decode import hidden_states_at
 from .inputs import answer_limit, preprocess_images, tokenize
 from .options import CACHE_KINDS, DRAFTS, LogitsProcessor, Options, refuse
-from .prefix import Prefix
+from .prefix import Prefix, common_prefix
 from .prompt_cache import PromptCache, image_key
 from .response import Response, stream_responses
 from .sampling import (
@@ -99,15 +100,20 @@ class PendingRequest:
         """
         self.reading = time.perf_counter()
         options = self.options
-        self.constraint = make_constraint(processor, model.config.text.vocab_size, options)
+        self.prepare(model, processor)
         found = preprocess_images(processor, self.images, options.image_size, fast=options.fast)
         self.pictures = list(zip(*found, strict=True))
         self.images = []  # they may be large
         self.visual_tokens = [None] * len(self.pictures)
         self.keys = [image_key(*picture) for picture in self.pictures] if with_keys else []
-        self.process = make_logits_processor(options)
         self.preprocessed = time.perf_counter()
         return self
+
+    def prepare(self, model: FastVLM, processor: Processor) -> None:
+        """Make what chooses among tokens, from the options."""
+        vocab_size = model.config.text.vocab_size
+        self.constraint = make_constraint(processor, vocab_size, self.options)
+        self.process = make_logits_processor(self.options)
 
     def tokenize(self, model: FastVLM, processor: Processor) -> None:
         """Find `input_ids`, now that the images are read; errors as `inputs.tokenize`."""
@@ -182,6 +188,24 @@ def take_group(
             group.setdefault(first_image, request)
     taken = list(group.values())
     return taken, [request for request in requests if request not in taken]
+
+
+def read_alike(
+    model: FastVLM, sequences: list[list[int]], held: Prefix, step: int
+) -> tuple[Prefix, int]:
+    """What all sequences begin with, often the system prompt, and how much of it is theirs.
+
+    It is computed once if that is less work, and otherwise what is `held` from earlier ones.
+    """
+    text = list(takewhile(lambda i: i >= 0, sequences[0][:-1]))
+    alike = min(common_prefix(text, ids[:-1]) for ids in sequences)
+    known = held.shared(text[:alike])
+    if alike >= (alike - known) * (len(sequences) - 1):
+        return held, known
+    cache = model.make_kv_cache()
+    embeddings = model.embed_inputs(mx.array([text[:alike]]))
+    hidden_states_at(model, [alike - 1], embeddings, cache, step)
+    return Prefix.of(text[:alike], cache), alike
 
 
 class Row:

@@ -33,7 +33,7 @@ from .constrain import constrain_logits
 from .decode import check_finite, hidden_states_at
 from .inputs import ImageSources, list_images
 from .options import Options
-from .prefix import Prefix, start_caches
+from .prefix import Prefix
 from .prompt_cache import PromptCache
 from .requests import (
     Chosen,
@@ -44,6 +44,7 @@ from .requests import (
     encode_together,
     next_images,
     present,
+    read_alike,
     sample_rows,
     take_group,
 )
@@ -251,17 +252,14 @@ class Batch:
         ]
 
     def _read_ahead(self) -> None:
+        tell = self.when_read
         while self._waiting and len(self._reading) < READ_AHEAD * self.encode_batch:
             request = self._waiting.popleft()
             asked = self.model, self.processor, self.cache is not None
             future = self._threads.submit(request.read, *asked)
             self._reading.append((request, future))
-            if self.when_read is not None:
-                future.add_done_callback(self._tell)
-
-    def _tell(self, _: Any) -> None:
-        if self.when_read is not None:
-            self.when_read()
+            if tell is not None:
+                future.add_done_callback(lambda _: tell())
 
     def _let_in(self) -> None:
         """Prefill what is encoded, as far as there is room; encode first if nothing is."""
@@ -340,10 +338,13 @@ class Batch:
         padded = [ids + [0] * (max(lengths) - len(ids)) for ids in sequences]
         rows = [Row(request, self.processor) for request in requests]
         step = min(row.options.prefill_step_size for row in rows)
-        caches, self._prefix = start_caches(
-            self.model, sequences, requests[0].prefix, self._prefix, step
-        )
-        known = caches[0].offset
+        caches = self.model.make_kv_cache()
+        prefix, known = requests[0].prefix, len(requests[0].prefix.ids)
+        if not known:
+            prefix, known = read_alike(self.model, sequences, self._prefix, step)
+            self._prefix = prefix
+        if known:
+            prefix.fill(caches, known, len(sequences))
         embeddings = self.model.embed_inputs(
             mx.array(padded),
             visual_tokens=[t for r in requests for t in present(r.visual_tokens)],
