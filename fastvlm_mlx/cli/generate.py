@@ -12,6 +12,7 @@ import typer
 from ..checkpoint.load import load
 from ..checks import reason
 from ..evaluate.questions import DEFAULT_QUESTION
+from ..generation.constrain import IncompleteAnswer, is_constrained
 from ..generation.generate import stream_generate
 from ..generation.options import Options
 from ..hub.resolve import NANO
@@ -77,6 +78,8 @@ def generate(
         typer.echo(json.dumps(result, ensure_ascii=False))
     elif verbose:
         print_timings(last)
+    if last.finish_reason == "length" and is_constrained(chosen):
+        raise IncompleteAnswer(text, last.generation_tokens)
 
 
 def _question(prompt: str | None, messages: Path | None) -> Messages:
