@@ -39,9 +39,9 @@ setup(
         # Reads HEIC photos on Linux too.
         "heic": ["pillow-heif"],
         # `fastvlm serve`: the HTTP interfaces, their metrics, and answers that follow a schema.
-        "serve": ["fastapi", "uvicorn", "prometheus-client", "llguidance"],
+        "serve": ["fastapi", "uvicorn", "prometheus-client", "llguidance>=1.8"],
         # Answers that follow a schema, a regular expression or a list of choices.
-        "schema": ["llguidance"],
+        "schema": ["llguidance>=1.8"],
         # Reads video files, cameras and streams; and the screen.
         "video": ["av", "mss"],
         # Reads and writes tables of captions in Parquet.

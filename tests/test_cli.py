@@ -913,7 +913,7 @@ def test_help_names_and_explains_every_option(name: str, run: Run) -> None:
 
 def test_flags_are_the_python_names() -> None:
     flags = {option for p in COMMANDS["generate"].params for option in p.opts}
-    python_only = {"logits_processor", "prompt_cache"}
+    python_only = {"logits_processor", "prompt_cache", "logprobs"}
     names = [field.name for field in fields(Options)]
     names += [
         name

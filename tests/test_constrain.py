@@ -1,6 +1,7 @@
 """Answers that follow a JSON schema, a regular expression or a list of choices."""
 
 import json
+import random
 import re
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from models import PANDA, PENGUINS, Nano
 from schemas import SCHEMAS, object_of
 
 import fastvlm_mlx as fv
+from fastvlm_mlx.generation import constrain
 from fastvlm_mlx.generation.batch import BatchError, stream_batch
 from fastvlm_mlx.generation.constrain import (
     IncompleteAnswer,
@@ -388,12 +390,18 @@ def test_answers_are_among_the_choices(nano: Nano) -> None:
         ({"schema": {}, "choices": ["a"]}, "Give schema or choices, not both"),
         ({"schema": {}, "regex": "a"}, "Give schema or regex, not both"),
         ({"schema": {}, "stop": ["a"]}, "Give schema or stop, not both"),
+        ({"choices": ["a"], "stop": "a"}, "Give choices or stop, not both"),
         ({"regex": "a", "num_beams": 2}, "regex does not go with beam search"),
     ],
 )
 def test_options_that_make_no_constraint(options: Any, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         Options(**options)
+
+
+def test_no_stop_texts_are_no_matter() -> None:
+    for nothing in ((), []):
+        assert Options(choices=["a"], stop=nothing).choices == ("a",)
 
 
 def test_a_missing_file(tmp_path: Path) -> None:
@@ -610,14 +618,34 @@ def test_threads_share_a_grammar(nano: Nano) -> None:
     assert list(texts.values()) == [COUNTED] * len(streams)
 
 
+def test_a_grammar_that_became_too_complex_is_compiled_again(
+    nano: Nano, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, processor = nano
+    letters = [processor.tokenizer.encode(letter)[0] for letter in "ab"]
+    monkeypatch.setattr(constrain, "LEXER_STATES", 300)
+    grown = []
+    for seed in range(3):  # each would fail at once if it went on with the states of the last
+        constraint = make_constraint(
+            processor, model.config.text.vocab_size, Options(regex="[ab]*a[ab]{12}!")
+        )
+        assert constraint is not None
+        chance = random.Random(seed)
+        with pytest.raises(ValueError, match="became too complex within the answer"):
+            for count in range(1000):
+                grown.append(count)
+                constraint.accept(chance.choice(letters))
+    assert len(grown) > 3 * 100 and grown.count(100) == 3
+
+
 # Masks
 
 
 @pytest.mark.parametrize("vocab_size", [64, 100, 768])
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
 def test_a_mask_rules_out_and_changes_nothing_else(vocab_size: int, dtype: mx.Dtype) -> None:
-    random = np.random.default_rng(0)
-    masks = random.integers(-(2**31), 2**31, (3, -(-vocab_size // 32))).astype(np.int32)
+    numbers = np.random.default_rng(0)
+    masks = numbers.integers(-(2**31), 2**31, (3, -(-vocab_size // 32))).astype(np.int32)
     logits = mx.random.normal((3, vocab_size), key=mx.random.key(0)).astype(dtype)
     masked = mask_logits(logits, masks)
     assert masked.dtype == dtype
@@ -698,7 +726,8 @@ def test_the_command(run: Run, nano: Nano, tmp_path: Path) -> None:
     chosen = fv.generate(*nano, ASK, PENGUINS, choices=["five", "six"])
     assert run(*asked, "--choice", "five", "--choice", "six").out == f"{chosen}\n"
     cut = run(*asked, "--schema", schema, "--max-tokens", "3", "--json")
-    assert json.loads(cut.out)["finish_reason"] == "length"
+    assert json.loads(cut.out)["finish_reason"] == "length" and cut.code == 2
+    assert "Error: The answer was cut off after 3 tokens, before it was complete;" in cut.err
     for flags, said in (
         (("--schema", tmp_path / "none.json"), "There is no file"),
         (("--schema", '{"not": {}}'), "The schema's 'not' is not supported"),

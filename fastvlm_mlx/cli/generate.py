@@ -13,6 +13,7 @@ import typer
 from ..checkpoint.load import load
 from ..checks import reason
 from ..evaluate.questions import DEFAULT_QUESTION
+from ..generation.constrain import IncompleteAnswer, is_constrained
 from ..generation.generate import stream_generate
 from ..generation.options import Options
 from ..generation.video import FRAMES
@@ -88,6 +89,8 @@ def generate(
         typer.echo(json.dumps(result, ensure_ascii=False))
     elif verbose:
         print_timings(last)
+    if last.finish_reason == "length" and is_constrained(chosen):
+        raise IncompleteAnswer(text, last.generation_tokens)
 
 
 def _question(prompt: str | None, messages: Path | None) -> Messages:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
 BITS = 32  # tokens in a word of the mask
-GRAMMARS_KEPT = 64
+GRAMMARS_KEPT = 32
+LEXER_STATES = 100_000  # of about 2 kB each, that a grammar may have
 # JSON on one line: a model that could put blanks anywhere might go on with them for ever.
 # An escape such as \u0061 would spell the name of a property past what is asked of it.
 FORM = {
@@ -61,10 +62,19 @@ class Constraint:
         matcher: at the start of the answer.
         ends: the ids that end an answer.
         vocab_size: of the logits.
+        forget: called if the grammar became too complex. Its copies share what they learn, and so
+            the limit: it must be compiled again.
     """
 
-    def __init__(self, matcher: LLMatcher, ends: set[int], vocab_size: int):
+    def __init__(
+        self,
+        matcher: LLMatcher,
+        ends: set[int],
+        vocab_size: int,
+        forget: Callable[[], object] = lambda: None,
+    ):
         self._matcher = matcher
+        self._forget = forget
         self._ends = ends
         self._ended = False
         self._mask = all_allowed(1, vocab_size)
@@ -123,6 +133,7 @@ class Constraint:
 
         fill_next_token_bitmask(self._matcher, masks, row)
         if self._matcher.is_error():
+            self._forget()
             raise ValueError(
                 "The schema or regex became too complex within the answer "
                 f"({said_by(self._matcher)})."
@@ -155,7 +166,8 @@ class Grammars:
             self._compiled.move_to_end(grammar)
             if len(self._compiled) > GRAMMARS_KEPT:
                 self._compiled.popitem(last=False)
-            return Constraint(matcher.deep_copy(), self._ends, self._vocab_size)
+        forget = partial(self._compiled.pop, grammar, None)
+        return Constraint(matcher.deep_copy(), self._ends, self._vocab_size, forget)
 
 
 _grammars: WeakKeyDictionary[Tokenizer, dict[int, Grammars]] = WeakKeyDictionary()
@@ -233,9 +245,8 @@ def compile_grammar(tokenizer: LLTokenizer, grammar: str, name: str) -> LLMatche
     """A matcher at the grammar's start; ValueError with the reason if it can't be used."""
     from llguidance import LLMatcher, LLParserLimits
 
-    matcher = LLMatcher(
-        tokenizer, grammar, log_level=0, limits=LLParserLimits(verbose_errors=False)
-    )
+    limits = LLParserLimits(max_lexer_states=LEXER_STATES, verbose_errors=False)
+    matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=limits)
     started = matcher.deep_copy()
     started.compute_bitmask()
     if started.get_error().startswith("NoExtension"):
@@ -281,8 +292,9 @@ def mask_logits(logits: mx.array, masks: np.ndarray) -> mx.array:
     W = masks.shape[1]
     if V < W * BITS:
         logits = mx.pad(logits, [(0, 0), (0, W * BITS - V)])
-    words = mx.array(masks).view(mx.uint32)[:, :, None]
-    masked = _where_set(logits.reshape(B, W, BITS), words, mx.arange(BITS, dtype=mx.uint32))
+    words = mx.array(masks.view("uint32"))[:, :, None]
+    places = mx.array([*range(BITS)], mx.uint32)  # as data, which need no kernel
+    masked = _where_set(logits.reshape(B, W, BITS), words, places)
     return masked.reshape(B, W * BITS)[:, :V]
 
 

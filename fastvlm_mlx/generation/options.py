@@ -186,7 +186,7 @@ class Options:
             self._check("draft_model", "a model and its processor, as `load` gives them", _is_pair)
         self._read_constraint()
         for one, other in EXCLUSIVE:
-            if getattr(self, one) not in (None, ()) and getattr(self, other) not in (None, ()):
+            if all(getattr(self, name) not in (None, (), []) for name in (one, other)):
                 raise ValueError(f"Give {one} or {other}, not both.")
         if self.num_beams > 1:
             others = *DRAFTS, *CACHE_KINDS, *CONSTRAINTS, "logprobs"
