@@ -10,10 +10,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import httpx
+import pytest
 from models import PENGUINS, Nano
 
 from fastvlm_mlx.generation.response import Response
+
+httpx = pytest.importorskip("httpx")  # comes with the clients
 
 PICTURE = PENGUINS.read_bytes()
 BASE64 = base64.b64encode(PICTURE).decode()

@@ -16,7 +16,6 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 from command import Run
 from hypothesis import HealthCheck, given, settings
@@ -31,6 +30,7 @@ from serving import (
     Served,
     chat,
     events,
+    httpx,
     parts,
     piece,
     says,

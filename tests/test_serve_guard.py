@@ -8,10 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 from models import Nano
-from serving import Puppet, Served, chat, events, parts, piece, says, serving, wait_until
+from serving import Puppet, Served, chat, events, httpx, parts, piece, says, serving, wait_until
 
 pytestmark = [pytest.mark.needs("fastapi"), pytest.mark.needs("uvicorn")]
 PATH = "/v1/chat/completions"
