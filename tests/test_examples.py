@@ -94,3 +94,16 @@ def test_images_without_alt_text_get_one(tmp_path):
 def test_images_of_another_size():
     found = run("chat.py", QUEEN, "Read the text.", "--image-size", 256)
     assert 'The note says "queen".' in found.stdout, found.stderr
+
+
+def test_the_notebook_runs_from_top_to_bottom(capsys):
+    cells = json.loads((EXAMPLES / "notebook.ipynb").read_text("utf-8"))["cells"]
+    names = {}
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            assert not cell["outputs"]
+            exec("".join(cell["source"]), names)
+    assert names["answer"] == "There are 6 penguins."
+    said = capsys.readouterr().out
+    assert "A panda." in said and said.count('The note says "queen".') == 2
+    assert names["visual_tokens"].shape == (1, 16, 256)
