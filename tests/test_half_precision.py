@@ -185,7 +185,8 @@ def test_a_folded_model_is_written_as_any_other(small_folder) -> None:
     with ops.assume("metal"):
         model = load_model(small_folder, dtype="float32")
     assert "bias" not in model.vision_tower.network[0].convffn.conv
-    plain = load_model(small_folder, dtype="float32")
+    with ops.assume("cpu"):
+        plain = load_model(small_folder, dtype="float32")
     for folded in (True, False):
         tensors, wanted = unfuse(model, folded=folded), unfuse(plain, folded=folded)
         assert {n: t.shape for n, t in tensors.items()} == {n: t.shape for n, t in wanted.items()}
