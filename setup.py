@@ -59,6 +59,7 @@ setup(
             "anthropic",
             "ollama",
             "playwright",
+            "pytest-xdist",
             "ruff",
             "mypy",
             "pre-commit",
