@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import command
 import hub_server
@@ -21,6 +22,9 @@ from fastvlm_mlx import ops
 from fastvlm_mlx.hub import registry
 from fastvlm_mlx.hub.resolve import NANO
 from fastvlm_mlx.image import preprocess, resize
+
+if TYPE_CHECKING:
+    from serving import Puppet, Served
 
 # What a person has set for other programs: the Hub, proxies, certificates, the terminal, Python.
 FOREIGN = ("HF_", "HUGGING", "TRANSFORMERS_", "MLX_", "SSL_CERT_", "PYTHONIOENCODING")
@@ -174,3 +178,30 @@ def many_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a machine with many cores, for images of any size."""
     monkeypatch.setattr(preprocess.os, "cpu_count", lambda: 5)
     monkeypatch.setattr(resize, "PIXELS_FOR_THREADS", 0)
+
+
+@pytest.fixture(scope="module")
+def served(nano: tuple[fv.FastVLM, fv.Processor]) -> Iterator["Served"]:
+    """A server that answers with nano."""
+    from serving import serving, started
+
+    with started(nano) as engine, serving(engine) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def played(nano: tuple[fv.FastVLM, fv.Processor]) -> Iterator["Served"]:
+    """A server whose engine is a puppet, which `puppet` gives something to say."""
+    from serving import Puppet, serving
+
+    with serving(Puppet(*nano), keep_alive=0.1) as server:
+        yield server
+
+
+@pytest.fixture
+def puppet(played: "Served") -> "Puppet":
+    """The engine of `played`, which says one sentence in three pieces."""
+    from serving import says
+
+    played.engine.begin(says("Six", " penguins", "."))
+    return played.engine

@@ -8,31 +8,13 @@ from typing import Any
 
 import pytest
 from models import Nano
-from serving import ANSWER, BASE64, QUESTION, Puppet, Served, piece, says, serving, started
+from serving import ANSWER, BASE64, QUESTION, Puppet, Served, piece
 
 import fastvlm_mlx as fv
 
 pytestmark = [pytest.mark.needs("fastapi"), pytest.mark.needs("uvicorn")]
 needs_anthropic = pytest.mark.needs("anthropic")
 PATH = "/v1/messages"
-
-
-@pytest.fixture(scope="module")
-def served(nano: Nano) -> Iterator[Served]:
-    with started(nano) as engine, serving(engine) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def played(nano: Nano) -> Iterator[Served]:
-    with serving(Puppet(*nano), keep_alive=0.1) as server:
-        yield server
-
-
-@pytest.fixture
-def puppet(played: Served) -> Puppet:
-    played.engine.begin(says("Six", " penguins", "."))
-    return played.engine
 
 
 @pytest.fixture(scope="module")

@@ -22,8 +22,6 @@ from serving import (
     parts,
     piece,
     says,
-    serving,
-    started,
 )
 
 import fastvlm_mlx as fv
@@ -32,24 +30,6 @@ from fastvlm_mlx.text import build_prompt
 pytestmark = [pytest.mark.needs("fastapi"), pytest.mark.needs("uvicorn")]
 needs_openai = pytest.mark.needs("openai")
 PATH = "/v1/chat/completions"
-
-
-@pytest.fixture(scope="module")
-def served(nano: Nano) -> Iterator[Served]:
-    with started(nano) as engine, serving(engine) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def played(nano: Nano) -> Iterator[Served]:
-    with serving(Puppet(*nano), keep_alive=0.1) as server:
-        yield server
-
-
-@pytest.fixture
-def puppet(played: Served) -> Puppet:
-    played.engine.begin(says("Six", " penguins", "."))
-    return played.engine
 
 
 @pytest.fixture(scope="module")

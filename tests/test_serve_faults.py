@@ -50,12 +50,6 @@ def played(nano: Nano) -> Iterator[Served]:
         yield server
 
 
-@pytest.fixture
-def puppet(played: Served) -> Puppet:
-    played.engine.begin(says("Six", " penguins", "."))
-    return played.engine
-
-
 # Clients that leave
 
 

@@ -7,31 +7,13 @@ from typing import Any
 
 import pytest
 from models import Nano
-from serving import ANSWER, BASE64, PICTURE, QUESTION, Puppet, Served, piece, says, serving, started
+from serving import ANSWER, BASE64, PICTURE, QUESTION, Puppet, Served, piece, says
 
 import fastvlm_mlx as fv
 
 pytestmark = [pytest.mark.needs("fastapi"), pytest.mark.needs("uvicorn")]
 needs_ollama = pytest.mark.needs("ollama")
 TIMES = ("total_duration", "load_duration", "prompt_eval_duration", "eval_duration")
-
-
-@pytest.fixture(scope="module")
-def served(nano: Nano) -> Iterator[Served]:
-    with started(nano) as engine, serving(engine) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def played(nano: Nano) -> Iterator[Served]:
-    with serving(Puppet(*nano), keep_alive=0.1) as server:
-        yield server
-
-
-@pytest.fixture
-def puppet(played: Served) -> Puppet:
-    played.engine.begin(says("Six", " penguins", "."))
-    return played.engine
 
 
 @pytest.fixture

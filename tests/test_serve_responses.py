@@ -5,30 +5,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from models import Nano
-from serving import ANSWER, QUESTION, URI, Puppet, Served, events, piece, says, serving, started
+from serving import ANSWER, QUESTION, URI, Puppet, Served, events, piece
 
 pytestmark = [pytest.mark.needs("fastapi"), pytest.mark.needs("uvicorn")]
 needs_openai = pytest.mark.needs("openai")
 PATH = "/v1/responses"
-
-
-@pytest.fixture(scope="module")
-def served(nano: Nano) -> Iterator[Served]:
-    with started(nano) as engine, serving(engine) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def played(nano: Nano) -> Iterator[Served]:
-    with serving(Puppet(*nano), keep_alive=0.1) as server:
-        yield server
-
-
-@pytest.fixture
-def puppet(played: Served) -> Puppet:
-    played.engine.begin(says("Six", " penguins", "."))
-    return played.engine
 
 
 @pytest.fixture(scope="module")

@@ -2,13 +2,11 @@
 
 import json
 import re
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from models import Nano
-from serving import ANSWER, BASE64, QUESTION, URI, Served, chat, events, parts, serving, started
+from serving import ANSWER, BASE64, QUESTION, URI, Served, chat, events, parts
 
 pytestmark = [
     pytest.mark.needs("fastapi"),
@@ -26,12 +24,6 @@ SCHEMA = {
     "required": ["what", "count", "certain"],
     "additionalProperties": False,
 }
-
-
-@pytest.fixture(scope="module")
-def served(nano: Nano) -> Iterator[Served]:
-    with started(nano) as engine, serving(engine) as server:
-        yield server
 
 
 def assert_valid(text: str) -> None:
