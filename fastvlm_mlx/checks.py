@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from pathlib import Path
 from typing import Any
 
 
@@ -55,3 +56,8 @@ def brief(text: str, limit: int = 160) -> str:
 def is_litter(name: str) -> bool:
     """Whether a file is one that macOS adds beside others on exFAT and network drives."""
     return name == ".DS_Store" or name.startswith("._")
+
+
+def is_empty(folder: Path) -> bool:
+    """Whether a folder holds nothing but litter."""
+    return all(is_litter(path.name) for path in folder.iterdir())

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..checks import is_litter
+from ..checks import is_empty, is_litter
 from ..config import MODEL_TYPES, TRANSFORMERS_TYPE, CheckpointError, read_json
 from .layouts.coreml.program import PACKAGE
 from .processor_files import COPIED
@@ -53,17 +53,13 @@ def check_target(target: Path, *, overwrite: bool) -> None:
         raise OSError(f"{target} is a mount point and can't be replaced; name a folder in it.")
     if target.is_dir() and (problem := _irreplaceable(target)):
         raise FileExistsError(f"{target} {problem}, so it is not replaced; choose another target.")
-    if target.is_dir() and not overwrite and not _is_empty(target):
+    if target.is_dir() and not overwrite and not is_empty(target):
         raise FileExistsError(f"{target} exists; pass --overwrite to replace it.")
     parent = next(folder for folder in target.parents if folder.exists())
     if not parent.is_dir():
         raise NotADirectoryError(f"{target} can't be written: {parent} is a file.")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise PermissionError(f"{target} can't be written: you may not write to {parent}.")
-
-
-def _is_empty(folder: Path) -> bool:
-    return all(is_litter(path.name) for path in folder.iterdir())
 
 
 def _irreplaceable(folder: Path) -> str | None:

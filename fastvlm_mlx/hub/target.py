@@ -5,13 +5,12 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from ..checks import is_litter
+from ..checks import is_empty
 
 
 def check_free(target: Path) -> None:
     """FileExistsError if a folder to be written exists, unless it is empty but for litter."""
-    is_free = target.is_dir() and all(is_litter(path.name) for path in target.iterdir())
-    if target.exists() and not is_free:
+    if target.exists() and not (target.is_dir() and is_empty(target)):
         raise FileExistsError(f"{target} exists already; remove it or choose another folder.")
 
 
