@@ -48,7 +48,7 @@ setup(
         "parquet": ["pyarrow"],
         # Draws the plots of `python -m benchmarks report`.
         "benchmark": ["matplotlib"],
-        "test": ["pytest", "hypothesis", "jsonschema"],
+        "test": ["pytest", "pytest-xdist", "hypothesis", "jsonschema"],
         # The server is tested with its interfaces' own clients, and its page in the system's
         # Chromium or Chrome.
         "dev": [
