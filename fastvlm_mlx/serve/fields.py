@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+SEEN = "images or videos"  # what only the user's messages have, for errors
 FIRST_SEED = 2**64  # seeds are counted modulo this, as some clients send negative ones
 SMALLEST_TOP_P = 1e-9  # 0, which OpenAI takes for the likeliest token, is no probability
 
@@ -23,6 +24,13 @@ class Model(BaseModel):
     """A request or a part of one: what it does not know, it ignores, as the interfaces do."""
 
     model_config = ConfigDict(extra="ignore", strict=False, protected_namespaces=())
+
+
+class Url(Model):
+    """The address of an image or video as chat completions wrap it."""
+
+    url: str
+    detail: str | None = None
 
 
 class Reply(BaseModel):
@@ -77,3 +85,7 @@ def text_part(text: str) -> dict[str, Any]:
 
 def image_part(source: str) -> dict[str, Any]:
     return {"type": "image", "image": source}
+
+
+def video_part(video: str | Url) -> dict[str, Any]:
+    return {"type": "video", "video": video if isinstance(video, str) else video.url}

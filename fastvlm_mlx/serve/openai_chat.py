@@ -15,6 +15,7 @@ from ..generation.response import Response as Piece
 from .ask import Answer, Question, Service, until_left
 from .errors import ApiError, bad, openai_error
 from .fields import (
+    SEEN,
     Count,
     Finite,
     Model,
@@ -23,20 +24,17 @@ from .fields import (
     Seed,
     Stop,
     Timings,
+    Url,
     image_part,
     options_of,
     replies,
     text_part,
+    video_part,
 )
 from .streams import KEEP_ALIVE, event, event_stream, json_reply, left, note, service_of
 
 router = APIRouter(tags=["OpenAI"])
 STARTED = int(time.time())
-
-
-class ImageUrl(Model):
-    url: str
-    detail: str | None = None
 
 
 class TextPart(Model):
@@ -46,16 +44,12 @@ class TextPart(Model):
 
 class ImagePart(Model):
     type: Literal["image_url", "input_image"]
-    image_url: ImageUrl | str
-
-
-class VideoUrl(Model):
-    url: str
+    image_url: Url | str
 
 
 class VideoPart(Model):
     type: Literal["video_url", "input_video"]
-    video_url: VideoUrl | str
+    video_url: Url | str
 
 
 class RefusalPart(Model):
@@ -212,10 +206,9 @@ def _part(role: str, part: TextPart | ImagePart | VideoPart | RefusalPart) -> di
     if isinstance(part, RefusalPart):
         return text_part(part.refusal)
     if role_of(role) != "user":
-        raise bad(f"A message of role {role} can't have images; send them as the user's.")
+        raise bad(f"A message of role {role} can't have {SEEN}; send them as the user's.")
     if isinstance(part, VideoPart):
-        url = part.video_url if isinstance(part.video_url, str) else part.video_url.url
-        return {"type": "video", "video": url}
+        return video_part(part.video_url)
     return image_part(part.image_url if isinstance(part.image_url, str) else part.image_url.url)
 
 
