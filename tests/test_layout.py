@@ -41,6 +41,7 @@ DEVICE_QUESTIONS = {"on_cpu", "on_metal"}
 DEVICE_ASKED = {
     "ops/": "the one place where forms are chosen",
     "bench/": "floors and rates are those of the device that is measured",
+    "serve/facts.py": "clients are told how much of the model a GPU reads",
     "generation/scheduler.py": "on the CPU a KV cache is written in place once a step is over",
 }
 

@@ -329,7 +329,7 @@ def test_no_broken_image_is_the_server_s_fault(
 
 def test_the_openapi_document_describes_every_route(played: Served) -> None:
     document = played.get("/openapi.json").json()
-    assert {*PATHS, "/v1/models", "/api/tags", "/api/version"} <= set(document["paths"])
+    assert {*PATHS, "/v1/models", "/api/tags", "/api/ps", "/api/version"} <= set(document["paths"])
     for path in PATHS:
         operation = document["paths"][path]["post"]
         assert operation["requestBody"]["content"]["application/json"]["schema"]

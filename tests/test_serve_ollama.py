@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import Iterator
+from datetime import datetime
 from typing import Any
 
 import pytest
@@ -82,6 +83,21 @@ def test_the_model_is_listed_and_shown(client: Any) -> None:
     with pytest.raises(ollama.ResponseError) as missing:
         client.show("llava")
     assert missing.value.status_code == 404
+
+
+@needs_ollama
+def test_the_loaded_model_is_running_for_good(client: Any, nano: Nano) -> None:
+    import mlx.core as mx
+
+    (listed,), (running,) = client.list().models, client.ps().models
+    assert running.model == running.name == listed.model
+    assert (running.size, running.digest) == (listed.size, listed.digest)
+    assert running.details == listed.details
+    on_gpu = mx.default_device() == mx.Device(mx.gpu)
+    assert running.size_vram == (running.size if on_gpu else 0)
+    assert running.context_length == nano[1].max_length == 4096
+    years = running.expires_at.year - datetime.now().year
+    assert years > 20  # of which Ollama's command says Forever
 
 
 @needs_ollama

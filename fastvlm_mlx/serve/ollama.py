@@ -31,6 +31,7 @@ from .streams import Stream, json_reply, left, note, service_of
 
 router = APIRouter(prefix="/api", tags=["Ollama"])
 INTERFACE = "0.12.0"  # the version of Ollama whose interface this is
+NEVER = "2318-01-01T00:00:00Z"  # when the model is put away; the client says "Forever" of it
 STARTED = datetime.now(timezone.utc).isoformat()
 SECOND = 1_000_000_000  # nanoseconds
 
@@ -123,6 +124,21 @@ class ListedModel(Reply):
 
 class Tags(Reply):
     models: list[ListedModel]
+
+
+class RunningModel(Reply):
+    name: str
+    model: str
+    size: int
+    digest: str
+    details: Details
+    expires_at: str
+    size_vram: int
+    context_length: int
+
+
+class Running(Reply):
+    models: list[RunningModel]
 
 
 class Shown(Reply):
@@ -293,17 +309,16 @@ def _ended(answer: Answer) -> dict[str, Any]:
 async def tags(http: Request) -> Any:
     """The loaded model."""
     service = service_of(http)
-    facts = service.facts
-    name = f"{service.engine.name}:latest"
-    listed = {
-        "name": name,
-        "model": name,
-        "modified_at": STARTED,
-        "size": facts.bytes,
-        "digest": facts.digest,
-        "details": _details(service),
-    }
-    return {"models": [listed]}
+    return {"models": [_listed(service) | {"modified_at": STARTED}]}
+
+
+@router.get("/ps", response_model=Running)
+async def running(http: Request) -> Any:
+    """The loaded model, how long it stays in memory, and how much of it is the GPU's."""
+    service = service_of(http)
+    on_gpu, context = service.facts.gpu_bytes, service.context
+    more = {"expires_at": NEVER, "size_vram": on_gpu, "context_length": context}
+    return {"models": [_listed(service) | more]}
 
 
 @router.post("/show", responses=replies(Shown))
@@ -335,6 +350,17 @@ async def show(asked: ShowRequest, http: Request) -> Any:
 async def version() -> Any:
     """The version of Ollama whose interface this is, and of this server."""
     return {"version": INTERFACE, "fastvlm_mlx": __version__}
+
+
+def _listed(service: Service) -> dict[str, Any]:
+    name, facts = f"{service.engine.name}:latest", service.facts
+    return {
+        "name": name,
+        "model": name,
+        "size": facts.bytes,
+        "digest": facts.digest,
+        "details": _details(service),
+    }
 
 
 def _details(service: Service) -> dict[str, Any]:
