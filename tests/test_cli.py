@@ -330,6 +330,8 @@ MORE = {
     "top_k": 7,
     "min_p": 0.25,
     "repetition_penalty": 1.5,
+    "frequency_penalty": 0.5,
+    "presence_penalty": -0.5,
     "stop": ("x", "y"),
     "prefill_step_size": 9,
     "conv_mode": "plain",

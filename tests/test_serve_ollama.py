@@ -146,7 +146,8 @@ def test_curl_without_a_content_type_is_answered(played: Served, puppet: Puppet)
 
 def test_options_reach_the_model(played: Served, puppet: Puppet) -> None:
     options = {"temperature": 0.5, "top_p": 0.9, "top_k": 20, "min_p": 0.05, "seed": 0}
-    more = {"num_predict": 9, "repeat_penalty": 1.1, "stop": ["x"], "num_ctx": 2048, "mirostat": 1}
+    options |= {"frequency_penalty": 0.5, "presence_penalty": -0.25}
+    more = {"num_predict": 9, "repeat_penalty": 1.1, "stop": ["x"], "num_ctx": 2048}
     body = {"prompt": "Hi", "stream": False, "options": options | more, "keep_alive": "5m"}
     assert played.post("/api/generate", body).status_code == 200
     wanted = options | {"max_tokens": 9, "repetition_penalty": 1.1, "stop": ("x",)}

@@ -32,6 +32,8 @@ FLAGS = (
     "top_k",
     "min_p",
     "repetition_penalty",
+    "frequency_penalty",
+    "presence_penalty",
     "seed",
     "stop",
     "prefill_step_size",

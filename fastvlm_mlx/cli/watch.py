@@ -90,6 +90,8 @@ Srt = Annotated[Path | None, typer.Option(help="A new file for the answers as su
     "temperature",
     "top_p",
     "repetition_penalty",
+    "frequency_penalty",
+    "presence_penalty",
     "seed",
     "stop",
 )

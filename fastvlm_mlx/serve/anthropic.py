@@ -20,7 +20,6 @@ from .fields import (
     Probability,
     Reply,
     StopTexts,
-    Timings,
     image_part,
     options_of,
     replies,
@@ -28,6 +27,7 @@ from .fields import (
     video_part,
 )
 from .streams import event, event_stream, json_reply, left, note, service_of
+from .ticket import Timings
 
 router = APIRouter(tags=["Anthropic"])
 

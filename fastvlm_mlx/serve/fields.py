@@ -42,19 +42,6 @@ class Reply(BaseModel):
         return self.model_dump_json(exclude_unset=True)
 
 
-class Timings(Reply):
-    """Where the time of an answer went, in seconds."""
-
-    queue: float
-    read: float
-    encode: float
-    prefill: float
-    first_token: float
-    tokens_per_second: float
-    cached_tokens: int
-    cached_images: int
-
-
 class ErrorReply(Reply):
     """An error in the envelope of the interface."""
 

@@ -20,7 +20,6 @@ from .fields import (
     Probability,
     Reply,
     Stop,
-    Timings,
     image_part,
     options_of,
     replies,
@@ -28,6 +27,7 @@ from .fields import (
 )
 from .openai_chat import TokenLogprob, logprobs_of
 from .streams import Stream, json_reply, left, note, service_of
+from .ticket import Timings
 
 router = APIRouter(prefix="/api", tags=["Ollama"])
 INTERFACE = "0.12.0"  # the version of Ollama whose interface this is
@@ -170,7 +170,8 @@ def _parts(role: str, content: str | None, images: Sequence[str] | None) -> list
 def _question(asked: Asked, messages: list[dict[str, Any]], service: Service) -> Question:
     given = asked.options or ModelOptions.model_validate({})
     same = ("temperature", "top_p", "top_k", "min_p", "stop", "image_size")
-    options = {name: getattr(given, name) for name in same}
+    penalties = ("frequency_penalty", "presence_penalty")
+    options = {name: getattr(given, name) for name in (*same, *penalties)}
     options["stop"] = options["stop"] or None
     options["repetition_penalty"] = given.repeat_penalty
     options["seed"] = None if (given.seed or 0) < 0 else given.seed  # below 0 it is by chance
@@ -187,8 +188,6 @@ def _question(asked: Asked, messages: list[dict[str, Any]], service: Service) ->
         options_of(options),
         logprobs=logprobs,
         constraint=constraint,
-        frequency_penalty=given.frequency_penalty or 0.0,
-        presence_penalty=given.presence_penalty or 0.0,
     )
 
 

@@ -11,6 +11,7 @@ from uuid import uuid4
 from fastapi import APIRouter, Request, Response
 from pydantic import Field
 
+from ..generation.options import PENALTIES
 from ..generation.response import Response as Piece
 from .ask import Answer, Question, Service, until_left
 from .errors import ApiError, bad, openai_error
@@ -23,7 +24,6 @@ from .fields import (
     Reply,
     Seed,
     Stop,
-    Timings,
     Url,
     image_part,
     options_of,
@@ -32,6 +32,7 @@ from .fields import (
     video_part,
 )
 from .streams import KEEP_ALIVE, event, event_stream, json_reply, left, note, service_of
+from .ticket import Timings
 
 router = APIRouter(tags=["OpenAI"])
 STARTED = int(time.time())
@@ -242,8 +243,8 @@ def question_of(request: ChatRequest, service: Service) -> Question:
     if request.top_logprobs is not None and not request.logprobs:
         raise bad("top_logprobs needs logprobs: true.", "top_logprobs")
     asked = request.max_completion_tokens or request.max_tokens
-    same = ("temperature", "top_p", "min_p", "seed", "stop", "image_size")
-    options = {name: getattr(request, name) for name in (*same, "repetition_penalty")}
+    same = ("temperature", "top_p", "min_p", "seed", "stop", "image_size", *PENALTIES)
+    options = {name: getattr(request, name) for name in same}
     options["top_k"] = None if request.top_k is None else max(request.top_k, 0)
     options["max_tokens"] = service.output_limit(asked)
     messages = [
@@ -256,8 +257,6 @@ def question_of(request: ChatRequest, service: Service) -> Question:
         n=request.n or 1,
         logprobs=(request.top_logprobs or 0) if request.logprobs else None,
         constraint=constraint_of(request),
-        frequency_penalty=request.frequency_penalty or 0.0,
-        presence_penalty=request.presence_penalty or 0.0,
     )
 
 

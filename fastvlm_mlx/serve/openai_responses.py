@@ -21,7 +21,6 @@ from .fields import (
     Probability,
     Reply,
     Seed,
-    Timings,
     Url,
     image_part,
     options_of,
@@ -31,6 +30,7 @@ from .fields import (
 )
 from .openai_chat import TokenLogprob, logprobs_of, role_of
 from .streams import KEEP_ALIVE, event, event_stream, json_reply, left, note, service_of
+from .ticket import Timings
 
 router = APIRouter(tags=["OpenAI"])
 LOGPROBS = "message.output_text.logprobs"
