@@ -6,7 +6,10 @@ model, processor = fv.load()
 print(fv.generate(model, processor, "Describe the image.", image="photo.jpg"))
 """
 
+from .start import quiet_start
+
 try:
+    quiet_start()
     import mlx.core  # noqa: F401
 except ImportError as error:
     raise ImportError(

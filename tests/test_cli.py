@@ -933,7 +933,7 @@ def test_flags_are_the_python_names() -> None:
 def test_flags_have_the_defaults_of_options(name: str) -> None:
     defaults = {field.name: field.default for field in fields(Options)}
     shared = [p for p in COMMANDS[name].params if p.name in defaults]
-    assert len(shared) == (22 if name == "generate" else 9)
+    assert len(shared) == (24 if name == "generate" else 9)
     context = typer.Context(COMMANDS[name])
     for parameter in shared:
         assert parameter.get_default(context) == defaults[parameter.name], parameter.name

@@ -319,18 +319,25 @@ def test_repetition_penalty_equals_a_loop(nano: Nano, tokens: list[int]) -> None
 def test_penalties_of_what_was_said_equal_a_loop(nano: Nano, penalties: Any) -> None:
     """As OpenAI's: of the answer's tokens alone, by their number, and once if there are any."""
     model, processor = nano
-    (frequency, presence), limit = penalties, 14
+    (frequency, presence), limit = penalties, 24
+    ends = sorted(processor.tokenizer.eos_token_ids)
     _, embeddings = prompt_of(nano)
     expected: list[int] = []
-    while len(expected) < limit and not processor.tokenizer.eos_token_ids & set(expected):
+
+    def go_on(tokens: mx.array, logits: mx.array) -> mx.array:
+        """An answer that may not end says the same again and again."""
+        return mx.put_along_axis(logits, mx.array([ends]), mx.array(-mx.inf), axis=-1)
+
+    while len(expected) < limit:
         logits = np.array(model.language_model(None, input_embeddings=embeddings)[0, -1])
         for token in set(expected):
             logits[token] -= frequency * expected.count(token) + presence
+        logits[ends] = -np.inf
         expected.append(int(logits.argmax()))
         added = model.language_model.embed_tokens(mx.array([expected[-1:]]))
         embeddings = mx.concatenate([embeddings, added], axis=1)
     options = {"frequency_penalty": frequency, "presence_penalty": presence, "image_size": 64}
-    options |= {"max_tokens": limit}
+    options |= {"max_tokens": limit, "logits_processor": go_on}
     ways: list[Any] = [{}, {"prompt_lookup": 3}, {"draft_model": nano}]
     for way in ways:
         found = [
@@ -339,7 +346,7 @@ def test_penalties_of_what_was_said_equal_a_loop(nano: Nano, penalties: Any) -> 
         assert found == expected, way
     text = generate(*nano, ASK, PENGUINS, **options)
     assert fv.batch_generate(*nano, [(ASK, PENGUINS)] * 3, **options) == [text] * 3
-    assert text != generate(*nano, ASK, **SMALL, max_tokens=limit)
+    assert text != generate(*nano, ASK, **SMALL, max_tokens=limit, logits_processor=go_on)
 
 
 def test_logits_processor_sees_tokens_and_decides(nano: Nano) -> None:

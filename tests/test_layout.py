@@ -14,7 +14,7 @@ PACKAGE = "fastvlm_mlx"
 # A room, which is a folder or file at the top of the package, imports from its own level and from
 # those before.
 ORDER = (
-    "version checks fields progress http",
+    "version checks fields progress http start",
     "ops config",
     "image text",
     "video",
