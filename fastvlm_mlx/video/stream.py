@@ -26,7 +26,7 @@ class StreamSource(Source):
         timeout: seconds that it may be silent.
     """
 
-    reconnects = True
+    reconnects = ready = True
 
     def __init__(self, url: str, timeout: float = TIMEOUT):
         import_av()
