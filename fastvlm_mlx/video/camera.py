@@ -80,8 +80,8 @@ def _list_on_linux(folder: Path) -> dict[int, str]:
     cameras = {}
     for device in folder.glob("video*"):
         with suppress(OSError, ValueError):
-            if (device / "index").read_text().strip() == "0":
-                name = (device / "name").read_text(errors="replace").strip()
+            if (device / "index").read_text("ascii").strip() == "0":
+                name = (device / "name").read_text("utf-8", "replace").strip()
                 cameras[int(device.name.removeprefix("video"))] = name
     return dict(sorted(cameras.items()))
 
