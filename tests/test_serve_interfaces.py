@@ -2,12 +2,27 @@
 
 import json
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from models import Nano
-from serving import BASE64, URI, Puppet, Served, chat, httpx, parts, says, serving, wait_until
+from serving import (
+    BASE64,
+    URI,
+    Puppet,
+    Served,
+    chat,
+    events,
+    httpx,
+    parts,
+    says,
+    serving,
+    started,
+    wait_until,
+)
 
 pytestmark = [pytest.mark.needs("fastapi"), pytest.mark.needs("uvicorn")]
 CHAT, RESPONSES, MESSAGES = "/v1/chat/completions", "/v1/responses", "/v1/messages"
@@ -113,6 +128,70 @@ def test_a_server_may_allow_shorter_prompts(path: str, nano: Nano) -> None:
         reply = server.post(path, asked(path, "word " * 60, stream=False))
     assert reply.status_code == 400 and "at most 40" in reason(path, reply.json())[1]
     assert len(puppet.requests) == 1
+
+
+SPELLED = "Ça va? 日本 🐧🐼👩‍🚀 stays whole."
+
+
+@pytest.fixture(scope="module")
+def spelling(nano: Nano) -> Iterator[Served]:
+    """A server whose model says one sentence, of letters that take several tokens each."""
+    import mlx.core as mx
+
+    tokenizer = nano[1].tokenizer
+    ids = [*tokenizer.encode(SPELLED), min(tokenizer.eos_token_ids)]
+
+    def one_letter_after_the_other() -> Any:
+        coming = iter(ids)
+
+        def process(tokens: mx.array, logits: mx.array) -> mx.array:
+            wanted = next(coming, ids[-1])
+            return mx.where(mx.arange(logits.shape[-1]) == wanted, logits, -mx.inf)
+
+        return process
+
+    with started(nano) as engine, serving(engine) as server:
+        submit = engine.submit
+        engine.submit = lambda request: submit(
+            replace(
+                request,
+                options={**request.options, "logits_processor": one_letter_after_the_other()},
+            )
+        )
+        yield server
+
+
+def deltas(path: str, lines: list[str]) -> list[str]:
+    """The pieces of text in a stream."""
+    if path.startswith("/api/"):
+        said = map(json.loads, lines)
+        return [each.get("response") or each.get("message", {}).get("content", "") for each in said]
+    if path == CHAT:
+        return [c["delta"].get("content") or "" for e in events(lines) for c in e["choices"]]
+    kind = "content_block_delta" if path == MESSAGES else "response.output_text.delta"
+    found = [each["delta"] for each in events(lines) if each["type"] == kind]
+    return [each if isinstance(each, str) else each["text"] for each in found]
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_no_piece_has_half_a_character(path: str, spelling: Served) -> None:
+    pieces = deltas(path, spelling.lines(path, asked(path, stream=True)))
+    assert "".join(pieces) == SPELLED and len(pieces) > 5
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
+@pytest.mark.parametrize("path", [path for path in PATHS if path != RESPONSES])  # which has none
+def test_a_stop_text_across_tokens_is_cut_off_and_what_was_held_back_comes(
+    path: str, spelling: Served
+) -> None:
+    for stop, said in (("🐼👩‍🚀 st", "Ça va? 日本 🐧"), ("whole!", SPELLED), ("ole.\n", SPELLED)):
+        more: dict[str, Any] = {"stop": [stop]}
+        if path == MESSAGES:
+            more = {"stop_sequences": [stop]}
+        elif path != CHAT:
+            more = {"options": more}
+        pieces = deltas(path, spelling.lines(path, asked(path, stream=True, **more)))
+        assert "".join(pieces) == said
 
 
 @pytest.mark.parametrize("path", PATHS)
