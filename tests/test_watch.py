@@ -793,6 +793,8 @@ def test_what_is_named_as_a_source(tmp_path: Path) -> None:
     }
     assert {given: type(open_source(given)).__name__ for given in kinds} == kinds
     assert isinstance(open_source(iter([])), PictureSource)
+    ready = {0, "rtsp://h/x", "screen"}  # a film of the network would begin unseen
+    assert all(open_source(given).ready is (given in ready) for given in kinds)
     with pytest.raises(FileNotFoundError, match=r"no video 'nothing\.mp4'"):
         open_source("nothing.mp4")
     for nothing in (-1, 1.5, None):

@@ -11,11 +11,17 @@ DAMAGED = "its EXIF is damaged"
 
 
 class Directory(NamedTuple):
-    """The first directory of a block: what its entries are, as they stand there, by their tags."""
+    """The first directory of a block.
+
+    Attributes:
+        order: of bytes, as `struct` writes it.
+        entries: as they stand there, by their tags.
+        following: where the next directory is.
+    """
 
     order: str
     entries: dict[int, bytes]
-    next: bytes
+    following: bytes
 
 
 def description_of(block: bytes) -> str:

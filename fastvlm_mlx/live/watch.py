@@ -207,7 +207,7 @@ class Watcher:
 
     def answers(self, newest: Newest | None = None) -> Iterator[Answer]:
         """An answer for each frame that is taken; `newest` reads the source if it is open."""
-        taken = self._newest(newest) if self.by_clock else self._in_order()
+        taken = self._newest(newest) if newest or self.by_clock else self._in_order()
         with closing(taken):  # type: ignore[type-var]
             for frame, skipped in taken:
                 answer = self._answer(frame)

@@ -26,13 +26,15 @@ class StreamSource(Source):
         timeout: seconds that it may be silent.
     """
 
-    reconnects = ready = True
+    reconnects = True
 
     def __init__(self, url: str, timeout: float = TIMEOUT):
         import_av()
         self.url = quoted_login(url)
         self.name = brief(without_login(self.url))
         self.timeout = timeout
+        # Behind http there may be a film, whose beginning would pass unseen.
+        self.ready = not self.url.lower().startswith("http")
 
     def frames(self) -> Iterator[Frame]:
         options = {"protocol_whitelist": ",".join(PROTOCOLS)}
