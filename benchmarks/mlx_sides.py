@@ -159,13 +159,13 @@ class Ours(MlxSide):
     ) -> dict[str, Any]:
         """Caption files into a new .jsonl file; seconds, the share of them that the model was
         idle, and the texts."""
-        from fastvlm_mlx.caption import Job, caption_images
+        from fastvlm_mlx.caption import CaptionJob, caption_images
         from fastvlm_mlx.checkpoint.load import load
 
         if not hasattr(self, "loaded"):
             self.loaded = load(folder, dtype=dtype)
         with tempfile.TemporaryDirectory() as scratch:
-            out, job = Path(scratch, "captions.jsonl"), Job(prompts=[prompt])
+            out, job = Path(scratch, "captions.jsonl"), CaptionJob(prompts=[prompt])
             start = time.perf_counter()
             done = caption_images(*self.loaded, images, out, job, max_tokens=max_tokens)
             seconds = time.perf_counter() - start

@@ -6,7 +6,6 @@ python examples/caption_folder.py photos captions.jsonl --model apple/FastVLM-0.
 import argparse
 
 import fastvlm_mlx as fv
-from fastvlm_mlx.caption import Job, caption_images
 
 parser = argparse.ArgumentParser(description="Describe every image of a folder.")
 parser.add_argument("folder")
@@ -16,8 +15,8 @@ parser.add_argument("--model", help="folder or Hub id; the bundled model by defa
 args = parser.parse_args()
 
 model, processor = fv.load(args.model)
-job = Job(prompts=[args.prompt], existing="skip")
-summary = caption_images(
+job = fv.CaptionJob(prompts=[args.prompt], existing="skip")
+summary = fv.caption_images(
     model, processor, args.folder, args.output, job, max_tokens=128, progress=True
 )
 print(f"{summary.written} captioned, {summary.kept} had captions, {len(summary.failed)} failed")

@@ -6,7 +6,10 @@ model, processor = fv.load()
 print(fv.generate(model, processor, "Describe the image.", image="photo.jpg"))
 """
 
+from .start import quiet_start
+
 try:
+    quiet_start()
     import mlx.core  # noqa: F401
 except ImportError as error:
     raise ImportError(
@@ -14,6 +17,7 @@ except ImportError as error:
         "pip install 'fastvlm-mlx[cpu]', or with the extra cuda12 or cuda13."
     ) from error
 
+from .caption import CaptionJob, caption_images
 from .checkpoint.load import load, load_model
 from .config import CheckpointError, FastVLMConfig
 from .convert import convert
@@ -30,6 +34,7 @@ from .processor import Processor
 from .version import __version__
 
 __all__ = [
+    "CaptionJob",
     "Chat",
     "CheckpointError",
     "FastVLM",
@@ -39,6 +44,7 @@ __all__ = [
     "Response",
     "__version__",
     "batch_generate",
+    "caption_images",
     "convert",
     "generate",
     "load",

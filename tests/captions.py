@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 import fastvlm_mlx as fv
-from fastvlm_mlx.caption.job import Job
+from fastvlm_mlx.caption.job import CaptionJob
 from fastvlm_mlx.caption.run import Summary, caption_images
 
 QUICK = {"image_size": 64, "max_tokens": 6}
@@ -37,9 +37,13 @@ def numbered(folder: Path, count: int) -> Path:
 
 
 def run(nano: Loaded, source: Any, out: Path | str, **settings: Any) -> Summary:
-    """`caption_images`, quickly; settings of `Job` and others together."""
-    own = {name: settings.pop(name) for name in list(settings) if name in Job.__dataclass_fields__}
-    return caption_images(*nano, source, out, Job(**own), **(QUICK | settings))
+    """`caption_images`, quickly; settings of `CaptionJob` and others together."""
+    own = {
+        name: settings.pop(name)
+        for name in list(settings)
+        if name in CaptionJob.__dataclass_fields__
+    }
+    return caption_images(*nano, source, out, CaptionJob(**own), **(QUICK | settings))
 
 
 def alone(nano: Loaded, prompt: str, image: Path, **options: Any) -> str:

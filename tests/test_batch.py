@@ -138,6 +138,7 @@ def test_each_request_has_its_own_options(nano: Nano) -> None:
         {"temperature": 3.0, "seed": 1},
         {"temperature": 3.0, "seed": 1, "top_p": 0.95},
         {"repetition_penalty": 1.8},
+        {"frequency_penalty": 2.0, "presence_penalty": 2.0},
         {"stop": "."},
         {"max_tokens": 1},
         {"logits_processor": lambda tokens, logits: mx.where(tokens.sum() > 0, -logits, logits)},

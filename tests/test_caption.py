@@ -9,7 +9,7 @@ from captions import QUICK, alone, numbered, picture, pictures, run
 
 from fastvlm_mlx.caption import answers
 from fastvlm_mlx.caption.items import Item, fill
-from fastvlm_mlx.caption.job import Job
+from fastvlm_mlx.caption.job import CaptionJob
 from fastvlm_mlx.caption.quality import UnfitError, judge, loops, shorten
 from fastvlm_mlx.caption.tables import read_rows
 from fastvlm_mlx.hub.resolve import NANO
@@ -206,7 +206,7 @@ def test_sampled_captions_are_repeatable_with_a_seed(nano, tmp_path):
 
 
 def test_prompts_are_drawn_by_their_weights_and_always_the_same():
-    job = Job(prompts=["a", "b"], weights=[3, 1])
+    job = CaptionJob(prompts=["a", "b"], weights=[3, 1])
     drawn = [job.ask(Item(str(i), None))[0] for i in range(4000)]
     assert 0.72 < drawn.count("a") / 4000 < 0.78  # three quarters, within 4 standard deviations
     assert drawn == [job.ask(Item(str(i), None))[0] for i in range(4000)]
@@ -296,7 +296,7 @@ def test_a_prompt_that_does_not_fit_fails_for_its_image(nano, tmp_path):
 )
 def test_a_job_that_makes_no_sense_is_refused(settings, said):
     with pytest.raises(ValueError, match=said):
-        Job(**settings)
+        CaptionJob(**settings)
 
 
 # What a caption must be like
@@ -323,19 +323,19 @@ def test_loops_are_found(text, looping):
 
 def test_a_caption_is_kept_within_its_bounds():
     text = "A cat sits. It has 2.5 legs! Then it goes on and on"
-    assert judge(text, "stop", Job(max_words=8)) == ("A cat sits. It has 2.5 legs!", ["cut"])
-    assert judge(text, "stop", Job(max_words=2)) == ("A cat", ["cut"])
-    assert judge(text, "length", Job(max_words=50)) == (text, ["truncated"])
-    assert judge(LOOPING, "length", Job()) == (LOOPING, ["truncated", "loop"])
+    assert judge(text, "stop", CaptionJob(max_words=8)) == ("A cat sits. It has 2.5 legs!", ["cut"])
+    assert judge(text, "stop", CaptionJob(max_words=2)) == ("A cat", ["cut"])
+    assert judge(text, "length", CaptionJob(max_words=50)) == (text, ["truncated"])
+    assert judge(LOOPING, "length", CaptionJob()) == (LOOPING, ["truncated", "loop"])
     assert shorten("One, two, three", 2) == "One, two"
     with pytest.raises(UnfitError, match="2 word"):
-        judge("Two words", "stop", Job(min_words=3))
+        judge("Two words", "stop", CaptionJob(min_words=3))
     with pytest.raises(UnfitError, match="empty"):
-        judge(" \n", "stop", Job(min_words=0))
+        judge(" \n", "stop", CaptionJob(min_words=0))
 
 
 def test_banned_and_trigger_words_are_whole_words():
-    job = Job(banned=["art", "water mark"], trigger="ohwx")
+    job = CaptionJob(banned=["art", "water mark"], trigger="ohwx")
     assert judge("A cart.", "stop", job) == ("ohwx, A cart.", [])
     assert judge("Ohwx sleeps.", "stop", job) == ("Ohwx sleeps.", [])
     for text in ("Art!", "A Water Mark."):

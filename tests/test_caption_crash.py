@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from captions import command, finish, numbered, run
 
-from fastvlm_mlx.caption import containers, files, manifest, xmp
+from fastvlm_mlx.caption import containers, files, manifest
+from fastvlm_mlx.caption.embedded import KINDS
 from fastvlm_mlx.caption.share import Share
 from fastvlm_mlx.caption.tables import read_rows
 
@@ -66,9 +67,11 @@ def dies(nano, steps: int, *arguments, **settings) -> bool:
 def contents(folder: Path, out: str) -> object:
     """All captions of an output, in their order, each with its image."""
     file = folder / out
-    if out == "xmp":
+    if out in KINDS:
+        metadata, form = KINDS[out]
         images = sorted((folder / "p").glob("*.png"))
-        return [xmp.description_of(containers.read_packet(f.read_bytes())) for f in images]
+        packets = [containers.read_packet(f.read_bytes(), metadata) for f in images]
+        return [form.description_of(packet) for packet in packets]
     if out.startswith("."):
         return {f.name: f.read_text() for f in sorted((folder / "p").iterdir()) if f.suffix == out}
     if file.suffix != ".tar":
@@ -109,7 +112,7 @@ def test_a_run_that_dies_at_any_step_goes_on(nano, tmp_path, monkeypatch, out, e
 
 
 @EVERY
-@pytest.mark.parametrize("out", [".txt", ".xmp", "xmp", "c.jsonl", "c.csv"])
+@pytest.mark.parametrize("out", [".txt", ".xmp", "xmp", "exif", "c.jsonl", "c.csv"])
 def test_a_run_that_dies_appends_a_caption_once(nano, tmp_path, monkeypatch, out, every):
     monkeypatch.chdir(tmp_path)
     numbered(tmp_path / "p", 2)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from captions import alone, numbered, picture, pictures, run
 
-from fastvlm_mlx.caption import containers, tables, xmp
+from fastvlm_mlx.caption import containers, exif, tables, xmp
 from fastvlm_mlx.caption.files import AppendedFile, replace_bytes
 from fastvlm_mlx.caption.sources import all_items, find_sources
 from fastvlm_mlx.image.load import load_image
@@ -510,6 +510,86 @@ def test_captions_within_images(nano, tmp_path):
         run(nano, folder, "xmp", existing="append", prompts=["Read the text."])
     for file in files[:3]:
         assert described(file) == f"{new[file.name]} {alone(nano, 'Read the text.', file)}"
+
+
+MAKERS_OWN = bytes(range(256))
+
+
+def exif_with(**more):
+    """EXIF as cameras write it, which is told by its distance from the start."""
+    from PIL import Image
+
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F], exif[0x0131] = 6, "Maker", "Software that is longer"
+    exif.get_ifd(0x8769)[0x927C] = MAKERS_OWN  # the maker's note
+    for tag, value in more.items():
+        exif[int(tag[1:], 16)] = value
+    return exif
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "settings"),
+    [
+        ("a.jpg", "RGB", {}),
+        ("b.jpg", "L", {"exif": exif_with()}),
+        ("c.jpg", "RGB", {"exif": exif_with(x010E="old"), "xmp": b"<x/>"}),
+        ("d.png", "RGBA", {}),
+        ("e.png", "P", {"exif": exif_with()}),
+        ("f.webp", "RGB", {}),
+        ("g.webp", "RGBA", {"exif": exif_with(), "xmp": b"<x/>", "lossless": True}),
+        ("h.tif", "RGB", {"compression": "tiff_lzw"}),
+        ("i.tif", "L", {"description": "old", "big_tiff": False}),
+    ],
+)
+def test_an_exif_description_changes_nothing_else(tmp_path, name, mode, settings):
+    """As Pillow finds it, which reads EXIF and TIFF by itself."""
+    from PIL import Image
+
+    def seen():
+        with Image.open(file) as image:
+            exif = image.getexif()
+            own = {tag: value for tag, value in exif.items() if tag not in (0x010E, 0x8769)}
+            own[0x927C] = exif.get_ifd(0x8769).get(0x927C)
+            return image.mode, image.tobytes(), image.info.get("xmp"), own, exif.get(0x010E)
+
+    file = saved(tmp_path / name, mode, **settings)
+    before = seen()
+    if "exif" in settings:
+        assert before[3][0x927C] == MAKERS_OWN and before[3][0x010F] == "Maker"
+    for text in ("There are 6 penguins, and a crown.", "two", "one more"):
+        image = file.read_bytes()
+        block = exif.with_description(containers.read_packet(image, containers.EXIF), text)
+        replace_bytes(file, containers.with_packet(image, block, containers.EXIF))
+        assert seen() == (*before[:4], text)
+        block = containers.read_packet(file.read_bytes(), containers.EXIF)
+        assert exif.description_of(block) == text
+
+
+def test_captions_within_images_as_exif(nano, tmp_path):
+    from PIL import Image
+
+    folder = tmp_path / "p"
+    folder.mkdir()
+    files = [saved(folder / name) for name in ("a.jpg", "b.png", "c.webp", "d.tif", "e.gif")]
+    new = {file.name: alone(nano, PROMPT, file) for file in files}
+    for _ in range(2):
+        summary = run(nano, folder, "exif")
+    assert summary.kept == 4 and summary.failed_before == 1
+    for file in files[:4]:
+        with Image.open(file) as image:
+            assert image.getexif()[0x010E] == new[file.name]
+
+
+def test_exif_refuses_what_is_not_ascii_and_what_is_damaged():
+    with pytest.raises(ValueError, match="is ASCII"):
+        exif.with_description(b"", "Grüße")
+    whole = exif.with_description(b"", "a panda")
+    assert exif.description_of(whole) == "a panda" and exif.description_of(b"") == ""
+    for broken in (b"II", b"XX*\0\0\0\0\0", whole[:12], whole[:4] + b"\xff" * 4):
+        with pytest.raises(ValueError, match="damaged"):
+            exif.with_description(broken, "x")
+        with pytest.raises(ValueError, match="damaged"):
+            exif.description_of(broken)
 
 
 def test_damaged_images_are_not_written_into():

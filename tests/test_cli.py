@@ -330,6 +330,8 @@ MORE = {
     "top_k": 7,
     "min_p": 0.25,
     "repetition_penalty": 1.5,
+    "frequency_penalty": 0.5,
+    "presence_penalty": -0.5,
     "stop": ("x", "y"),
     "prefill_step_size": 9,
     "conv_mode": "plain",
@@ -931,7 +933,7 @@ def test_flags_are_the_python_names() -> None:
 def test_flags_have_the_defaults_of_options(name: str) -> None:
     defaults = {field.name: field.default for field in fields(Options)}
     shared = [p for p in COMMANDS[name].params if p.name in defaults]
-    assert len(shared) == (22 if name == "generate" else 9)
+    assert len(shared) == (24 if name == "generate" else 9)
     context = typer.Context(COMMANDS[name])
     for parameter in shared:
         assert parameter.get_default(context) == defaults[parameter.name], parameter.name

@@ -5,6 +5,7 @@ import random
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from threading import Thread
@@ -312,6 +313,30 @@ def test_wrong_schemas_are_said_in_a_sentence(schema: Any, said: str) -> None:
         Options(schema=schema)
     message = str(caught.value)
     assert len(message) < 400 and message.endswith(".") and "\n" not in message
+
+
+HOSTILE: dict[str, dict[str, Any]] = {
+    "repeats of repeats": {"regex": "((a|b|c){1,500}x){1,500}"},
+    "more states than atoms": {"regex": "(.*a.{20}){3}"},
+    "letters of all scripts": {"regex": r"(\p{L}{1,200}\s){1,200}"},
+    "many choices": {"choices": [f"choice {i} of many" for i in range(20_000)]},
+    "patterns that must all fit": {
+        "schema": {"allOf": [{"pattern": f"(a|b)*a(a|b){{{n}}}"} for n in range(2, 14)]}
+    },
+    "vast arrays": {"schema": {"type": "array", "maxItems": 10**5, "items": {"maxLength": 10**5}}},
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_hostile_grammar_is_ready_or_refused_soon(kind: str, nano: Nano) -> None:
+    """A second on its own; the rest is for what runs beside the tests."""
+    start = time.perf_counter()
+    try:
+        options = Options(**HOSTILE[kind])
+        make_constraint(nano[1], nano[0].config.text.vocab_size, options)
+    except ValueError as error:
+        assert str(error).endswith(".") and len(str(error)) < 500
+    assert time.perf_counter() - start < 5
 
 
 def test_a_schema_that_holds_itself_is_too_deep() -> None:

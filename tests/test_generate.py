@@ -315,6 +315,40 @@ def test_repetition_penalty_equals_a_loop(nano: Nano, tokens: list[int]) -> None
     assert found(1.0) == tokens[:limit]
 
 
+@pytest.mark.parametrize("penalties", [(1.5, 0.0), (0.0, 2.0), (0.7, 1.3), (-1.0, 0.5)], ids=str)
+def test_penalties_of_what_was_said_equal_a_loop(nano: Nano, penalties: Any) -> None:
+    """As OpenAI's: of the answer's tokens alone, by their number, and once if there are any."""
+    model, processor = nano
+    (frequency, presence), limit = penalties, 24
+    ends = sorted(processor.tokenizer.eos_token_ids)
+    _, embeddings = prompt_of(nano)
+    expected: list[int] = []
+
+    def go_on(tokens: mx.array, logits: mx.array) -> mx.array:
+        """An answer that may not end says the same again and again."""
+        return mx.put_along_axis(logits, mx.array([ends]), mx.array(-mx.inf), axis=-1)
+
+    while len(expected) < limit:
+        logits = np.array(model.language_model(None, input_embeddings=embeddings)[0, -1])
+        for token in set(expected):
+            logits[token] -= frequency * expected.count(token) + presence
+        logits[ends] = -np.inf
+        expected.append(int(logits.argmax()))
+        added = model.language_model.embed_tokens(mx.array([expected[-1:]]))
+        embeddings = mx.concatenate([embeddings, added], axis=1)
+    options = {"frequency_penalty": frequency, "presence_penalty": presence, "image_size": 64}
+    options |= {"max_tokens": limit, "logits_processor": go_on}
+    ways: list[Any] = [{}, {"prompt_lookup": 3}, {"draft_model": nano}]
+    for way in ways:
+        found = [
+            response.token for response in stream_generate(*nano, ASK, PENGUINS, **options, **way)
+        ]
+        assert found == expected, way
+    text = generate(*nano, ASK, PENGUINS, **options)
+    assert fv.batch_generate(*nano, [(ASK, PENGUINS)] * 3, **options) == [text] * 3
+    assert text != generate(*nano, ASK, **SMALL, max_tokens=limit, logits_processor=go_on)
+
+
 def test_logits_processor_sees_tokens_and_decides(nano: Nano) -> None:
     calls: list[tuple[list[int], tuple[int, ...]]] = []
     wanted = tokens_of(nano, "A panda and a cat")
@@ -534,6 +568,8 @@ BAD = {
     "top_k": [-1, 1.5, "a", None, True],
     "min_p": [-0.1, 1.5, NAN, "a", None],
     "repetition_penalty": [0, -1, NAN, INF, "a"],
+    "frequency_penalty": [-2.1, 2.1, NAN, INF, "a", None],
+    "presence_penalty": [-2.1, 2.1, NAN, INF, "a", None],
     "seed": [-1, 1.5, "a", 2**64, True],
     "stop": ["", ["a", ""], [1], 5, None, [None]],
     "max_kv_size": [0, 7, -1, 8.5, "a", NAN],
@@ -568,6 +604,8 @@ def test_bad_options(name: str, value: Any) -> None:
         {"min_p": 1},
         {"repetition_penalty": 0.1},
         {"repetition_penalty": 1},
+        {"frequency_penalty": -2},
+        {"presence_penalty": 2},
         {"seed": 0},
         {"seed": 2**63},
         {"stop": ()},
@@ -764,6 +802,8 @@ def test_two_streams_at_once(nano: Nano) -> None:
         {"top_k": 3},
         {"min_p": 0.1},
         {"repetition_penalty": 1.1},
+        {"frequency_penalty": 0.1},
+        {"presence_penalty": -0.1},
         {"logits_processor": lambda tokens, logits: logits},
         {"prompt_lookup": 2},
         {"max_kv_size": 16},

@@ -14,7 +14,7 @@ PACKAGE = "fastvlm_mlx"
 # A room, which is a folder or file at the top of the package, imports from its own level and from
 # those before.
 ORDER = (
-    "version checks fields progress http",
+    "version checks fields progress http start",
     "ops config",
     "image text",
     "video",
@@ -41,6 +41,7 @@ DEVICE_QUESTIONS = {"on_cpu", "on_metal"}
 DEVICE_ASKED = {
     "ops/": "the one place where forms are chosen",
     "bench/": "floors and rates are those of the device that is measured",
+    "serve/facts.py": "clients are told how much of the model a GPU reads",
     "generation/scheduler.py": "on the CPU a KV cache is written in place once a step is over",
 }
 

@@ -93,7 +93,7 @@ def test_numpy_options_answer_as_python_ones(nano: Nano) -> None:
 @pytest.mark.parametrize(
     "value", [10**400, -(10**400), 10**5000], ids=["1e400", "-1e400", "1e5000"]
 )
-@pytest.mark.parametrize("name", ["temperature", "top_p", "min_p", "repetition_penalty"])
+@pytest.mark.parametrize("name", ["temperature", "min_p", "repetition_penalty", "presence_penalty"])
 def test_a_number_too_large_for_a_float(name: str, value: int) -> None:
     with pytest.raises(ValueError, match=f"^{name} must be a number") as caught:
         Options(**{name: value})

@@ -885,6 +885,17 @@ def test_the_model_is_shown_and_the_image_size_can_be_chosen(shown: View) -> Non
     expect(shown.page.locator("#size")).to_have_value("512")
 
 
+def test_visual_tokens_are_counted_in_the_models_own_patches(view: View) -> None:
+    facts = {"precision": "4 bits", "image_size": 384, "patch_size": 32}
+    view.server.model = {"id": "another", "fastvlm": facts}
+    view.open()
+    sizes = view.page.locator("#size option")
+    values = sizes.evaluate_all("all => all.map(o => +o.value)")
+    assert 384 in values and all(value % 32 == 0 for value in values)
+    said = sizes.evaluate_all("all => all.map(o => o.textContent)")
+    assert "384 px · 144 tokens ✓" in said
+
+
 def test_another_servers_models_are_enough(view: View) -> None:
     view.server.model = {"id": "some/model"}
     view.open()

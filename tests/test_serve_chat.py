@@ -30,6 +30,7 @@ from fastvlm_mlx.text import build_prompt
 pytestmark = [pytest.mark.needs("fastapi"), pytest.mark.needs("uvicorn")]
 needs_openai = pytest.mark.needs("openai")
 PATH = "/v1/chat/completions"
+LIST = "List the numbers."  # of which digits are said twice
 
 
 @pytest.fixture(scope="module")
@@ -181,6 +182,8 @@ def test_options_reach_the_model(played: Served, puppet: Puppet) -> None:
         "top_k": 20,
         "min_p": 0.05,
         "repetition_penalty": 1.1,
+        "frequency_penalty": 0.5,
+        "presence_penalty": -0.25,
         "seed": 0,
         "image_size": 128,
     }
@@ -288,24 +291,15 @@ def test_logprobs_are_those_of_the_tokens(served: Served) -> None:
     assert [token["token"] for some in found for token in some] == [t["token"] for t in tokens]
 
 
-def test_penalties_change_the_answer_they_are_for_and_no_other(served: Served) -> None:
-    words = chat("What is this?", max_tokens=12, logprobs=True)
+def test_penalties_change_the_answers_they_are_for_and_no_other(served: Served, nano: Nano) -> None:
+    """Each of several answers has its own count of what was said."""
+    penalties = {"frequency_penalty": 1.5, "presence_penalty": 2}
+    words = chat(LIST, max_tokens=24)
     plain = text_of(served.post(PATH, words))
-    penalized = text_of(served.post(PATH, words | {"frequency_penalty": 2, "presence_penalty": 2}))
+    both = served.post(PATH, words | penalties | {"n": 2}).json()["choices"]
+    expected = fv.generate(*nano, LIST, max_tokens=24, **penalties)
+    assert [choice["message"]["content"] for choice in both] == [expected] * 2 != [plain] * 2
     assert text_of(served.post(PATH, words)) == plain
-    assert penalized  # and, as the test of the penalties below shows, by what it should be
-
-
-def test_the_penalties_are_those_of_openai() -> None:
-    import mlx.core as mx
-
-    from fastvlm_mlx.serve.penalties import Penalties
-
-    penalize = Penalties(0.5, 0.25)
-    prompt, logits = mx.array([1, 1, 3]), mx.array([[1.0, 2.0, 3.0, 4.0]])
-    assert penalize(prompt, logits).tolist() == [[1.0, 2.0, 3.0, 4.0]]
-    said = mx.array([1, 1, 3, 2, 2, 0])
-    assert penalize(said, logits).tolist() == [[0.25, 2.0, 1.75, 4.0]]
 
 
 # Messages

@@ -329,7 +329,7 @@ def test_no_broken_image_is_the_server_s_fault(
 
 def test_the_openapi_document_describes_every_route(played: Served) -> None:
     document = played.get("/openapi.json").json()
-    assert {*PATHS, "/v1/models", "/api/tags", "/api/version"} <= set(document["paths"])
+    assert {*PATHS, "/v1/models", "/api/tags", "/api/ps", "/api/version"} <= set(document["paths"])
     for path in PATHS:
         operation = document["paths"][path]["post"]
         assert operation["requestBody"]["content"]["application/json"]["schema"]
@@ -393,6 +393,9 @@ def test_the_metrics_count_what_was_done(nano: Nano) -> None:
     assert figures["fastvlm_images_total"] == 2
     assert figures["fastvlm_generated_tokens_total"] == 3
     assert figures["fastvlm_prompt_tokens_total"] == 20
+    assert figures["fastvlm_cached_prompt_tokens_total"] == 7
+    for stage in ("queue_seconds", "encode_seconds", "prefill_seconds", "tokens_per_second"):
+        assert figures[f"fastvlm_{stage}_count"] == 1, stage
     assert figures['fastvlm_answers_total{reason="stop"}'] == 1
     assert figures["fastvlm_time_to_first_token_seconds_count"] == 1
     assert figures["fastvlm_time_to_first_token_seconds_sum"] == 0.25

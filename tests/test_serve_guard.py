@@ -179,7 +179,7 @@ def test_without_the_key_nothing_is_told(locked: Served, headers: Any) -> None:
         assert reply.status_code == 401
         assert reply.headers["www-authenticate"] == "Bearer"
         assert "geheim" not in reply.text
-    for path in ("/v1/models", "/v1/models/nano", "/api/tags", "/api/version", "/metrics"):
+    for path in ("/v1/models", "/v1/models/nano", "/api/tags", "/api/ps", "/metrics"):
         assert locked.get(path, headers=headers).status_code == 401, path
     assert not locked.engine.requests
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from models import PENGUINS, Nano
+from models import PANDA, PENGUINS, Nano
 from PIL import Image, ImageFile
 from serving import (
     BASE64,
@@ -474,6 +474,24 @@ def test_files_are_closed_by_default(root: Path) -> None:
 
 def test_a_file_that_is_too_large_is_not_read(root: Path) -> None:
     assert "too large" in refusal("cat.png", media_root=root, max_image_bytes=100)
+
+
+def test_a_file_whose_bytes_changed_is_another_picture(nano: Nano, tmp_path: Path) -> None:
+    from fastvlm_mlx.serve.cache import RequestCache
+
+    file = tmp_path / "now.png"
+    answers = []
+    with (
+        started(nano, cache=RequestCache(nano[0])) as engine,
+        serving(engine, media_root=tmp_path) as server,
+    ):
+        for cached, picture in ((0, PENGUINS), (1, PENGUINS), (0, PANDA), (1, PENGUINS)):
+            file.write_bytes(picture.read_bytes())
+            reply = server.post(PATH, chat(parts("now.png"))).json()
+            assert reply["timings"]["cached_images"] == cached
+            answers.append(reply["choices"][0]["message"]["content"])
+    assert answers[0] == answers[1] == answers[3] == fv.generate(*nano, QUESTION, PENGUINS)
+    assert answers[2] == fv.generate(*nano, QUESTION, PANDA)
 
 
 # One picture by every way

@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import Iterator
+from datetime import datetime
 from typing import Any
 
 import pytest
@@ -85,6 +86,21 @@ def test_the_model_is_listed_and_shown(client: Any) -> None:
 
 
 @needs_ollama
+def test_the_loaded_model_is_running_for_good(client: Any, nano: Nano) -> None:
+    import mlx.core as mx
+
+    (listed,), (running,) = client.list().models, client.ps().models
+    assert running.model == running.name == listed.model
+    assert (running.size, running.digest) == (listed.size, listed.digest)
+    assert running.details == listed.details
+    on_gpu = mx.default_device() == mx.Device(mx.gpu)
+    assert running.size_vram == (running.size if on_gpu else 0)
+    assert running.context_length == nano[1].max_length == 4096
+    years = running.expires_at.year - datetime.now().year
+    assert years > 20  # of which Ollama's command says Forever
+
+
+@needs_ollama
 def test_errors_are_the_clients(client: Any) -> None:
     import ollama
 
@@ -130,7 +146,8 @@ def test_curl_without_a_content_type_is_answered(played: Served, puppet: Puppet)
 
 def test_options_reach_the_model(played: Served, puppet: Puppet) -> None:
     options = {"temperature": 0.5, "top_p": 0.9, "top_k": 20, "min_p": 0.05, "seed": 0}
-    more = {"num_predict": 9, "repeat_penalty": 1.1, "stop": ["x"], "num_ctx": 2048, "mirostat": 1}
+    options |= {"frequency_penalty": 0.5, "presence_penalty": -0.25}
+    more = {"num_predict": 9, "repeat_penalty": 1.1, "stop": ["x"], "num_ctx": 2048}
     body = {"prompt": "Hi", "stream": False, "options": options | more, "keep_alive": "5m"}
     assert played.post("/api/generate", body).status_code == 200
     wanted = options | {"max_tokens": 9, "repetition_penalty": 1.1, "stop": ("x",)}

@@ -55,6 +55,72 @@ def test_a_video_is_answered_as_in_the_library(served: Served, clip: Path, nano:
         assert found["usage"]["prompt_tokens"] == expected[0].prompt_tokens
 
 
+def responses(part: dict[str, Any], role: str = "user") -> tuple[str, dict[str, Any]]:
+    content = [part, {"type": "input_text", "text": QUESTION}]
+    return "/v1/responses", {"input": [{"role": role, "content": content}]}
+
+
+def messages(part: dict[str, Any], role: str = "user") -> tuple[str, dict[str, Any]]:
+    content = [part, {"type": "text", "text": QUESTION}]
+    turns = [{"role": role, "content": content}, {"role": "user", "content": "So?"}]
+    return "/v1/messages", {"messages": turns[: 1 + (role != "user")], "max_tokens": 64}
+
+
+def ways(url: str) -> list[tuple[str, dict[str, Any]]]:
+    """A question about a video through every interface but chat completions."""
+    by_url = {"type": "url", "url": url}
+    found = [
+        responses({"type": "input_video", "video_url": url}),
+        responses({"type": "video_url", "video_url": {"url": url}}),
+        messages({"type": "video", "source": by_url}),
+        messages(
+            {
+                "type": "tool_result",
+                "tool_use_id": "1",
+                "content": [{"type": "video", "source": by_url}],
+            }
+        ),
+    ]
+    if url.startswith("data:"):
+        data = url.partition(",")[2]
+        base64 = {"type": "base64", "media_type": "video/mp4", "data": data}
+        found.append(messages({"type": "video", "source": base64}))
+    return found
+
+
+def said(reply: dict[str, Any]) -> str:
+    message = reply["output"][0] if "output" in reply else reply
+    return str(message["content"][0]["text"])
+
+
+def test_every_interface_with_parts_shows_a_video(served: Served, clip: Path, nano: Nano) -> None:
+    expected = list(fv.stream_generate(*nano, QUESTION, video=clip, frames=8))
+    for url in (data_uri(clip.read_bytes()), str(clip)):
+        for path, body in ways(url):
+            reply = served.post(path, body)
+            assert reply.status_code == 200, reply.text
+            assert said(reply.json()) == "".join(r.text for r in expected)
+            assert reply.json()["usage"]["input_tokens"] == expected[0].prompt_tokens
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:9/x.mp4", "/etc/passwd", "data:,nothing"])
+def test_every_interface_refuses_the_same_videos(url: str, served: Served) -> None:
+    chat_says = served.post(PATH, asked(url)).json()["error"]["message"]
+    for path, body in ways(url):
+        reply = served.post(path, body)
+        assert reply.status_code == 400 and reply.json()["error"]["message"] == chat_says
+
+
+def test_a_video_without_its_url_and_one_of_the_model(served: Served) -> None:
+    for path, body in (
+        responses({"type": "input_video"}),
+        responses({"type": "input_video", "video_url": "x"}, role="assistant"),
+        messages({"type": "video", "source": {"type": "url", "url": "x"}}, role="assistant"),
+        messages({"type": "video"}),
+    ):
+        assert served.post(path, body).status_code == 400
+
+
 def test_videos_share_the_images_that_are_allowed(served: Served, clip: Path) -> None:
     uri = data_uri(clip.read_bytes())
     two = served.post(PATH, asked(uri, more=1))

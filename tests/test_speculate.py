@@ -335,7 +335,10 @@ def test_ends_inside_a_draft(stop: tuple[str, ...], nano: Nano, question: dict[s
 # Options
 
 
-@pytest.mark.parametrize("options", [{"repetition_penalty": 1.5}, {"kv_bits": 8}], ids=str)
+SAID = {"frequency_penalty": 1.0, "presence_penalty": 0.5}
+
+
+@pytest.mark.parametrize("options", [{"repetition_penalty": 1.5}, SAID, {"kv_bits": 8}], ids=str)
 @pytest.mark.parametrize("count", [1, 4])
 def test_options(options: dict[str, Any], count: int, model: FastVLM, other: FastVLM) -> None:
     chosen = Options(**options)

@@ -594,6 +594,63 @@ def test_cameras_of_a_mac(
         assert fake.tried == ["30"]
 
 
+class Device(Source):
+    """A camera that begins to give frames once it is allowed to, and tells when it is closed."""
+
+    ready = True
+
+    def __init__(self, error: Exception | None = None):
+        self.error, self.closed, self.came = error, False, 0
+
+    def frames(self) -> Iterator[Frame]:
+        try:
+            if self.error is not None:
+                raise self.error
+            while True:
+                self.came += 1
+                yield Frame(self.came / 100, lambda: Image.new("RGB", (64, 64)), time.monotonic())
+                time.sleep(0.01)
+        finally:
+            self.closed = True
+
+
+def test_what_is_wrong_with_a_source_is_said_before_a_model_is_loaded() -> None:
+    def load() -> Any:
+        raise AssertionError("it was loaded")
+
+    with pytest.raises(PermissionError, match="not allowed"):
+        fv.watch(Device(PermissionError("not allowed")), model=load)
+
+
+def test_frames_of_the_time_that_loading_takes_are_no_skipped_ones(nano: Nano) -> None:
+    source = Device()
+
+    def load() -> Nano:
+        seen = source.came
+        while source.came < seen + 9:
+            time.sleep(0.01)
+        return nano
+
+    answers = fv.watch(source, model=load, max_tokens=1, image_size=64)
+    first = next(answers)
+    assert first.skipped < 5 and first.time >= 0.09
+    answers.close()  # type: ignore[attr-defined]
+    assert source.closed
+
+
+def test_a_source_is_let_go_where_no_answer_is_wanted(nano: Nano) -> None:
+    def fail() -> Any:
+        raise ValueError("no such model")
+
+    source = Device()
+    with pytest.raises(ValueError, match="no such model"):
+        fv.watch(source, model=fail)
+    assert source.closed
+    source = Device()
+    fv.watch(source, model=nano).close()  # type: ignore[attr-defined]
+    assert source.closed
+
+
 @pytest.mark.needs("av")
 def test_permissions_of_a_mac_are_asked_for_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "darwin")
@@ -630,6 +687,53 @@ def test_cameras_of_linux(
         camera.open_camera(3)
     with pytest.raises(FileNotFoundError, match="no camera 4"):
         camera.open_camera(4)
+
+
+DEVICES = """AVFoundation video devices:
+[0] FaceTime HD Camera
+[1] Studio Display Camera
+[2] Capture screen 0
+AVFoundation audio devices:
+[0] MacBook Pro Microphone"""
+
+
+@pytest.mark.needs("av")
+def test_the_cameras_of_a_mac_have_names(monkeypatch: pytest.MonkeyPatch, run: Run) -> None:
+    import av
+
+    def list_them(name: str, format: str, options: dict[str, str]) -> None:
+        assert (format, options) == ("avfoundation", {"list_devices": "true"})
+        for line in DEVICES.splitlines():
+            av.logging.log(av.logging.INFO, "avfoundation", f"{line}\n")
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(av, "open", list_them)
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert camera.list_cameras() == {0: "FaceTime HD Camera", 1: "Studio Display Camera"}
+    found = run("watch", "--list-cameras")
+    assert (found.code, found.out) == (0, "0  FaceTime HD Camera\n1  Studio Display Camera\n")
+    numbers = {"0": 0, "7": 7, "face": 0, "Studio Display Camera": 1}
+    assert {name: camera.find_camera(name) for name in numbers} == numbers
+    with pytest.raises(ValueError, match=r"Several cameras .* \(0\), Studio Display Camera \(1\)"):
+        camera.find_camera("camera")
+    for missing in ("Webcam", "-1", "²", ""):
+        with pytest.raises((FileNotFoundError, ValueError), match="camera"):
+            camera.find_camera(missing)
+
+
+@pytest.mark.needs("av")
+def test_the_cameras_of_linux_have_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each camera has several devices, of which the first gives its pictures."""
+    for number, index, name in ((10, 0, "C920"), (0, 0, "Integrated"), (1, 1, "Integrated")):
+        device = tmp_path / f"video{number}"
+        device.mkdir()
+        (device / "index").write_text(f"{index}\n")
+        (device / "name").write_text(f"{name}\n")
+    (tmp_path / "video5").mkdir()  # which went away meanwhile
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(camera, "VIDEO4LINUX", tmp_path)
+    assert list(camera.list_cameras().items()) == [(0, "Integrated"), (10, "C920")]
+    assert camera.find_camera("c920") == 10
 
 
 @pytest.mark.needs("av")
@@ -689,6 +793,8 @@ def test_what_is_named_as_a_source(tmp_path: Path) -> None:
     }
     assert {given: type(open_source(given)).__name__ for given in kinds} == kinds
     assert isinstance(open_source(iter([])), PictureSource)
+    ready = {0, "rtsp://h/x", "screen"}  # a film of the network would begin unseen
+    assert all(open_source(given).ready is (given in ready) for given in kinds)
     with pytest.raises(FileNotFoundError, match=r"no video 'nothing\.mp4'"):
         open_source("nothing.mp4")
     for nothing in (-1, 1.5, None):
@@ -901,7 +1007,7 @@ BAD = {
     "no webhook": (["-", "--webhook", "me"], "http or https"),
     "no place": (["-", "--jsonl", "none/log.jsonl"], "can't be written"),
     "no pictures": (["-"], "Standard input"),
-    "no camera": (["--camera", "-1"], "--camera must be a number from 0"),
+    "no camera": (["--camera", "-1"], "There is no camera '-1'"),
     "thumbnails": (["-", "--thumbnails"], "--jsonl"),
     "no size": (["-", "--image-size", "100"], "multiple of 64"),
 }

@@ -1,51 +1,90 @@
-"""The XMP packet within a JPEG, PNG or WebP file; everything else stays as it is, to the byte."""
+"""XMP and EXIF within a JPEG, PNG or WebP file; everything else stays as it is, to the byte."""
 
 from __future__ import annotations
 
 import struct
 import zlib
 from collections.abc import Iterator
+from typing import NamedTuple
 
 JPEG_START, PNG_START = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"
-JPEG_XMP, JPEG_EXTENDED = b"http://ns.adobe.com/xap/1.0/\0", b"http://ns.adobe.com/xmp/extension/\0"
+TIFF_STARTS = (b"II*\0", b"MM\0*")
+JPEG_EXTENDED = b"http://ns.adobe.com/xmp/extension/\0"
+JPEG_EXIF = b"Exif\0\0"
 PNG_XMP = b"XML:com.adobe.xmp\0"
 APP0, APP1, APP15, SCAN = 0xE0, 0xE1, 0xEF, 0xDA
 MOST_IN_JPEG = 65_533  # bytes of a segment without its length
-XMP_FLAG, ALPHA_FLAG = 0x04, 0x10  # of WebP's extended header
+ALPHA_FLAG = 0x10  # of WebP's extended header
 UNKNOWN = "captions can be written into JPEG, PNG and WebP files; choose .xmp for files beside them"
 
 
-def read_packet(image: bytes) -> bytes:
-    """The XMP packet of an image; empty if it has none. ValueError for other kinds of files."""
-    kind = _kind(image)
-    if kind == "JPEG":
-        found = [data for marker, data in _segments(image) if _is_xmp(marker, data)]
-        return found[0][len(JPEG_XMP) :] if found else b""
-    if kind == "PNG":
-        texts = [data for name, data in _chunks(image) if _is_itxt(name, data)]
-        return _from_itxt(texts[0]) if texts else b""
-    return next((data for name, data in _riff(image) if name == b"XMP "), b"")
+class Metadata(NamedTuple):
+    """A kind of metadata, and how each kind of file marks it.
+
+    Attributes:
+        name: as people know it.
+        jpeg: what its segment begins with.
+        last: the last of the segments that it stands behind.
+        png, itxt: the name of its chunk, and what that begins with.
+        webp, flag: the name of its chunk, and its bit in the header.
+    """
+
+    name: str
+    jpeg: bytes
+    last: int
+    png: bytes
+    itxt: bytes
+    webp: bytes
+    flag: int
 
 
-def with_packet(image: bytes, packet: bytes) -> bytes:
-    """The image with this XMP packet in the place of its own.
+XMP = Metadata("XMP", b"http://ns.adobe.com/xap/1.0/\0", APP1, b"iTXt", PNG_XMP, b"XMP ", 0x04)
+EXIF = Metadata("EXIF", JPEG_EXIF, APP0, b"eXIf", b"", b"EXIF", 0x08)
+
+
+def read_packet(image: bytes, kind: Metadata = XMP) -> bytes:
+    """The metadata of an image; empty if it has none. ValueError for other kinds of files.
+
+    A TIFF file is its own EXIF block.
+    """
+    file = _kind(image, kind)
+    if file == "JPEG":
+        found = [data for marker, data in _segments(image) if _is_app1(marker, data, kind)]
+        return found[0][len(kind.jpeg) :] if found else b""
+    if file == "PNG":
+        chunks = [data for name, data in _chunks(image) if _is_chunk(name, data, kind)]
+        if kind is EXIF or not chunks:
+            return b"".join(chunks[:1])
+        return _from_itxt(chunks[0])
+    if file == "TIFF":
+        return image
+    found = [data for name, data in _riff(image) if name == kind.webp]
+    return found[0].removeprefix(JPEG_EXIF) if found else b""  # which some programs put before it
+
+
+def with_packet(image: bytes, packet: bytes, kind: Metadata = XMP) -> bytes:
+    """The image with this metadata in the place of its own.
 
     Raises:
         ValueError: another kind of file, a damaged one, or too long a packet.
     """
-    kind = _kind(image)
-    if kind == "JPEG":
-        return _jpeg_with(image, packet)
-    return _png_with(image, packet) if kind == "PNG" else _webp_with(image, packet)
+    file = _kind(image, kind)
+    if file == "JPEG":
+        return _jpeg_with(image, packet, kind)
+    if file == "TIFF":
+        return packet
+    return _png_with(image, packet, kind) if file == "PNG" else _webp_with(image, packet, kind)
 
 
-def _kind(image: bytes) -> str:
+def _kind(image: bytes, kind: Metadata) -> str:
     if image.startswith(JPEG_START):
         return "JPEG"
     if image.startswith(PNG_START):
         return "PNG"
     if image[:4] == b"RIFF" and image[8:12] == b"WEBP":
         return "WebP"
+    if kind is EXIF and image.startswith(TIFF_STARTS):
+        return "TIFF"
     raise ValueError(UNKNOWN)
 
 
@@ -69,19 +108,19 @@ def _segments(image: bytes) -> Iterator[tuple[int, bytes]]:
     raise ValueError("its segments are damaged")
 
 
-def _is_xmp(marker: int, data: bytes) -> bool:
-    return marker == APP1 and data.startswith(JPEG_XMP)
+def _is_app1(marker: int, data: bytes, kind: Metadata) -> bool:
+    return marker == APP1 and data.startswith(kind.jpeg)
 
 
-def _jpeg_with(image: bytes, packet: bytes) -> bytes:
-    if len(JPEG_XMP) + len(packet) + 2 > MOST_IN_JPEG:
-        raise ValueError("its XMP is longer than a JPEG can hold")
-    parts = [(m, d) for m, d in _segments(image) if not _is_xmp(m, d)]
-    if any(m == APP1 and d.startswith(JPEG_EXTENDED) for m, d in parts):
+def _jpeg_with(image: bytes, packet: bytes, kind: Metadata) -> bytes:
+    if len(kind.jpeg) + len(packet) + 2 > MOST_IN_JPEG:
+        raise ValueError(f"its {kind.name} is longer than a JPEG can hold")
+    parts = [(m, d) for m, d in _segments(image) if not _is_app1(m, d, kind)]
+    if kind is XMP and any(m == APP1 and d.startswith(JPEG_EXTENDED) for m, d in parts):
         raise ValueError("its XMP is spread over several segments; choose .xmp")
-    # Readers expect it behind JFIF's header and EXIF.
-    place = next(i for i, (m, _) in enumerate(parts) if not APP0 <= m <= APP1)
-    parts.insert(place, (APP1, JPEG_XMP + packet))
+    # Readers expect EXIF behind JFIF's header, and XMP behind both.
+    place = next(i for i, (m, _) in enumerate(parts) if not APP0 <= m <= kind.last)
+    parts.insert(place, (APP1, kind.jpeg + packet))
     return JPEG_START + b"".join(
         d if m == SCAN else struct.pack(">BBH", 0xFF, m, len(d) + 2) + d for m, d in parts
     )
@@ -100,8 +139,8 @@ def _chunks(image: bytes) -> Iterator[tuple[bytes, bytes]]:
         at += 12 + length
 
 
-def _is_itxt(name: bytes, data: bytes) -> bool:
-    return name == b"iTXt" and data.startswith(PNG_XMP)
+def _is_chunk(name: bytes, data: bytes, kind: Metadata) -> bool:
+    return name == kind.png and data.startswith(kind.itxt)
 
 
 def _from_itxt(data: bytes) -> bytes:
@@ -113,10 +152,11 @@ def _from_itxt(data: bytes) -> bytes:
         raise ValueError(f"its XMP is damaged: {error}") from None
 
 
-def _png_with(image: bytes, packet: bytes) -> bytes:
-    parts = [(n, d) for n, d in _chunks(image) if not _is_itxt(n, d)]
+def _png_with(image: bytes, packet: bytes, kind: Metadata) -> bytes:
+    parts = [(n, d) for n, d in _chunks(image) if not _is_chunk(n, d, kind)]
     place = next((i for i, (n, _) in enumerate(parts) if n == b"IDAT"), len(parts) - 1)
-    parts.insert(place, (b"iTXt", PNG_XMP + b"\0\0\0\0" + packet))
+    before = PNG_XMP + b"\0\0\0\0" if kind is XMP else b""
+    parts.insert(place, (kind.png, before + packet))
     return PNG_START + b"".join(
         struct.pack(">I", len(d)) + n + d + struct.pack(">I", zlib.crc32(n + d)) for n, d in parts
     )
@@ -133,13 +173,15 @@ def _riff(image: bytes) -> Iterator[tuple[bytes, bytes]]:
         at += 8 + length + length % 2
 
 
-def _webp_with(image: bytes, packet: bytes) -> bytes:
-    parts = [(n, d) for n, d in _riff(image) if n != b"XMP "]
+def _webp_with(image: bytes, packet: bytes, kind: Metadata) -> bytes:
+    parts = [(n, d) for n, d in _riff(image) if n != kind.webp]
     if not parts:
         raise ValueError("its chunks are damaged")
     extended = parts[0][0] == b"VP8X"
     header = parts.pop(0)[1] if extended else _extended_header(image)
-    parts = [(b"VP8X", bytes([header[0] | XMP_FLAG]) + header[1:]), *parts, (b"XMP ", packet)]
+    parts.insert(0, (b"VP8X", bytes([header[0] | kind.flag]) + header[1:]))
+    parts.append((kind.webp, packet))
+    parts.sort(key=lambda part: part[0] == XMP.webp)  # which comes last
     body = b"WEBP" + b"".join(
         n + struct.pack("<I", len(d)) + d + b"\0" * (len(d) % 2) for n, d in parts
     )

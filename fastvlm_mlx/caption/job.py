@@ -18,7 +18,7 @@ EXISTING = (SKIP, OVERWRITE, APPEND, PREPEND)
 
 
 @dataclass(frozen=True)
-class Job:
+class CaptionJob:
     """What to ask of every image, and what to do with the answers.
 
     Attributes:

@@ -8,9 +8,10 @@ from pathlib import Path
 from ..checks import check_whole_number, shown
 from . import tables
 from .appended import AppendedTable, existing_rows, mend
+from .embedded import KINDS as INSIDE
 from .embedded import Embedded
 from .files import check_target
-from .job import SKIP, Job
+from .job import SKIP, CaptionJob
 from .manifest import Manifest
 from .outputs import Output
 from .rewritten import ParquetTable, RewrittenTable
@@ -19,24 +20,24 @@ from .sidecars import Sidecars
 from .sources import Source
 
 TAR = ".tar"
-INSIDE = "xmp"  # the output that is the images themselves
 KINDS = (
     "a .jsonl, .csv, .tsv, .parquet or .tar file; only a suffix such as .txt or .xmp for files "
-    f"beside the images; or {INSIDE} for the description within JPEG, PNG and WebP images"
+    "beside the images; xmp for the description within JPEG, PNG and WebP images; or exif for that "
+    "in ASCII, in TIFF too"
 )
 SIZE = "size"  # the fact how far a table was written
 
 
 def is_with_images(out: str) -> bool:
     """Whether captions go into the images, or into files beside them: `.txt` is only a suffix."""
-    return out == INSIDE or (out.startswith(".") and len(out) > 1 and out[1:].isalnum())
+    return out in INSIDE or (out.startswith(".") and len(out) > 1 and out[1:].isalnum())
 
 
-def _with_images(out: str, job: Job) -> Output:
-    return Embedded(job.fields) if out == INSIDE else Sidecars(out, job.fields)
+def _with_images(out: str, job: CaptionJob) -> Output:
+    return Embedded(out, job.fields) if out in INSIDE else Sidecars(out, job.fields)
 
 
-def check_out(out: str, sources: Sequence[Source], job: Job) -> None:
+def check_out(out: str, sources: Sequence[Source], job: CaptionJob) -> None:
     """Refuse an output of no known kind, one that can't be written, and one that is a source.
 
     It needs no model, which may take long to download.
@@ -62,7 +63,7 @@ def manifest_of(out: str, sources: Sequence[Source]) -> Path:
     """Where the manifest stands unless another place is asked for: beside what is written."""
     if not is_with_images(out):
         return Path(out).with_name(f"{Path(out).name}.manifest")
-    name = f".fastvlm-captions{out if out != INSIDE else ''}.manifest"
+    name = f".fastvlm-captions{out if out.startswith('.') else f'-{out}'}.manifest"
     folder = next((s.name for s in sources if Path(s.name).is_dir()), None)
     if folder is not None:
         return Path(folder, name)
@@ -72,7 +73,12 @@ def manifest_of(out: str, sources: Sequence[Source]) -> Path:
 
 
 def open_output(
-    out: str, job: Job, manifest: Manifest, *, shard_size: int = SHARD_SIZE, writing: bool = True
+    out: str,
+    job: CaptionJob,
+    manifest: Manifest,
+    *,
+    shard_size: int = SHARD_SIZE,
+    writing: bool = True,
 ) -> Output:
     """The output of a run.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from ..checks import shown
-from .job import Job
+from .job import CaptionJob
 
 TRUNCATED, LOOP, CUT = "truncated", "loop", "cut"
 LONGEST_LOOP = 24  # words that are repeated
@@ -17,7 +17,7 @@ class UnfitError(ValueError):
 
 
 def judge(
-    text: str, finish_reason: str, job: Job, *, constrained: bool = False
+    text: str, finish_reason: str, job: CaptionJob, *, constrained: bool = False
 ) -> tuple[str, list[str]]:
     """A caption as it is to be written, and its flags.
 

@@ -21,7 +21,7 @@ from ..progress import progress_bar
 from .answers import Answering, Known, Task, fingerprint, said_options
 from .appended import AppendedTable
 from .items import PROMPT, Item
-from .job import APPEND, PREPEND, SKIP, Job
+from .job import APPEND, PREPEND, SKIP, CaptionJob
 from .manifest import ANSWERED, FAILED, WRITTEN, Entry, Manifest
 from .open import SIZE, check_out, is_with_images, manifest_of, open_output
 from .outputs import Fields, Row, fields_of
@@ -67,7 +67,7 @@ def caption_images(
     processor: Processor,
     sources: str | os.PathLike[str] | Sequence[str | os.PathLike[str] | Source],
     out: str | os.PathLike[str],
-    job: Job | None = None,
+    job: CaptionJob | None = None,
     *,
     manifest: str | os.PathLike[str] | None = None,
     max_batch: int = MAX_BATCH,
@@ -82,7 +82,8 @@ def caption_images(
         sources: see `find_sources`.
         out: a .jsonl, .csv, .tsv, .parquet or .tar file (captions-%06d.tar for several), or a
             suffix: `.txt` for text files beside the images, `.xmp` for XMP ones; or `xmp` for
-            descriptions within JPEG, PNG and WebP images themselves.
+            descriptions within JPEG, PNG and WebP images themselves, or `exif` for ASCII ones, in
+            TIFF too.
         job: what is asked; by default for a description.
         manifest: the SQLite file that a run goes on from; beside `out` by default.
         max_batch: captions that are decoded together.
@@ -96,7 +97,7 @@ def caption_images(
     """
     names = [sources] if isinstance(sources, (str, os.PathLike)) else sources
     found = find_sources(names)
-    run = _Run(job or Job(), found, os.fspath(out), progress)
+    run = _Run(job or CaptionJob(), found, os.fspath(out), progress)
     return run(model, processor, manifest, max_batch, shard_size, options)
 
 
@@ -123,7 +124,7 @@ class _Pending:
 class _Run:
     """One run over all images: plans, has answers made, writes in the order of the sources."""
 
-    def __init__(self, job: Job, sources: Sequence[Source], out: str, progress: bool):
+    def __init__(self, job: CaptionJob, sources: Sequence[Source], out: str, progress: bool):
         check_out(out, sources, job)
         self.job, self.sources, self.out, self.progress = job, sources, out, progress
         self.summary = Summary()

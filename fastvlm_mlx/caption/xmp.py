@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import io
+from html import escape
 from xml.etree import ElementTree as ET
-from xml.sax.saxutils import escape
 
 RDF = "http://www.w3.org/1999/02/22-rdf-syntax-ns#"
 DC = "http://purl.org/dc/elements/1.1/"
@@ -34,7 +34,7 @@ def with_description(packet: bytes, text: str) -> bytes:
     """A packet with this description, all else as it was; a new one in the place of nothing."""
     text = "".join(c for c in text if c in "\t\n\r" or c >= " ").encode("utf-8", "replace").decode()
     if not packet.strip():
-        return (NEW % escape(text)).encode()
+        return (NEW % escape(text, quote=False)).encode()
     root = _parse(packet)
     line = _line_of(root)
     if line is None:

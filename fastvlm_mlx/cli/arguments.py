@@ -91,6 +91,13 @@ FLAGS: dict[str, Any] = {
     "repetition_penalty": Annotated[
         float | None, typer.Option(help="Above 1, makes recent tokens less likely.")
     ],
+    "frequency_penalty": Annotated[
+        float,
+        typer.Option(help="Above 0, makes a token less likely each time that it is said."),
+    ],
+    "presence_penalty": Annotated[
+        float, typer.Option(help="Above 0, makes tokens less likely that were said at all.")
+    ],
     "seed": Annotated[int | None, typer.Option(help="Makes sampled answers repeatable.")],
     "stop": Annotated[
         list[str], typer.Option(help="Text that ends the answer. Repeat it for several.")

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..caption.job import EXISTING, Job
+from ..caption.job import EXISTING, CaptionJob
 from ..caption.open import KINDS, check_out
 from ..caption.run import Summary, caption_images
 from ..caption.shards import SHARD_SIZE
@@ -20,7 +20,7 @@ from ..generation.scheduler import MAX_BATCH
 from .arguments import Bits, Dtype, Model, Revision, option_flags
 from .printing import print_nano_note
 
-OWN = Job()
+OWN = CaptionJob()
 FLAGS = (
     "system",
     "conv_mode",
@@ -32,6 +32,8 @@ FLAGS = (
     "top_k",
     "min_p",
     "repetition_penalty",
+    "frequency_penalty",
+    "presence_penalty",
     "seed",
     "stop",
     "prefill_step_size",
@@ -131,7 +133,7 @@ def caption(
 
     fastvlm caption photos --out captions.jsonl --model apple/FastVLM-0.5B
     """
-    job = Job(
+    job = CaptionJob(
         prompts=tuple(prompt or ()),
         weights=tuple(weight or ()),
         questions=dict(map(_named_question, question or ())),

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from ..start import begin
 from ..version import __version__
 from .bench import FLOORS, bench
 from .caption import caption
@@ -73,6 +74,7 @@ def main() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
     if isinstance(sys.stdin, TextIOWrapper):  # bytes of another encoding may be part of a path
         sys.stdin.reconfigure(errors="surrogateescape")
+    begin()
     with errors_as_sentences(), interrupts_noted():
         if sys.stdout is None:
             raise ValueError("Standard output is closed: there is nowhere to write to.")

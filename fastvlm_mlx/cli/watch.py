@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +18,7 @@ from ..live.actions import Actions
 from ..live.records import JsonLines, Subtitles
 from ..live.watch import Answer
 from ..live.watch import watch as watch_source
+from ..video.camera import CameraSource, find_camera, list_cameras
 from ..video.folder import FolderSource
 from ..video.open import open_source
 from ..video.screen import ScreenSource
@@ -34,7 +36,12 @@ SourceName = Annotated[
         "for JPEG and PNG pictures on standard input."
     ),
 ]
-Camera = Annotated[int | None, typer.Option(help="The number of a camera, from 0.")]
+Camera = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NUMBER|NAME", help="The number of a camera, from 0, or its name or a part of that."
+    ),
+]
 VideoFile = Annotated[Path | None, typer.Option(help="A video file.")]
 Screen = Annotated[bool, typer.Option("--screen", help="What this screen shows.")]
 Monitor = Annotated[int, typer.Option(help="Which screen, from 1; 0 is all of them as one.")]
@@ -82,6 +89,21 @@ Thumbnails = Annotated[
 Srt = Annotated[Path | None, typer.Option(help="A new file for the answers as subtitles.")]
 
 
+def _print_cameras(wanted: bool) -> None:
+    if wanted:
+        for number, name in list_cameras().items():
+            typer.echo(f"{number}  {name}")
+        raise typer.Exit
+
+
+ListCameras = Annotated[
+    bool,
+    typer.Option(
+        "--list-cameras", callback=_print_cameras, is_eager=True, help="Name the cameras and end."
+    ),
+]
+
+
 @option_flags(
     "system",
     "image_size",
@@ -90,12 +112,15 @@ Srt = Annotated[Path | None, typer.Option(help="A new file for the answers as su
     "temperature",
     "top_p",
     "repetition_penalty",
+    "frequency_penalty",
+    "presence_penalty",
     "seed",
     "stop",
 )
 def watch(
     source: SourceName = None,
     camera: Camera = None,
+    cameras: ListCameras = False,
     video: VideoFile = None,
     screen: Screen = False,
     monitor: Monitor = 1,
@@ -138,11 +163,10 @@ def watch(
         takers = _takers(jsonl, thumbnails, srt, do, webhook, display)
         for taker in takers:
             stack.callback(taker.close)
-        loaded = _load(model, revision, dtype, quantize)
         answers = watch_source(
             chosen,
             prompt,
-            model=loaded,
+            model=partial(_load, model, revision, dtype, quantize),
             every=interval,
             fps=fps,
             on_change=on_change,
@@ -195,7 +219,7 @@ def _hand_on(answers: Iterator[Answer], display: PlainLines, takers: list[Any]) 
 
 def _source(
     named: str | None,
-    camera: int | None,
+    camera: str | None,
     video: Path | None,
     monitor: int | None,
     folder: Path | None,
@@ -216,9 +240,7 @@ def _source(
             raise FileNotFoundError(f"There is no folder {path}.")
         return FolderSource(path)
     if camera is not None:
-        if camera < 0:
-            raise ValueError(f"--camera must be a number from 0, found {camera}.")
-        return open_source(camera)
+        return CameraSource(find_camera(camera))
     name = str(video or named)
     return open_source(name if name == "-" or "://" in name else dragged_path(name))
 

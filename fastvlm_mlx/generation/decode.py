@@ -13,7 +13,7 @@ from ..model.fastvlm import FastVLM
 from ..model.qwen2 import Qwen2
 from ..ops import takes_quantized_caches, wired
 from .constrain import Constraint, mask_logits
-from .options import Options
+from .options import LogitsProcessor, Options
 from .sampling import (
     LazyLogprobs,
     Logprobs,
@@ -94,6 +94,7 @@ def generate_tokens(
     options: Options,
     limit: int,
     sampler: Sampler | None = None,
+    process: LogitsProcessor | None = None,
     constraint: Constraint | None = None,
     logprobs: deque[Logprobs] | None = None,
 ) -> Iterator[int]:
@@ -105,12 +106,13 @@ def generate_tokens(
         cache: updated in place.
         options: see `Options`.
         limit: the most tokens to generate.
-        sampler: what chooses tokens; made from the options by default.
+        sampler, process: what chooses tokens, and what changes the logits before; without a
+            sampler, both are made from the options.
         constraint: rules tokens out; it has accepted each token that is yielded.
         logprobs: to append those of each token to, before the token comes.
     """
-    sample = make_sampler(options) if sampler is None else sampler
-    process = make_logits_processor(options)
+    if sampler is None:
+        sampler, process = make_sampler(options), make_logits_processor(options)
     seen = mx.array([i for i in input_ids if i >= 0])
     found: deque[LazyLogprobs] = deque()
     decoder = model.language_model
@@ -123,7 +125,7 @@ def generate_tokens(
             if previous is not None:
                 constraint.accept(int(previous))
             processed = mask_logits(processed, constraint.mask)
-        token = sample(processed)
+        token = sampler(processed)
         if logprobs is not None:
             found.append(find_logprobs(logits, token, options.logprobs or 0))
         if process is not None:

@@ -48,7 +48,8 @@ EXCLUSIVE = (
 CACHE_KINDS = ("max_kv_size", "kv_bits")
 DRAFTS = ("prompt_lookup", "draft_model")
 MOST_LOGPROBS = 20  # alternatives of a token
-SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "logits_processor")
+PENALTIES = ("repetition_penalty", "frequency_penalty", "presence_penalty")
+SAMPLING = ("temperature", "top_p", "top_k", "min_p", *PENALTIES, "logits_processor")
 # What transformers, mlx-vlm and other libraries have under another name, or elsewhere
 OTHER_NAMES = {
     "temp": "temperature",
@@ -58,6 +59,7 @@ OTHER_NAMES = {
     "resize_shape": "image_size",
     "system_prompt": "system",
     "stop_strings": "stop",
+    "repeat_penalty": "repetition_penalty",
     "max_kv_cache_size": "max_kv_size",
     "logits_processors": "logits_processor",
     "prompt_lookup_num_tokens": "prompt_lookup",
@@ -92,6 +94,9 @@ class Options:
         top_k: sample only from this many of the likeliest tokens; 0 means all.
         min_p: drop tokens less likely than this times the likeliest one.
         repetition_penalty: divide (or multiply, if negative) the logits of the last 20 tokens.
+        frequency_penalty: take this from a token's logit for each time that the answer has it; from
+            -2 to 2, as OpenAI's. The prompt does not count.
+        presence_penalty: take this from it once if the answer has it at all; from -2 to 2.
         seed: of the sampling, to make an answer repeatable.
         stop: texts that end the answer; they are not part of it.
         max_kv_size: positions that the KV cache keeps; older ones are dropped.
@@ -132,6 +137,8 @@ class Options:
     top_k: int = 0
     min_p: float = 0.0
     repetition_penalty: float | None = None
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
     seed: int | None = None
     stop: Sequence[str] = ()
     max_kv_size: int | None = None
@@ -172,6 +179,8 @@ class Options:
         self._check("stop", "texts that are not empty", _is_texts, all)
         if self.repetition_penalty is not None:
             self._check("repetition_penalty", "a number above 0", is_number, lambda p: p > 0)
+        for name in ("frequency_penalty", "presence_penalty"):
+            self._check(name, "a number from -2 to 2", is_number, lambda p: -2 <= p <= 2)
         for name in ("system", "conv_mode"):
             if getattr(self, name) is not None:
                 self._check(name, "a text", lambda text: isinstance(text, str))

@@ -119,13 +119,42 @@ def find_logprobs(logits: mx.array, chosen: mx.array, top: int) -> LazyLogprobs:
     return found
 
 
+class Penalties:
+    """Makes tokens less likely that an answer already has: a `logits_processor` for one answer.
+
+    Unlike the repetition penalty, these leave the prompt alone, and are subtracted.
+
+    Args:
+        frequency: taken from a token's logit for every time it was said.
+        presence: taken from it once, if it was said at all.
+    """
+
+    def __init__(self, frequency: float, presence: float):
+        self._frequency = frequency
+        self._presence = presence
+        self._prompt: int | None = None  # tokens of it, known from the first call
+
+    def __call__(self, tokens: mx.array, logits: mx.array) -> mx.array:
+        if self._prompt is None:
+            self._prompt = len(tokens)
+        said = tokens[self._prompt :]
+        counts = mx.zeros(logits.shape[-1]).at[said].add(1.0)
+        penalty = self._frequency * counts + self._presence * (counts > 0)
+        return logits - penalty.astype(logits.dtype)
+
+
 def make_logits_processor(options: Options) -> LogitsProcessor | None:
-    """The repetition penalty and the caller's own processor, in this order; None for neither."""
+    """The penalties and the caller's own processor, in the order of `Options`; None for none.
+
+    It belongs to one answer: its first call is with the prompt, and each has what was said since.
+    """
     processors: list[LogitsProcessor] = []
     if options.repetition_penalty not in (None, 1.0):
         from mlx_lm.sample_utils import make_logits_processors
 
         processors += make_logits_processors(repetition_penalty=options.repetition_penalty)
+    if options.frequency_penalty or options.presence_penalty:
+        processors.append(Penalties(options.frequency_penalty, options.presence_penalty))
     if options.logits_processor is not None:
         processors.append(options.logits_processor)
     if not processors:

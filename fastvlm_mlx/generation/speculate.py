@@ -24,7 +24,7 @@ from .constrain import Constraint, mask_logits
 from .decode import generate_tokens
 from .drafters import Drafter, DraftModel, PromptLookup, trim
 from .inputs import Inputs, tokenize
-from .options import Options
+from .options import LogitsProcessor, Options
 from .sampling import Sampler, make_logits_processor, make_sampler
 
 TOKENS_COMPARED = 1000
@@ -60,9 +60,10 @@ def speculate_tokens(
     """
     decoder = model.language_model
     sample = make_sampler(options)
-    choose = _make_chooser(input_ids, options, sample, constraint)
+    process = make_logits_processor(options)
+    choose = _make_chooser(input_ids, sample, process, constraint)
     first = generate_tokens(
-        model, input_ids, embeddings, cache, options, 1, sample, constraint=constraint
+        model, input_ids, embeddings, cache, options, 1, sample, process, constraint
     )
     answer = list(first)
     yield answer[0]
@@ -97,13 +98,15 @@ def _most_drafts(model: FastVLM, cache: list[Any]) -> int:
 
 
 def _make_chooser(
-    input_ids: Sequence[int], options: Options, sample: Sampler, constraint: Constraint | None
+    input_ids: Sequence[int],
+    sample: Sampler,
+    process: LogitsProcessor | None,
+    constraint: Constraint | None,
 ) -> Callable[[list[int], mx.array, list[int]], Iterable[int]]:
     """A function that chooses k tokens.
 
     It takes the answer so far, the logits [k, vocab_size] after it, and the k - 1 drafted tokens.
     """
-    process = make_logits_processor(options)
 
     def choose_together(answer: list[int], logits: mx.array, drafted: list[int]) -> list[int]:
         if constraint is not None:

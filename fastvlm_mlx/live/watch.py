@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..checkpoint.load import load
 from ..checks import is_number, reason, shown
@@ -29,6 +29,9 @@ from .pace import Pace
 if TYPE_CHECKING:
     from PIL.Image import Image as PILImage
 
+LoadedOrName: TypeAlias = (
+    "tuple[FastVLM, Processor] | Callable[[], tuple[FastVLM, Processor]] | str | None"
+)
 CACHE = 64 * 2**20  # bytes: two questions about one frame need no more
 READING = ("system", "conv_mode", "image_size", "fast")
 
@@ -75,7 +78,7 @@ def watch(
     source: AnySource,
     prompt: str | None = None,
     *,
-    model: tuple[FastVLM, Processor] | str | None = None,
+    model: LoadedOrName = None,
     every: float | None = None,
     fps: float | None = None,
     on_change: bool = False,
@@ -97,7 +100,8 @@ def watch(
             video file, a folder (new pictures as they appear, each of them), "screen", "-" (JPEG
             and PNG pictures on standard input), or pictures themselves, each of which is answered.
         prompt: the question; for a description by default, with `when` for none.
-        model: what `load` returns, or the name that it takes.
+        model: what `load` returns, the name that it takes, or a function that returns the first,
+            which is called once the source is open.
         every: the least seconds from one answer to the next.
         fps: answers a second, instead; held by a smaller image size where it must be, which
             `note` is told.
@@ -119,12 +123,40 @@ def watch(
     Options.of(options)  # what is wrong there is said before a model is loaded
     check_rates(every, fps)
     frames = open_source(source)
-    loaded = load(model) if model is None or isinstance(model, str) else model
-    watcher = Watcher(
-        frames, prompt, *loaded, when=when, note=note, on_text=on_text, options=options
-    )
-    watcher.choose(every=every, fps=fps, on_change=on_change, realtime=realtime)
-    return watcher.answers()
+
+    def answers() -> Iterator[Any]:
+        with _opened(frames, note) as newest:
+            watcher = Watcher(
+                *(frames, prompt, *_loaded(model)),
+                when=when,
+                note=note,
+                on_text=on_text,
+                options=options,
+            )
+            watcher.choose(every=every, fps=fps, on_change=on_change, realtime=realtime)
+            yield None
+            yield from watcher.answers(newest)
+
+    begun = answers()
+    next(begun)  # what is wrong with source or model is said now; closing it lets the source go
+    return begun
+
+
+def _loaded(model: LoadedOrName) -> tuple[FastVLM, Processor]:
+    if model is None or isinstance(model, str):
+        return load(model)
+    return model() if callable(model) else model
+
+
+@contextmanager
+def _opened(source: Source, note: Callable[[str], None]) -> Iterator[Newest | None]:
+    """The reader of a source that soon has a frame, once it has one; None for others."""
+    if not source.ready:
+        yield None
+        return
+    with closing(Newest(source, note)) as newest:
+        newest.wait()
+        yield newest
 
 
 def check_rates(every: float | None, fps: float | None) -> None:
@@ -173,9 +205,9 @@ class Watcher:
         if fps and self.by_clock:
             self.pace = Pace(fps, self.image_size, self.processor.patch_size)
 
-    def answers(self) -> Iterator[Answer]:
-        """An answer for each frame that is taken."""
-        taken = self._newest() if self.by_clock else self._in_order()
+    def answers(self, newest: Newest | None = None) -> Iterator[Answer]:
+        """An answer for each frame that is taken; `newest` reads the source if it is open."""
+        taken = self._newest(newest) if newest or self.by_clock else self._in_order()
         with closing(taken):  # type: ignore[type-var]
             for frame, skipped in taken:
                 answer = self._answer(frame)
@@ -184,10 +216,11 @@ class Watcher:
                     self._adapt(self.pace)
                 yield answer
 
-    def _newest(self) -> Iterator[tuple[Frame, int]]:
+    def _newest(self, newest: Newest | None) -> Iterator[tuple[Frame, int]]:
         """The frames to ask about, each the newest, with how many were skipped before it."""
-        due, alike, dropped = 0.0, 0, 0
-        with closing(Newest(self.source, self.note)) as newest:
+        due, alike = 0.0, 0
+        with closing(newest or Newest(self.source, self.note)) as newest:
+            dropped = newest.dropped
             while True:
                 time.sleep(max(0.0, due - time.monotonic()))
                 if (frame := next(newest, None)) is None:

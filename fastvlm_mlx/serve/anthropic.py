@@ -14,18 +14,20 @@ from pydantic import Field
 from .ask import Answer, Question, Service, until_left
 from .errors import ApiError, bad, envelope
 from .fields import (
+    SEEN,
     Count,
     Model,
     Probability,
     Reply,
     StopTexts,
-    Timings,
     image_part,
     options_of,
     replies,
     text_part,
+    video_part,
 )
 from .streams import event, event_stream, json_reply, left, note, service_of
+from .ticket import Timings
 
 router = APIRouter(tags=["Anthropic"])
 
@@ -50,6 +52,13 @@ class ImageBlock(Model):
     source: Annotated[Base64Source | UrlSource, Field(discriminator="type")]
 
 
+class VideoBlock(Model):
+    """A video beside the images, in their way; Anthropic's own interface has none."""
+
+    type: Literal["video"]
+    source: Annotated[Base64Source | UrlSource, Field(discriminator="type")]
+
+
 class ToolUseBlock(Model):
     type: Literal["tool_use"]
     name: str
@@ -60,7 +69,7 @@ class ThinkingBlock(Model):
     type: Literal["thinking", "redacted_thinking"]
 
 
-ResultBlock = Annotated[TextBlock | ImageBlock, Field(discriminator="type")]
+ResultBlock = Annotated[TextBlock | ImageBlock | VideoBlock, Field(discriminator="type")]
 
 
 class ToolResultBlock(Model):
@@ -69,7 +78,7 @@ class ToolResultBlock(Model):
 
 
 Block = Annotated[
-    TextBlock | ImageBlock | ToolUseBlock | ToolResultBlock | ThinkingBlock,
+    TextBlock | ImageBlock | VideoBlock | ToolUseBlock | ToolResultBlock | ThinkingBlock,
     Field(discriminator="type"),
 ]
 
@@ -144,10 +153,11 @@ def _parts(role: str, content: str | Sequence[Block] | None) -> list[dict[str, A
 def _block_parts(role: str, block: Block) -> list[dict[str, Any]]:
     if isinstance(block, TextBlock):
         return [text_part(block.text)]
-    if isinstance(block, ImageBlock):
+    if isinstance(block, (ImageBlock, VideoBlock)):
         if role != "user":
-            raise bad(f"A message of role {role} can't have images; send them as the user's.")
-        return [image_part(_source(block))]
+            raise bad(f"A message of role {role} can't have {SEEN}; send them as the user's.")
+        make_part = image_part if isinstance(block, ImageBlock) else video_part
+        return [make_part(_source(block))]
     if isinstance(block, ToolResultBlock):
         return _parts(role, block.content)
     if isinstance(block, ToolUseBlock):
@@ -155,7 +165,7 @@ def _block_parts(role: str, block: Block) -> list[dict[str, Any]]:
     return []
 
 
-def _source(block: ImageBlock) -> str:
+def _source(block: ImageBlock | VideoBlock) -> str:
     source = block.source
     if isinstance(source, UrlSource):
         return source.url

@@ -21,7 +21,6 @@ from .fields import FIRST_SEED
 from .logs import log_failure
 from .media import Media, image_parts
 from .metrics import Metrics
-from .penalties import Penalties
 from .prompt import count_tokens
 from .settings import Settings
 from .ticket import EngineDied, QueueFull, Request, RequestError, Ticket
@@ -40,7 +39,6 @@ class Question:
         n: how many answers.
         logprobs: how many alternatives of each token to report; None for no log probabilities.
         constraint: what the answer must follow: `schema`, `regex` or `choices` of `generate`.
-        frequency_penalty, presence_penalty: see `Penalties`.
     """
 
     messages: Sequence[Mapping[str, Any]]
@@ -48,8 +46,6 @@ class Question:
     n: int = 1
     logprobs: int | None = None
     constraint: Mapping[str, Any] | None = None
-    frequency_penalty: float = 0.0
-    presence_penalty: float = 0.0
 
 
 @dataclass
@@ -166,7 +162,7 @@ class Service:
         tickets: list[Ticket] = []
         try:
             for n in range(question.n):
-                tickets.append(self.engine.submit(_nth(request, question, n)))
+                tickets.append(self.engine.submit(_nth(request, n)))
         except Exception as error:
             for ticket in tickets:
                 ticket.cancel()
@@ -245,15 +241,12 @@ async def _pump(number: int, ticket: Ticket, queue: asyncio.Queue[Any]) -> None:
         queue.put_nowait((number, error))
 
 
-def _nth(request: Request, question: Question, n: int) -> Request:
-    """The request for one of several answers: each has penalties of its own and the next seed."""
-    options = dict(request.options)
-    if question.frequency_penalty or question.presence_penalty:
-        penalties = Penalties(question.frequency_penalty, question.presence_penalty)
-        options["logits_processor"] = penalties
-    if n and "seed" in options:
-        options["seed"] = (options["seed"] + n) % FIRST_SEED
-    return replace(request, options=options)
+def _nth(request: Request, n: int) -> Request:
+    """The request for one of several answers: each has the next seed."""
+    if not n or "seed" not in request.options:
+        return request
+    seed = (request.options["seed"] + n) % FIRST_SEED
+    return replace(request, options={**request.options, "seed": seed})
 
 
 async def until_left(receive: Any, answers: Any) -> Any:

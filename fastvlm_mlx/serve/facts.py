@@ -11,6 +11,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from ..model.fastvlm import FastVLM
+from ..ops import on_cpu
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Facts:
         parameters: how many numbers it has learned.
         precision: that of its weights, as in "4-bit" or "bfloat16".
         bytes: that they take.
+        gpu_bytes: those of them that a GPU reads.
         digest: 64 hexadecimal digits that differ from those of other geometries.
     """
 
@@ -29,6 +31,7 @@ class Facts:
     parameters: int
     precision: str
     bytes: int
+    gpu_bytes: int
     digest: str
 
     @property
@@ -43,6 +46,7 @@ def facts_of(model: FastVLM) -> Facts:
     config = model.config
     flat: Any = tree_flatten(model.parameters())
     arrays: list[mx.array] = [array for _, array in flat]
+    size = sum(array.nbytes for array in arrays)
     bits = config.quantization.get("bits")
     source = json.dumps(config.source, sort_keys=True, default=str)
     dtype = str(model.language_model.norm.weight.dtype).removeprefix("mlx.core.")
@@ -50,7 +54,8 @@ def facts_of(model: FastVLM) -> Facts:
         family=config.text.model_type,
         parameters=sum(_count(array, bits) for array in arrays),
         precision=f"{bits}-bit" if bits else dtype,
-        bytes=sum(array.nbytes for array in arrays),
+        bytes=size,
+        gpu_bytes=0 if on_cpu() else size,
         digest=hashlib.sha256(source.encode()).hexdigest(),
     )
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+SEEN = "images or videos"  # what only the user's messages have, for errors
 FIRST_SEED = 2**64  # seeds are counted modulo this, as some clients send negative ones
 SMALLEST_TOP_P = 1e-9  # 0, which OpenAI takes for the likeliest token, is no probability
 
@@ -25,6 +26,13 @@ class Model(BaseModel):
     model_config = ConfigDict(extra="ignore", strict=False, protected_namespaces=())
 
 
+class Url(Model):
+    """The address of an image or video as chat completions wrap it."""
+
+    url: str
+    detail: str | None = None
+
+
 class Reply(BaseModel):
     """A reply or a part of one; what is not set is not sent."""
 
@@ -32,19 +40,6 @@ class Reply(BaseModel):
 
     def json_text(self) -> str:
         return self.model_dump_json(exclude_unset=True)
-
-
-class Timings(Reply):
-    """Where the time of an answer went, in seconds."""
-
-    queue: float
-    read: float
-    encode: float
-    prefill: float
-    first_token: float
-    tokens_per_second: float
-    cached_tokens: int
-    cached_images: int
 
 
 class ErrorReply(Reply):
@@ -77,3 +72,7 @@ def text_part(text: str) -> dict[str, Any]:
 
 def image_part(source: str) -> dict[str, Any]:
     return {"type": "image", "image": source}
+
+
+def video_part(video: str | Url) -> dict[str, Any]:
+    return {"type": "video", "video": video if isinstance(video, str) else video.url}

@@ -12,7 +12,7 @@ RATES = (1, 2.5, 5, 10, 25, 50, 100, 250, 500)
 ROUTES = {"/", "/health", "/ready", "/metrics"}
 ROUTES |= {"/v1/models", "/v1/chat/completions", "/v1/responses"}
 ROUTES |= {"/v1/messages", "/v1/messages/count_tokens"}
-ROUTES |= {"/api/chat", "/api/generate", "/api/tags", "/api/show", "/api/version"}
+ROUTES |= {"/api/chat", "/api/generate", "/api/tags", "/api/ps", "/api/show", "/api/version"}
 
 
 class Metrics:

@@ -20,7 +20,6 @@ from .fields import (
     Probability,
     Reply,
     Stop,
-    Timings,
     image_part,
     options_of,
     replies,
@@ -28,9 +27,11 @@ from .fields import (
 )
 from .openai_chat import TokenLogprob, logprobs_of
 from .streams import Stream, json_reply, left, note, service_of
+from .ticket import Timings
 
 router = APIRouter(prefix="/api", tags=["Ollama"])
 INTERFACE = "0.12.0"  # the version of Ollama whose interface this is
+NEVER = "2318-01-01T00:00:00Z"  # when the model is put away; the client says "Forever" of it
 STARTED = datetime.now(timezone.utc).isoformat()
 SECOND = 1_000_000_000  # nanoseconds
 
@@ -125,6 +126,21 @@ class Tags(Reply):
     models: list[ListedModel]
 
 
+class RunningModel(Reply):
+    name: str
+    model: str
+    size: int
+    digest: str
+    details: Details
+    expires_at: str
+    size_vram: int
+    context_length: int
+
+
+class Running(Reply):
+    models: list[RunningModel]
+
+
 class Shown(Reply):
     modelfile: str
     parameters: str
@@ -154,7 +170,8 @@ def _parts(role: str, content: str | None, images: Sequence[str] | None) -> list
 def _question(asked: Asked, messages: list[dict[str, Any]], service: Service) -> Question:
     given = asked.options or ModelOptions.model_validate({})
     same = ("temperature", "top_p", "top_k", "min_p", "stop", "image_size")
-    options = {name: getattr(given, name) for name in same}
+    penalties = ("frequency_penalty", "presence_penalty")
+    options = {name: getattr(given, name) for name in (*same, *penalties)}
     options["stop"] = options["stop"] or None
     options["repetition_penalty"] = given.repeat_penalty
     options["seed"] = None if (given.seed or 0) < 0 else given.seed  # below 0 it is by chance
@@ -171,8 +188,6 @@ def _question(asked: Asked, messages: list[dict[str, Any]], service: Service) ->
         options_of(options),
         logprobs=logprobs,
         constraint=constraint,
-        frequency_penalty=given.frequency_penalty or 0.0,
-        presence_penalty=given.presence_penalty or 0.0,
     )
 
 
@@ -293,17 +308,16 @@ def _ended(answer: Answer) -> dict[str, Any]:
 async def tags(http: Request) -> Any:
     """The loaded model."""
     service = service_of(http)
-    facts = service.facts
-    name = f"{service.engine.name}:latest"
-    listed = {
-        "name": name,
-        "model": name,
-        "modified_at": STARTED,
-        "size": facts.bytes,
-        "digest": facts.digest,
-        "details": _details(service),
-    }
-    return {"models": [listed]}
+    return {"models": [_listed(service) | {"modified_at": STARTED}]}
+
+
+@router.get("/ps", response_model=Running)
+async def running(http: Request) -> Any:
+    """The loaded model, how long it stays in memory, and how much of it is the GPU's."""
+    service = service_of(http)
+    on_gpu, context = service.facts.gpu_bytes, service.context
+    more = {"expires_at": NEVER, "size_vram": on_gpu, "context_length": context}
+    return {"models": [_listed(service) | more]}
 
 
 @router.post("/show", responses=replies(Shown))
@@ -335,6 +349,17 @@ async def show(asked: ShowRequest, http: Request) -> Any:
 async def version() -> Any:
     """The version of Ollama whose interface this is, and of this server."""
     return {"version": INTERFACE, "fastvlm_mlx": __version__}
+
+
+def _listed(service: Service) -> dict[str, Any]:
+    name, facts = f"{service.engine.name}:latest", service.facts
+    return {
+        "name": name,
+        "model": name,
+        "size": facts.bytes,
+        "digest": facts.digest,
+        "details": _details(service),
+    }
 
 
 def _details(service: Service) -> dict[str, Any]:

@@ -11,10 +11,12 @@ from uuid import uuid4
 from fastapi import APIRouter, Request, Response
 from pydantic import Field
 
+from ..generation.options import PENALTIES
 from ..generation.response import Response as Piece
 from .ask import Answer, Question, Service, until_left
 from .errors import ApiError, bad, openai_error
 from .fields import (
+    SEEN,
     Count,
     Finite,
     Model,
@@ -22,21 +24,18 @@ from .fields import (
     Reply,
     Seed,
     Stop,
-    Timings,
+    Url,
     image_part,
     options_of,
     replies,
     text_part,
+    video_part,
 )
 from .streams import KEEP_ALIVE, event, event_stream, json_reply, left, note, service_of
+from .ticket import Timings
 
 router = APIRouter(tags=["OpenAI"])
 STARTED = int(time.time())
-
-
-class ImageUrl(Model):
-    url: str
-    detail: str | None = None
 
 
 class TextPart(Model):
@@ -46,16 +45,12 @@ class TextPart(Model):
 
 class ImagePart(Model):
     type: Literal["image_url", "input_image"]
-    image_url: ImageUrl | str
-
-
-class VideoUrl(Model):
-    url: str
+    image_url: Url | str
 
 
 class VideoPart(Model):
     type: Literal["video_url", "input_video"]
-    video_url: VideoUrl | str
+    video_url: Url | str
 
 
 class RefusalPart(Model):
@@ -212,10 +207,9 @@ def _part(role: str, part: TextPart | ImagePart | VideoPart | RefusalPart) -> di
     if isinstance(part, RefusalPart):
         return text_part(part.refusal)
     if role_of(role) != "user":
-        raise bad(f"A message of role {role} can't have images; send them as the user's.")
+        raise bad(f"A message of role {role} can't have {SEEN}; send them as the user's.")
     if isinstance(part, VideoPart):
-        url = part.video_url if isinstance(part.video_url, str) else part.video_url.url
-        return {"type": "video", "video": url}
+        return video_part(part.video_url)
     return image_part(part.image_url if isinstance(part.image_url, str) else part.image_url.url)
 
 
@@ -249,8 +243,8 @@ def question_of(request: ChatRequest, service: Service) -> Question:
     if request.top_logprobs is not None and not request.logprobs:
         raise bad("top_logprobs needs logprobs: true.", "top_logprobs")
     asked = request.max_completion_tokens or request.max_tokens
-    same = ("temperature", "top_p", "min_p", "seed", "stop", "image_size")
-    options = {name: getattr(request, name) for name in (*same, "repetition_penalty")}
+    same = ("temperature", "top_p", "min_p", "seed", "stop", "image_size", *PENALTIES)
+    options = {name: getattr(request, name) for name in same}
     options["top_k"] = None if request.top_k is None else max(request.top_k, 0)
     options["max_tokens"] = service.output_limit(asked)
     messages = [
@@ -263,8 +257,6 @@ def question_of(request: ChatRequest, service: Service) -> Question:
         n=request.n or 1,
         logprobs=(request.top_logprobs or 0) if request.logprobs else None,
         constraint=constraint_of(request),
-        frequency_penalty=request.frequency_penalty or 0.0,
-        presence_penalty=request.presence_penalty or 0.0,
     )
 
 

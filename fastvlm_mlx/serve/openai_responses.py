@@ -15,29 +15,36 @@ from pydantic import Field
 from .ask import Answer, Question, Service, until_left
 from .errors import ApiError, bad, openai_error
 from .fields import (
+    SEEN,
     Count,
     Model,
     Probability,
     Reply,
     Seed,
-    Timings,
+    Url,
     image_part,
     options_of,
     replies,
     text_part,
+    video_part,
 )
 from .openai_chat import TokenLogprob, logprobs_of, role_of
 from .streams import KEEP_ALIVE, event, event_stream, json_reply, left, note, service_of
+from .ticket import Timings
 
 router = APIRouter(tags=["OpenAI"])
 LOGPROBS = "message.output_text.logprobs"
+VISUAL = ("input_image", "input_video", "video_url")  # types of parts
 
 
 class Part(Model):
-    type: Literal["input_text", "output_text", "text", "refusal", "input_image"]
+    type: Literal[
+        "input_text", "output_text", "text", "refusal", "input_image", "input_video", "video_url"
+    ]
     text: str | None = None
     refusal: str | None = None
     image_url: str | None = None
+    video_url: Url | str | None = None
     file_id: str | None = None
 
 
@@ -142,11 +149,15 @@ def _parts(role: str, content: str | Sequence[Part] | None) -> list[dict[str, An
 
 
 def _part(role: str, part: Part) -> dict[str, Any]:
-    if part.type != "input_image":
+    if part.type not in VISUAL:
         text = part.refusal if part.type == "refusal" else part.text
         return text_part(text or "")
     if role != "user":
-        raise bad(f"A message of role {role} can't have images; send them as the user's.", "input")
+        raise bad(f"A message of role {role} can't have {SEEN}; send them as the user's.", "input")
+    if part.type != "input_image":
+        if part.video_url is None:
+            raise bad("A video needs its video_url; files are not kept here.", "input")
+        return video_part(part.video_url)
     if part.image_url is None:
         raise bad("An image needs its image_url; files are not kept here.", "input")
     return image_part(part.image_url)

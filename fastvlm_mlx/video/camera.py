@@ -7,9 +7,10 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
-from ..checks import reason
+from ..checks import reason, shown
 from .decode import container_frames, import_av
 from .frame import Frame
 from .source import Source
@@ -25,10 +26,14 @@ ALLOW_ON_A_MAC = (
 )
 
 
+ELSEWHERE = "Cameras are read on macOS and Linux only; elsewhere, give frames on standard input."
+VIDEO4LINUX = Path("/sys/class/video4linux")
+
+
 class CameraSource(Source):
     """A camera by its number, from 0."""
 
-    reconnects = True
+    reconnects = ready = True
 
     def __init__(self, number: int = 0):
         import_av()
@@ -40,13 +45,68 @@ class CameraSource(Source):
             yield from container_frames(container, self.name, live=True)
 
 
+def list_cameras() -> dict[int, str]:
+    """The names of this machine's cameras by number; ImportError, OSError if they can't be told."""
+    import_av()
+    if sys.platform == "darwin":
+        return _list_on_a_mac()
+    if sys.platform == "linux":
+        return _list_on_linux(VIDEO4LINUX)
+    raise OSError(ELSEWHERE)
+
+
+def find_camera(wanted: str) -> int:
+    """The number of the camera that is meant by its number, its name or a part of that.
+
+    Raises:
+        ValueError: several have such a name, or it is neither a number nor a name.
+        FileNotFoundError: none has.
+    """
+    if wanted.isascii() and wanted.isdecimal():
+        return int(wanted)
+    names = list_cameras()
+    parts = {n: name for n, name in names.items() if wanted.casefold() in name.casefold()}
+    found = {n: name for n, name in parts.items() if name.casefold() == wanted.casefold()} or parts
+    if wanted.strip() and len(found) == 1:
+        return next(iter(found))
+    there = ", ".join(f"{name} ({n})" for n, name in (found or names).items()) or "none"
+    if found:
+        raise ValueError(f"Several cameras are called {shown(wanted)}: {there}; give a number.")
+    raise FileNotFoundError(f"There is no camera {shown(wanted)}; those found: {there}.")
+
+
+def _list_on_linux(folder: Path) -> dict[int, str]:
+    """Of the devices of one camera the first has its pictures, and the others facts about them."""
+    cameras = {}
+    for device in folder.glob("video*"):
+        with suppress(OSError, ValueError):
+            if (device / "index").read_text("ascii").strip() == "0":
+                name = (device / "name").read_text("utf-8", "replace").strip()
+                cameras[int(device.name.removeprefix("video"))] = name
+    return dict(sorted(cameras.items()))
+
+
+def _list_on_a_mac() -> dict[int, str]:
+    import av
+
+    with _logged(av.logging.INFO) as logs, suppress(av.error.FFmpegError, OSError):
+        av.open("", format="avfoundation", options={"list_devices": "true"})
+    return listed_cameras("\n".join(message for _, _, message in logs))
+
+
+def listed_cameras(said: str) -> dict[int, str]:
+    """The cameras in what AVFoundation logs, which names microphones after them."""
+    _, _, devices = said.partition("video devices:")
+    videos, _, _ = devices.partition("audio devices:")
+    found = re.findall(r"\[(\d+)\] (.*)", videos)
+    return {int(number): name.strip() for number, name in found if "Capture screen" not in name}
+
+
 def open_camera(number: int) -> Any:
     """The container of a camera; OSError with a sentence if it can't be opened."""
     open_it = {"darwin": _open_on_a_mac, "linux": _open_on_linux}.get(sys.platform)
     if open_it is None:
-        raise OSError(
-            "Cameras are read on macOS and Linux only; elsewhere, give frames on standard input."
-        )
+        raise OSError(ELSEWHERE)
     try:
         return open_it(number)
     except ValueError as error:  # this PyAV was built without the system's cameras
@@ -108,12 +168,12 @@ def _open_on_a_mac(number: int) -> Any:
 
 
 @contextmanager
-def _logged() -> Iterator[list[Any]]:
-    """What FFmpeg logs in this thread: its errors only have a number."""
+def _logged(least: int | None = None) -> Iterator[list[Any]]:
+    """What FFmpeg logs in this thread, of a level from errors on: its errors only have a number."""
     import av
 
     level, skips = av.logging.get_level(), av.logging.get_skip_repeated()
-    av.logging.set_level(av.logging.ERROR)
+    av.logging.set_level(av.logging.ERROR if least is None else least)
     av.logging.set_skip_repeated(False)
     try:
         with av.logging.Capture() as logs:

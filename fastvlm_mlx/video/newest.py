@@ -56,15 +56,20 @@ class Newest:
     def __next__(self) -> Frame:
         """Wait for a frame that was not given yet; the source's errors."""
         with self._changed:
+            self.wait()
+            if (frame := self._frame) is None:
+                raise StopIteration
+            self._frame = None
+            return frame
+
+    def wait(self) -> None:
+        """Wait until a frame is there or the source has ended; its errors."""
+        with self._changed:
             # In steps, since on some systems a signal does not end a longer wait.
             while self._frame is None and not self._ended:
                 self._changed.wait(0.5)
-            if (frame := self._frame) is not None:
-                self._frame = None
-                return frame
-        if self._error is not None:
-            raise self._error
-        raise StopIteration
+            if self._frame is None and self._error is not None:
+                raise self._error
 
     def close(self) -> None:
         """End the thread, and with it the source."""

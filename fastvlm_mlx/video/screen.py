@@ -26,6 +26,8 @@ ALLOW_ON_A_MAC = (
 class ScreenSource(Source):
     """A monitor by its number from 1, or with 0 all of them as one picture."""
 
+    ready = True
+
     def __init__(self, monitor: int = 1):
         self.monitor = monitor
         self.name = f"screen {monitor}"

@@ -20,12 +20,15 @@ class Source:
         live: its frames come by themselves, and of those that nobody took only the newest counts.
         timed: its frames are there at once, but were made at a speed of their own.
         reconnects: where it breaks off, it is worth opening again.
+        ready: a frame comes soon once it is open, so that whether one does is seen before a model
+            is loaded.
     """
 
     name = "the source"
     live = True
     timed = False
     reconnects = False
+    ready = False
 
     def frames(self) -> Iterator[Frame]:
         """Open the source, and give its frames until it ends.

@@ -33,6 +33,8 @@ class StreamSource(Source):
         self.url = quoted_login(url)
         self.name = brief(without_login(self.url))
         self.timeout = timeout
+        # Behind http there may be a film, whose beginning would pass unseen.
+        self.ready = not self.url.lower().startswith("http")
 
     def frames(self) -> Iterator[Frame]:
         options = {"protocol_whitelist": ",".join(PROTOCOLS)}
