@@ -3,6 +3,8 @@
 import asyncio
 import base64
 import json
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -71,6 +73,30 @@ def serving(engine: Any, *, pin: Any = None, **settings: Any) -> Iterator[Served
         server.should_exit = True
         thread.join(30)
         assert not thread.is_alive()
+
+
+@contextmanager
+def serving_process(*flags: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """The command in a process of its own, and its URL once it is ready."""
+    command = [sys.executable, "-m", "fastvlm_mlx", "serve", "--port", "0", *flags]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        url = next(line.split()[2] for line in process.stderr if line.startswith("Serving at "))
+        reading = threading.Thread(target=process.stderr.read, daemon=True)
+        reading.start()
+
+        def ready() -> bool:
+            try:
+                return httpx.get(f"{url}/ready", verify=False).status_code == 200
+            except httpx.TransportError:
+                return False
+
+        try:
+            wait_until(ready, 60)
+            yield process, url
+        finally:
+            process.kill()
+            reading.join()
 
 
 @contextmanager

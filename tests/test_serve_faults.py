@@ -5,12 +5,11 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
@@ -35,6 +34,7 @@ from serving import (
     piece,
     says,
     serving,
+    serving_process,
     started,
     wait_until,
 )
@@ -403,30 +403,6 @@ def test_the_metrics_count_what_was_done(nano: Nano) -> None:
 
 
 # The command
-
-
-@contextmanager
-def serving_process(*flags: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """The command in a process of its own, and its URL once it is ready."""
-    command = [sys.executable, "-m", "fastvlm_mlx", "serve", "--port", "0", *flags]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
-        url = next(line.split()[2] for line in process.stderr if line.startswith("Serving at "))
-        reading = threading.Thread(target=process.stderr.read, daemon=True)
-        reading.start()
-
-        def ready() -> bool:
-            try:
-                return httpx.get(f"{url}/ready", verify=False).status_code == 200
-            except httpx.TransportError:
-                return False
-
-        try:
-            wait_until(ready, 60)
-            yield process, url
-        finally:
-            process.kill()
-            reading.join()
 
 
 def pictures(count: int) -> list[str]:

@@ -1,0 +1,23 @@
+"""mlx-vlm's server, for a folder whose encoder may be of any size; its Python runs this file."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from mlx_sides import set_geometry
+
+
+def main() -> None:
+    """peer_server.py FOLDER --port PORT"""
+    from mlx_vlm.models.fastvlm.config import VisionConfig
+    from mlx_vlm.server import cli
+
+    folder, *flags = sys.argv[1:]
+    set_geometry(VisionConfig, Path(folder))
+    sys.argv = ["mlx_vlm.server", "--model", folder, "--host", "127.0.0.1", *flags]
+    cli.main()
+
+
+if __name__ == "__main__":
+    main()
