@@ -160,8 +160,9 @@ def result(
         "title": f"The server under load: {Path(args.model or 'nano').name}"
         + (", without a cache" if args.no_cache else ""),
         "notes": [
-            f"Pictures: {args.pictures}, which come back. Rows of several turns have their medians.",
-            f"Memory of the server: {held[0] / 1e6:.0f} MB before, {max(held) / 1e6:.0f} MB at most.",
+            f"{args.pictures} pictures, which come back; rows of several turns have their medians.",
+            f"The server has {held[0] / 1e6:.0f} MB before the long load, and then up to "
+            f"{max(held) / 1e6:.0f} MB.",
         ],
         "results": [row(name, found) for name, found in loads.items()],
         "goals": [(what, goal, shown(found)) for what, goal, found in goals],

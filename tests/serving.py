@@ -154,6 +154,7 @@ class Puppet:
     ready: bool = True
     queued: int = 0
     running: int = 0
+    step_seconds: float = 0.0
     requests: list[Any] = field(default_factory=list)
     tickets: list[Any] = field(default_factory=list)
     cancelled: list[Any] = field(default_factory=list)

@@ -201,6 +201,29 @@ def test_a_dead_engine_is_told_at_once(nano: Nano, monkeypatch: pytest.MonkeyPat
         assert "fastvlm_alive 0.0" in server.get("/metrics").text
 
 
+def test_an_engine_that_hangs_is_told(nano: Nano, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step that does not end: `/health` fails until it does."""
+    from fastvlm_mlx.serve.engine import Engine
+
+    step, going_on = Engine._step, threading.Event()
+
+    def hang(engine: Engine) -> None:
+        going_on.wait(30)
+        step(engine)
+
+    with started(nano) as engine, serving(engine, stall_timeout=0.2) as server:
+        monkeypatch.setattr(Engine, "_step", hang)
+        with ThreadPoolExecutor(1) as pool:
+            asked = pool.submit(server.post, PATH, chat(max_tokens=4))
+            wait_until(lambda: server.get("/health").status_code == 503, 5)
+            assert server.get("/health").json() == {"status": "hung", "model": "nano"}
+            assert not server.get("/ready").json()["ready"]
+            going_on.set()
+            assert asked.result().status_code == 200
+        wait_until(lambda: server.get("/health").status_code == 200, 5)
+        assert server.get("/ready").status_code == 200
+
+
 # Bodies that make no sense
 
 
