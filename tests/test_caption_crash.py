@@ -70,12 +70,11 @@ def contents(folder: Path, out: str) -> object:
     file = folder / out
     if out == "xmp":
         packets = {f.name: containers.read_packet(f.read_bytes()) for f in folder.glob("p/*.png")}
-        found = {name: xmp.description_of(packet) for name, packet in packets.items()}
-        return {name: caption for name, caption in found.items() if caption}
+        return {name: xmp.description_of(packet) for name, packet in packets.items() if packet}
     if out.startswith("."):
         return {f.name: f.read_text() for f in sorted((folder / "p").iterdir()) if f.suffix == out}
     if file.suffix != ".tar":
-        return list(read_rows(file))
+        return list(read_rows(file)) if file.exists() else []
     found = []
     for shard in sorted(folder.glob(out.replace("%02d", "*"))):
         with tarfile.open(shard) as tar:
