@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from pathlib import Path
-
-from mlx_sides import set_geometry
 
 
 def main() -> None:
@@ -14,7 +13,7 @@ def main() -> None:
     from mlx_vlm.server import cli
 
     folder, *flags = sys.argv[1:]
-    set_geometry(VisionConfig, Path(folder))
+    importlib.import_module("mlx_sides").set_geometry(VisionConfig, Path(folder))
     sys.argv = ["mlx_vlm.server", "--model", folder, "--host", "127.0.0.1", *flags]
     cli.main()
 

@@ -34,13 +34,13 @@ def measure(args: argparse.Namespace) -> Result:
     """Seconds to the first token of each question, over as many rounds."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = convert(args.model, Path(scratch, "mlx"), dtype="float32", progress=False)
-        config = folder_with_tokenizer(folder)
+        image_size = folder_with_tokenizer(folder)
         ask_all = partial(ask_everything, folder, Path(scratch, "cache"))
         found = in_turns({"all": ask_all}, args.rounds, "questions", warm_up=0)["all"]
     return {
         "kind": "same-picture",
         "model": {"name": args.model.resolve().name},
-        "image_size": config,
+        "image_size": image_size,
         "seconds": {name: [times[name] for times in found] for name in found[0]},
     }
 
@@ -60,7 +60,8 @@ def ask_everything(folder: Path, cache: Path) -> dict[str, float]:
     shutil.rmtree(cache, ignore_errors=True)
     flags = ("--cache-dir", str(cache), "--media-root", str(IMAGE.parent))
     image, log = IMAGE.read_bytes(), folder.with_suffix(".log")
-    ways = {FIRST: (CHAT, image), **{name: (way, image) for name, way in INTERFACES.items()}}
+    ways: dict[str, tuple[Interface, bytes | None]] = {FIRST: (CHAT, image)}
+    ways |= {name: (way, image) for name, way in INTERFACES.items()}
     ways |= {"another file format": (CHAT, as_bmp(IMAGE)), "its path": (by_path(IMAGE), None)}
     found = {}
     with our_server(folder, log, *flags) as server:

@@ -23,6 +23,7 @@ from typing import Any
 import fastvlm_mlx as fv
 from fastvlm_mlx.convert import convert
 from fastvlm_mlx.hub.resolve import resolve
+from fastvlm_mlx.serve.engine import MAX_QUEUE
 
 from .asks import INTERFACES, OPENAI_AND_ANTHROPIC, Ask, Load, put_load
 from .caption import make_pictures
@@ -54,8 +55,8 @@ def measure(args: argparse.Namespace) -> Result:
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as running:
         folder = convert(resolve(args.model), Path(scratch, "mlx"), dtype="float32", progress=False)
         expected = answers(folder, args, Path(scratch, "pictures"))
-        flags = ("--max-cache", "0") if args.no_cache else ()
-        flags += ("--max-queue", str(max(64, args.clients)))
+        flags = ["--max-queue", str(max(MAX_QUEUE, args.clients))]
+        flags += ["--max-cache", "0"] if args.no_cache else []
         server = running.enter_context(our_server(folder, Path(scratch, "ours.log"), *flags))
         put = partial(put_load, server.url, "fastvlm", expected, INTERFACES)
         sides = {
