@@ -167,8 +167,8 @@ def result(
         + (", without a cache" if args.no_cache else ""),
         "notes": [
             f"{args.pictures} pictures, which come back; rows of several turns have their medians.",
-            f"{PEER} is asked one question about all pictures, since its server fails where prompts "
-            "of unlike lengths meet; so is this one then.",
+            f"{PEER} is asked one question about all pictures, and this server beside it too: "
+            "its own fails where prompts of unlike lengths meet.",
             f"The server has {held[0] / 1e6:.0f} MB before the long load, and then up to "
             f"{max(held) / 1e6:.0f} MB.",
         ],
