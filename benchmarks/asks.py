@@ -150,12 +150,11 @@ class Client:
             if stream:
                 return _read_stream(interface, reply, start)
             text = interface.whole(json.loads(reply.read()))
-        except ConnectionError:  # http.client's own is an HTTPException too
-            self.close()
+        except Exception as error:
+            self.close()  # what is left of the answer is no other's
+            if isinstance(error, HTTPException) and not isinstance(error, OSError):
+                raise RuntimeError(f"The server ended an answer: {error!r}") from None
             raise
-        except HTTPException as error:
-            self.close()
-            raise RuntimeError(f"The server ended an answer: {error!r}") from None
         return Answer(text, None, time.perf_counter() - start)
 
     def close(self) -> None:
@@ -181,6 +180,7 @@ def _read_stream(interface: Interface, reply: HTTPResponse, start: float) -> Ans
         if piece and first is None:
             first = time.perf_counter() - start
         pieces.append(piece)
+    reply.close()
     return Answer("".join(pieces), first, time.perf_counter() - start)
 
 
