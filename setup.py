@@ -59,6 +59,7 @@ setup(
             "anthropic",
             "ollama",
             "playwright",
+            "schemathesis",
             "pytest-xdist",
             "ruff",
             "mypy",

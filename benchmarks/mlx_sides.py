@@ -197,10 +197,7 @@ class MlxVlm(MlxSide):
         self.common, self.vision_config = common, VisionConfig
 
     def read_model(self, folder: Path, dtype: str) -> Any:
-        vision = json.loads((folder / "config.json").read_text())["vision_config"]
-        shapes = [shape and tuple(shape) for shape in vision["pos_embs_shapes"]]
-        for name in VISION_CONSTANTS:
-            setattr(self.vision_config, name, (vision | {"pos_embs_shapes": shapes})[name])
+        set_geometry(self.vision_config, folder)
         return self.load_model(folder)  # in the folder's dtype, which is `dtype`
 
     def vision_features(self, pixel_values: mx.array) -> mx.array:
@@ -269,6 +266,14 @@ class MlxVlm(MlxSide):
     ) -> tuple[mx.array, mx.array, mx.array]:
         input_ids = mx.array([list(prompt)])
         return input_ids, pixel_values.transpose(0, 3, 1, 2), mx.ones_like(input_ids)
+
+
+def set_geometry(vision_config: Any, folder: Path) -> None:
+    """Give mlx-vlm's VisionConfig the constants of a folder."""
+    vision = json.loads((folder / "config.json").read_text())["vision_config"]
+    shapes = [shape and tuple(shape) for shape in vision["pos_embs_shapes"]]
+    for name in VISION_CONSTANTS:
+        setattr(vision_config, name, (vision | {"pos_embs_shapes": shapes})[name])
 
 
 class Submitted(Exception):

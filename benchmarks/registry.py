@@ -20,8 +20,9 @@ from . import (
     load,
     memory,
     preprocess,
-    requests,
+    same_picture,
     second_question,
+    serve,
     speculate,
 )
 from .worker import DTYPES, EAGER, PEER
@@ -33,7 +34,7 @@ MEASUREMENTS: dict[str, ModuleType] = {
         compare,
         launches,
         second_question,
-        requests,
+        same_picture,
         growth,
         memory,
         load,
@@ -43,6 +44,7 @@ MEASUREMENTS: dict[str, ModuleType] = {
         preprocess,
         speculate,
         constrained,
+        serve,
     )
 }
 

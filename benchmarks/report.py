@@ -16,6 +16,7 @@ from . import plots
 from .random_checkpoint import SIZES
 from .tables import (
     FIGURES,
+    MOST_DRIFT,
     Result,
     Samples,
     Series,
@@ -61,7 +62,6 @@ COMPARE_GOALS = {
 MOST_LAUNCHES = 0.6
 LEAST_THROUGHPUT = 3.0
 MOST_DEPARTURE = 0.25
-MOST_DRIFT = 0.02
 MOST_OF_FIRST = 0.1
 MOST_BYTES = 1.5e9
 
@@ -233,7 +233,7 @@ def on_gpu(result: Result) -> str:
     return f", on {gpus[0]['name']}" if gpus else ""
 
 
-def requests(result: Result) -> Section:
+def same_picture(result: Result) -> Section:
     name, (first, *others) = result["model"]["name"], result["seconds"].items()
     rows = [(which, spread(found)) for which, found in (first, *others)]
     what = f"time to first token in the server, {name}, of the first question's"
@@ -337,15 +337,16 @@ def table(result: Result) -> Section:
     cells = [[in_short(row[name]) for name in fields] for row in rows]
     body = markdown_table([name.replace("_", " ") for name in fields], cells)
     if "machine" in result:
-        body = f"{setting(result)}\n\n{body}"
-    return Section(result["title"], body, [])
+        body = f"{setting(result, *result.get('notes', ()))}\n\n{body}"
+    goals = [(f"{result['title']}: {what}", *rest) for what, *rest in result.get("goals", ())]
+    return Section(result["title"], body, goals)
 
 
 KINDS: dict[str, Callable[[Result], Section]] = {
     "compare": compare,
     "launches": launches,
     "second-question": second_question,
-    "requests": requests,
+    "same-picture": same_picture,
     "growth": growth,
     "memory": memory,
     "batch": batch,

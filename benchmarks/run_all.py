@@ -27,7 +27,7 @@ from .report import OPTIONS as REPORT_OPTIONS
 from .turns import note
 
 ON_BUNDLED = ("batch", "speculate")  # what is measured on the bundled model, with the defaults
-STEPS = ("compare", "launches", "second_question", "requests", "growth", "memory", *ON_BUNDLED)
+STEPS = ("compare", "launches", "second_question", "same_picture", "growth", "memory", *ON_BUNDLED)
 MODELS, DTYPE = (["0.5b", "nano"], "float32") if on_cpu() else (["0.5b", "7b"], "bfloat16")
 OPTIONS: dict[str, dict[str, Any]] = {
     "--peer-python": {},

@@ -15,6 +15,8 @@ Result = dict[str, Any]
 Samples = dict[str, dict[str, list[float]]]  # by figure, then by side
 Series = dict[str, list[float]]  # by point
 
+MOST_DRIFT = 0.02  # that memory may grow
+
 FIGURES = {
     "encode": Stage("encoder and projector", "s"),
     "ttft": Stage("time to first token", "s"),

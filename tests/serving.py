@@ -3,6 +3,8 @@
 import asyncio
 import base64
 import json
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -74,6 +76,30 @@ def serving(engine: Any, *, pin: Any = None, **settings: Any) -> Iterator[Served
 
 
 @contextmanager
+def serving_process(*flags: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """The command in a process of its own, and its URL once it is ready."""
+    command = [sys.executable, "-m", "fastvlm_mlx", "serve", "--port", "0", *flags]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        url = next(line.split()[2] for line in process.stderr if line.startswith("Serving at "))
+        reading = threading.Thread(target=process.stderr.read, daemon=True)
+        reading.start()
+
+        def ready() -> bool:
+            try:
+                return httpx.get(f"{url}/ready", verify=False).status_code == 200
+            except httpx.TransportError:
+                return False
+
+        try:
+            wait_until(ready, 60)
+            yield process, url
+        finally:
+            process.kill()
+            reading.join()
+
+
+@contextmanager
 def started(nano: Nano, **sizes: Any) -> Iterator[Any]:
     """A real engine over the bundled model."""
     from fastvlm_mlx.serve.engine import Engine
@@ -128,6 +154,7 @@ class Puppet:
     ready: bool = True
     queued: int = 0
     running: int = 0
+    step_seconds: float = 0.0
     requests: list[Any] = field(default_factory=list)
     tickets: list[Any] = field(default_factory=list)
     cancelled: list[Any] = field(default_factory=list)

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import argparse
 import base64
+import importlib.util
 import json
 import re
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import (  # noqa: E402
     __main__,
+    asks,
     batch,
     caption,
     compare,
@@ -30,6 +36,8 @@ from benchmarks import (  # noqa: E402
     registry,
     report,
     run_all,
+    same_picture,
+    serve,
     speculate,
     tables,
     turns,
@@ -345,6 +353,71 @@ def test_a_schema_is_measured_beside_a_free_answer(nano_folders: Path, tmp_path:
     assert len(schema["samples"]) == 2
 
 
+@pytest.mark.needs("uvicorn")
+def test_a_server_under_load_gives_the_answers_of_generate() -> None:
+    parser = __main__.make_parsers()["benchmarks"]
+    asked = "serve --clients 8 --seconds 1 --turn 0.5 --rounds 1 --pictures 2 --max-tokens 8"
+    found = serve.measure(parser.parse_args(asked.split()))
+    assert found["failure"] is None and found["memory"][0] > 10**7
+    alone, many, long = found["results"]
+    assert all(row["answers"] > 0 for row in (alone, many, long))
+    assert all(row["errors"] == row["unlike `generate`'s"] == 0 for row in (alone, many, long))
+    _, body, goals = report.section(found | {"machine": MACHINE})
+    assert "2 pictures" in body and len(goals) == 3
+
+
+def test_wrong_answers_and_broken_ones_are_counted() -> None:
+    """A server that answers something else, or with an error, in place of the right answer."""
+    replies = [(200, {"response": "Seven."}), (500, {}), (200, {"response": "Six."})]
+    with replying(replies) as url:
+        ways = {"ollama generate": asks.OLLAMA["ollama generate"]}
+        load = asks.put_load(url, "m", {asks.Ask("Hi"): "Six."}, ways, clients=1, seconds=0.3)
+    assert load.answers >= 2
+    assert len(load.wrong) == 1 and "'Seven.'" in load.wrong[0]
+    assert len(load.errors) == 1 and "500" in load.errors[0]
+
+
+@contextmanager
+def replying(replies: list[tuple[int, Any]]) -> Iterator[str]:
+    """A server with these replies to one request after the other; the last goes on."""
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            status, value = replies.pop(0) if len(replies) > 1 else replies[0]
+            data = json.dumps(value).encode() + b"\n"
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *_: Any) -> None:
+            """Nothing."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@pytest.mark.needs("uvicorn")
+def test_a_picture_is_asked_about_in_every_way(nano_folders: Path) -> None:
+    parser = __main__.make_parsers()["benchmarks"]
+    asked = ["same_picture", str(nano_folders / "source"), "--rounds", "1"]
+    found = same_picture.measure(parser.parse_args(asked))
+    assert {same_picture.FIRST, same_picture.AFTER, "its path", *asks.INTERFACES} <= set(
+        found["seconds"]
+    )
+    _, _, goals = report.section(found | {"machine": MACHINE})
+    assert len(goals) == len(found["seconds"]) - 1
+
+
 def test_drafts_are_as_right_as_asked_for() -> None:
     answer = list(range(100))
     for share, expected in ((0.0, 0), (1.0, 100)):
@@ -391,6 +464,13 @@ def test_a_worker_that_dies_is_named(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"fastvlm-mlx ended while asked to load"):
         side.ask("load")
     side.close()
+
+
+def test_no_file_hides_a_library() -> None:
+    """A worker's own folder comes first where it looks for what its library imports."""
+    for file in (ROOT / "benchmarks").glob("[a-z]*.py"):
+        assert file.stem not in sys.stdlib_module_names
+        assert importlib.util.find_spec(file.stem) is None, file
 
 
 def test_folder_for_transformers(nano_folders: Path) -> None:
@@ -453,6 +533,6 @@ def test_this_side_captions_files(tmp_path: Path) -> None:
 def test_captions_of_both_sides_are_compared() -> None:
     ours = {"seconds": 1.0, "idle": 0.02, "texts": ["a", "b"]}
     theirs = {"seconds": 3.0, "texts": ["a", "c"]}
-    args = argparse.Namespace(pictures=2)
-    title, body, _ = report.section(caption.table({OURS: [ours], PEER: [theirs]}, args))
-    assert "3.00 times as fast" in title and "idle 2.0%" in title and "1 of 2" in body
+    args = argparse.Namespace(pictures=2, model=None)
+    _, body, goals = report.section(caption.table({OURS: [ours], PEER: [theirs]}, args))
+    assert [found for *_, found in goals] == ["3.00", "2.0%"] and "1 of 2" in body

@@ -5,12 +5,11 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
@@ -35,6 +34,7 @@ from serving import (
     piece,
     says,
     serving,
+    serving_process,
     started,
     wait_until,
 )
@@ -199,6 +199,29 @@ def test_a_dead_engine_is_told_at_once(nano: Nano, monkeypatch: pytest.MonkeyPat
             reply = server.post(path, body | {"stream": False})
             assert reply.status_code == 503, path
         assert "fastvlm_alive 0.0" in server.get("/metrics").text
+
+
+def test_an_engine_that_hangs_is_told(nano: Nano, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step that does not end: `/health` fails until it does."""
+    from fastvlm_mlx.serve.engine import Engine
+
+    step, going_on = Engine._step, threading.Event()
+
+    def hang(engine: Engine) -> None:
+        going_on.wait(30)
+        step(engine)
+
+    with started(nano) as engine, serving(engine, stall_timeout=0.2) as server:
+        monkeypatch.setattr(Engine, "_step", hang)
+        with ThreadPoolExecutor(1) as pool:
+            asked = pool.submit(server.post, PATH, chat(max_tokens=4))
+            wait_until(lambda: server.get("/health").status_code == 503, 5)
+            assert server.get("/health").json() == {"status": "hung", "model": "nano"}
+            assert not server.get("/ready").json()["ready"]
+            going_on.set()
+            assert asked.result().status_code == 200
+        wait_until(lambda: server.get("/health").status_code == 200, 5)
+        assert server.get("/ready").status_code == 200
 
 
 # Bodies that make no sense
@@ -406,30 +429,6 @@ def test_the_metrics_count_what_was_done(nano: Nano) -> None:
 
 
 # The command
-
-
-@contextmanager
-def serving_process(*flags: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """The command in a process of its own, and its URL once it is ready."""
-    command = [sys.executable, "-m", "fastvlm_mlx", "serve", "--port", "0", *flags]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
-        url = next(line.split()[2] for line in process.stderr if line.startswith("Serving at "))
-        reading = threading.Thread(target=process.stderr.read, daemon=True)
-        reading.start()
-
-        def ready() -> bool:
-            try:
-                return httpx.get(f"{url}/ready", verify=False).status_code == 200
-            except httpx.TransportError:
-                return False
-
-        try:
-            wait_until(ready, 60)
-            yield process, url
-        finally:
-            process.kill()
-            reading.join()
 
 
 def pictures(count: int) -> list[str]:

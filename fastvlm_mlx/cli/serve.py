@@ -83,6 +83,9 @@ FLAGS: dict[str, Any] = {
     ],
     "max_output_tokens": Annotated[int, _flag("Tokens of an answer at most.")],
     "timeout": Annotated[float, _flag("Seconds from a request to the end of its answer.")],
+    "stall_timeout": Annotated[
+        float, _flag("Seconds in one step after which the server calls itself hung in /health.")
+    ],
     "grace": Annotated[float, _flag("Seconds that running answers have when the server ends.")],
     "log_prompts": Annotated[bool, _flag("Log the texts of prompts and answers.", "--log-prompts")],
 }

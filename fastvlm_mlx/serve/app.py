@@ -70,7 +70,7 @@ def create_app(
     app.state.service = Service(engine, settings, media, metrics)
     for interface in (openai_chat, openai_responses, anthropic, ollama):
         app.include_router(interface.router)
-    _add_health(app, engine, metrics)
+    _add_health(app, engine, metrics, settings.stall_timeout)
     _add_page(app)
     app.add_exception_handler(RequestValidationError, _refuse_invalid)
     app.add_exception_handler(HTTPException, _refuse_route)
@@ -86,17 +86,22 @@ def create_app(
     return app
 
 
-def _add_health(app: FastAPI, engine: Engine, metrics: Metrics) -> None:
+def _add_health(app: FastAPI, engine: Engine, metrics: Metrics, longest: float) -> None:
     """Whether the server works, whether it can take requests, and what it has done."""
+
+    def status() -> str:
+        if not engine.alive:
+            return "dead"
+        return "hung" if engine.step_seconds > longest else "ok"
 
     @app.get("/health", tags=["Server"])
     async def health() -> JSONResponse:
-        state = {"status": "ok" if engine.alive else "dead", "model": engine.name}
-        return JSONResponse(state, 200 if engine.alive else 503)
+        found = status()
+        return JSONResponse({"status": found, "model": engine.name}, 200 if found == "ok" else 503)
 
     @app.get("/ready", tags=["Server"])
     async def ready() -> JSONResponse:
-        can = engine.alive and engine.ready
+        can = engine.ready and status() == "ok"
         state = {"ready": can, "queued": engine.queued, "running": engine.running}
         return JSONResponse(state, 200 if can else 503)
 

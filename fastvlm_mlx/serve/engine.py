@@ -117,6 +117,7 @@ class Engine:
         self._counts: Counter[str] = Counter()
         self._seconds = 1.0  # that an answer takes, lately
         self._closing = self._stopping = self._ended = False
+        self._step_began: float | None = None
         self._batch = Batch(
             model, processor, max_batch=max_batch, when_read=self._wake.set, cache=cache
         )
@@ -132,6 +133,12 @@ class Engine:
     def alive(self) -> bool:
         """Whether the engine works, on requests or waiting for them."""
         return self._thread.is_alive() and not self._ended
+
+    @property
+    def step_seconds(self) -> float:
+        """How long the step takes that the engine is in; 0 between two."""
+        began = self._step_began
+        return 0.0 if began is None else time.perf_counter() - began
 
     @property
     def queued(self) -> int:
@@ -209,7 +216,9 @@ class Engine:
                 self._take()
                 self._drop()
                 if self._batch and not self._batch.is_blocked:
+                    self._step_began = time.perf_counter()
                     self._step()
+                    self._step_began = None
                 else:
                     self._wake.wait(self._time_left())
         except BaseException as error:

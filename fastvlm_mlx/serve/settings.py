@@ -37,6 +37,8 @@ class Settings:
         max_output_tokens: tokens of an answer: the most that a request may ask for, and what it
             gets if it does not say.
         timeout: seconds from a request to the end of its answer.
+        stall_timeout: seconds that a step of the engine, as long as the encoding of some images,
+            may take before the server counts as hung.
         log_prompts: whether logs have the texts of prompts and answers.
         keep_alive: seconds after which a client that waits is sent a sign of life.
 
@@ -56,6 +58,7 @@ class Settings:
     max_prompt_tokens: int | None = None
     max_output_tokens: int = 4096
     timeout: float = 600.0
+    stall_timeout: float = 300.0
     log_prompts: bool = False
     keep_alive: float = KEEP_ALIVE
 
@@ -63,7 +66,7 @@ class Settings:
         for field in fields(self):
             if field.name.startswith("max_") and getattr(self, field.name) is not None:
                 check_whole_number(field.name, getattr(self, field.name))
-        for name in ("timeout", "keep_alive"):
+        for name in ("timeout", "stall_timeout", "keep_alive"):
             if not (is_number(getattr(self, name)) and getattr(self, name) > 0):
                 raise ValueError(f"{name} must be a number of seconds above 0.")
         if self.api_key is not None and not (self.api_key.isascii() and self.api_key.strip()):
