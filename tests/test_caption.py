@@ -1,6 +1,9 @@
 """Captions: what is asked, what is written, and what a second run does."""
 
+import io
 import json
+import re
+import sys
 import tarfile
 from pathlib import Path
 
@@ -399,6 +402,20 @@ def test_the_command_says_what_it_did(run_caption, tmp_path):
     assert f"Left out {folder / 'z.png'}: it is not an image" in done.err
     assert "--retry-errors" in done.err and "the model was idle" in done.err
     assert len(rows(tmp_path / "c.jsonl")) == 2
+
+
+def test_a_bar_shows_the_rate_and_the_time_left(nano, tmp_path, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setattr("tqdm.tqdm.monitor_interval", 0)
+    monkeypatch.setenv("TQDM_MININTERVAL", "0")
+    run(nano, pictures(tmp_path / "p", "a.png", "b.png"), tmp_path / "c.jsonl", progress=True)
+    shown = sys.stderr.getvalue()
+    assert "Captioning" in shown and "2/2" in shown
+    assert re.search(r"\[\d\d:\d\d<(\d\d:\d\d|\?), .*image", shown)
 
 
 def test_flags_are_said_where_no_row_has_them(run_caption, tmp_path):

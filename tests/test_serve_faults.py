@@ -399,7 +399,9 @@ def test_mixed_clients_get_their_own_answers(nano: Nano) -> None:
 
 
 def test_the_metrics_count_what_was_done(nano: Nano) -> None:
-    puppet = Puppet(*nano, script=says("Six", " penguins", ".", cached_tokens=7))
+    script = says("Six", " penguins", ".")
+    script[0].cached_tokens, script[0].cached_images = 7, 1
+    puppet = Puppet(*nano, script=script)
     with serving(puppet) as server:
         server.post(PATH, chat(parts(URI, URI)))
         server.get("/somewhere/else")
@@ -417,6 +419,7 @@ def test_the_metrics_count_what_was_done(nano: Nano) -> None:
     assert figures["fastvlm_generated_tokens_total"] == 3
     assert figures["fastvlm_prompt_tokens_total"] == 20
     assert figures["fastvlm_cached_prompt_tokens_total"] == 7
+    assert figures["fastvlm_cached_images_total"] == 1
     for stage in ("queue_seconds", "encode_seconds", "prefill_seconds", "tokens_per_second"):
         assert figures[f"fastvlm_{stage}_count"] == 1, stage
     assert figures['fastvlm_answers_total{reason="stop"}'] == 1

@@ -91,7 +91,7 @@ def command(*flags: str) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    with command("--max-batch", "8") as server:
+    with command("--max-batch", "8", "--max-queue", "256") as server:
         assert server.ask() == ANSWER
         yield server
 

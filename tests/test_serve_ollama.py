@@ -114,6 +114,13 @@ def test_errors_are_the_clients(client: Any) -> None:
         client.generate(model="nano", prompt="What?", images=[b"no image"])
 
 
+def test_ollamas_own_command_finds_a_server(played: Served) -> None:
+    """It asks so before anything else."""
+    import httpx
+
+    assert httpx.head(f"{played.url}/").status_code == 200
+
+
 def test_the_version_is_a_version(played: Served) -> None:
     major, minor, patch = played.get("/api/version").json()["version"].split(".")
     assert int(major) * 1000 + int(minor) >= 6 and patch.isdecimal()
