@@ -23,7 +23,7 @@ from fastvlm_mlx.evaluate.questions import DEFAULT_QUESTION
 from fastvlm_mlx.hub.resolve import resolve
 from fastvlm_mlx.image.load import load_image
 
-from .peers import Worker, pythons_of
+from .peers import Worker, give_tokenizer, pythons_of
 from .tables import Result
 from .turns import in_turns
 from .worker import DTYPES, OURS, PEER
@@ -47,6 +47,7 @@ def measure(args: argparse.Namespace) -> Result:
         folder = convert(
             resolve(args.model), Path(scratch, "mlx"), dtype=args.dtype, progress=False
         )
+        give_tokenizer(folder)
         pictures = make_pictures(Path(scratch, "pictures"), args.pictures, args.side)
         workers = {
             side: Worker(side, python, folder, args.dtype)

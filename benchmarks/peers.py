@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -16,6 +17,7 @@ from fastvlm_mlx.checkpoint.files import save_checkpoint, write_json
 from fastvlm_mlx.checkpoint.layouts import transformers
 from fastvlm_mlx.checkpoint.read import read_checkpoint
 from fastvlm_mlx.convert import convert
+from fastvlm_mlx.hub.resolve import NANO
 
 from .worker import COMPILED, EAGER, IMAGE, OURS, PEER
 
@@ -88,6 +90,13 @@ def write_folders(model: Path, scratch: Path, dtype: str, sides: Iterable[str]) 
         written.mkdir()
         write_json(written / "config.json", transformers.config_json(config, dtype, image_token))
         save_checkpoint(transformers.from_mlx(tensors), written)
+
+
+def give_tokenizer(folder: Path) -> None:
+    """Give a converted checkpoint that has no tokenizer the bundled model's."""
+    if not (folder / "tokenizer.json").is_file():
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copyfile(NANO / name, folder / name)
 
 
 def folder_of(side: str, scratch: Path) -> Path:

@@ -15,10 +15,11 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+from fastvlm_mlx.config import load_config
 from fastvlm_mlx.convert import convert
-from fastvlm_mlx.hub.resolve import NANO
 
 from .asks import INTERFACES, Ask, Client, Interface, user
+from .peers import give_tokenizer
 from .second_question import IMAGE
 from .servers import our_server
 from .tables import Result
@@ -34,7 +35,8 @@ def measure(args: argparse.Namespace) -> Result:
     """Seconds to the first token of each question, over as many rounds."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = convert(args.model, Path(scratch, "mlx"), dtype="float32", progress=False)
-        image_size = folder_with_tokenizer(folder)
+        give_tokenizer(folder)
+        image_size = load_config(folder).vision.image_size
         ask_all = partial(ask_everything, folder, Path(scratch, "cache"))
         found = in_turns({"all": ask_all}, args.rounds, "questions", warm_up=0)["all"]
     return {
@@ -43,16 +45,6 @@ def measure(args: argparse.Namespace) -> Result:
         "image_size": image_size,
         "seconds": {name: [times[name] for times in found] for name in found[0]},
     }
-
-
-def folder_with_tokenizer(folder: Path) -> int:
-    """Give a checkpoint that has no tokenizer the bundled model's; the model's image size."""
-    from fastvlm_mlx.checkpoint.read import read_checkpoint
-
-    if not (folder / "tokenizer.json").is_file():
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            shutil.copyfile(NANO / name, folder / name)
-    return read_checkpoint(folder)[0].vision.image_size
 
 
 def ask_everything(folder: Path, cache: Path) -> dict[str, float]:
