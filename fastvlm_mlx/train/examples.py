@@ -23,7 +23,8 @@ from ..text.tokenizer import Tokenizer
 from .row_files import BadRow
 from .rows import BadRows, Row
 
-TOO_LONG = ("error", "skip", "cut")
+TOO_LONG = ("error", "skip", "truncate")
+
 
 class Span(NamedTuple):
     """Some tokens that follow one another: the first, and the one behind the last."""
@@ -257,7 +258,7 @@ def collect_examples(
         rows, processor, config: as in `build_example`.
         max_length: of an example in tokens; by default, and at most, the processor's.
         too_long: what becomes of longer ones: an "error" makes them bad rows, "skip" leaves them
-            out, and "cut" drops what is too much from their end, never a part of an image.
+            out, and "truncate" drops what is too much from their end, never a part of an image.
         options: as in `build_example`.
 
     Raises:
@@ -275,8 +276,10 @@ def collect_examples(
             continue
         if len(example) > limit:
             said = BadRow(row.where, f"it has {len(example)} tokens, more than {limit}")
-            {"error": found.bad, "skip": found.skipped, "cut": found.cut}[too_long].append(said)
-            if too_long != "cut":
+            {"error": found.bad, "skip": found.skipped, "truncate": found.cut}[too_long].append(
+                said
+            )
+            if too_long != "truncate":
                 continue
             example = cut_example(example, limit)
         if example.answers:

@@ -113,9 +113,7 @@ def _undecoded(found: Any) -> tuple[Any, list[str]]:
 def _kept(column: _Column, row: int, value: Any) -> Any:
     """Images as `StoredImage` where their bytes are in the data set, as paths otherwise."""
     if isinstance(value, list):
-        return [
-            _one(StoredImage(column, row, index), image) for index, image in enumerate(value)
-        ]
+        return [_one(StoredImage(column, row, index), image) for index, image in enumerate(value)]
     return None if value is None else _one(StoredImage(column, row), value)
 
 

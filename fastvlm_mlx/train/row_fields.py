@@ -77,9 +77,9 @@ def _field(value: Mapping[str, Any], name: str, columns: Columns) -> Any:
             raise ValueError(f"it has no column {shown(columns[name])}; {_columns_said(value)}")
         return value[columns[name]]
     found = [value[key] for key in FIELDS[name] if value.get(key) not in (None, "", [])]
-    if name == "image" and value.get("image") and value.get("images"):
-        if _listed(value["image"]) != _listed(value["images"]):
-            raise ValueError("it has different images under image and images; leave one out")
+    several = [_listed(found) for found in map(value.get, ("image", "images")) if found]
+    if name == "image" and len(several) > 1 and several[0] != several[1]:
+        raise ValueError("it has different images under image and images; leave one out")
     present = (value[key] for key in FIELDS[name] if key in value)
     return found[0] if found else next(present, None)
 

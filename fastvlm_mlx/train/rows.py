@@ -66,7 +66,8 @@ class BadRows(ValueError):
         first = "; ".join(f"{row.where}: {row.problem}" for row in bad[:SHOWN_AT_ONCE])
         more = len(bad) - SHOWN_AT_ONCE
         super().__init__(
-            f"{len(bad)} row(s) can't be used: {first}" + (f"; and {more} more." * (more > 0) or ".")
+            f"{len(bad)} row(s) can't be used: {first}"
+            + (f"; and {more} more." * (more > 0) or ".")
         )
         self.bad = list(bad)
 

@@ -48,7 +48,9 @@ def split_rows(rows: Sequence[Row], fraction: float, seed: int = 0) -> tuple[lis
 
 def shared_images(rows: Iterable[Row], others: Iterable[Row]) -> int:
     """How many images of `rows` are among those of `others`, by what their files hold."""
-    keys, other_keys = ({key for row in some for key in _image_keys(row)} for some in (rows, others))
+    keys, other_keys = (
+        {key for row in some for key in _image_keys(row)} for some in (rows, others)
+    )
     return len(keys & other_keys)
 
 
