@@ -392,6 +392,9 @@ def test_data_sets_of_the_library(folder: Path) -> None:
     assert second.images[0].read() == PENGUINS.read_bytes()
     assert (fv.preprocess(first.images[0], 256) == fv.preprocess(PANDA, 256)).all()
     assert len(split_rows([first, second], 0.5)[0]) == 1
+    saved.to_parquet(folder / "saved.parquet")
+    again, _ = read_rows(folder / "saved.parquet", columns=columns)
+    assert again.where == "saved.parquet, row 1" and again.images[0].read() == PANDA.read_bytes()
 
 
 @pytest.mark.needs("datasets")
