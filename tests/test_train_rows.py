@@ -349,6 +349,14 @@ def test_a_split_does_not_depend_on_python_s_hashes(folder: Path) -> None:
     assert said == {f"{here}\n"}
 
 
+def test_at_least_the_rows_of_one_image_validate(folder: Path) -> None:
+    names = pictures(folder, 4)
+    rows = [{"id": n, "image": names[n % 4], "answer": f"{n}"} for n in range(20)]
+    train, validation = split_rows(read_rows(write(folder, rows)), 0.05)
+    assert (len(train), len(validation)) == (15, 5)
+    assert len({row.images[0] for row in validation}) == 1
+
+
 def test_what_can_not_be_split_is_named(folder: Path) -> None:
     rows = read_rows(write(folder, [{"image": "panda.png", "answer": f"{n}"} for n in range(4)]))
     with pytest.raises(ValueError, match="can't be divided") as error:

@@ -18,9 +18,9 @@ from ..image.preprocess import MAX_THREADS
 from ..processor import Processor
 from ..progress import progress_bar
 from ..text.tokenizer import Tokenizer
-from .examples import MANY, Example, ExampleImage, Examples, collect_examples
+from .examples import Example, ExampleImage, Examples, collect_examples
 from .row_files import BadRow
-from .rows import Row
+from .rows import MANY, Row
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -22,9 +22,8 @@ from ..text.messages import IMAGE_PLACE, read_messages
 from ..text.prompt import ANSWER_PLACE, encode_prompt, render_prompt
 from ..text.tokenizer import Tokenizer
 from .row_files import BadRow
-from .rows import BadRows, Row
+from .rows import MANY, BadRows, Row
 
-MANY = 2000  # rows that take a second
 TOO_LONG = ("error", "skip", "truncate")
 
 
