@@ -20,7 +20,7 @@ from .loss import arrays_of, loss
 from .optimizer import Optimizer, schedule_factor
 from .settings import FROZEN, TrainOptions
 from .state import Checkpoint, Checkpoints, Position, random_state
-from .step import Step, Sums, checkpoint_activations
+from .step import Step, Sums, add, checkpoint_activations
 
 MOST_ZEROS = 3  # steps with a loss of 0 before the run stops
 MOST_NAMED = 8  # rows in an error
@@ -100,7 +100,7 @@ class Trainer:
         if options.gradient_checkpointing:
             checkpoint_activations(self.model.language_model.layers)
             if options.vision != FROZEN:
-                checkpoint_activations([m for m in self.model.vision_tower.network])
+                checkpoint_activations(list(self.model.vision_tower.network))
         self.step = Step(self.model, self.optimizer, options.clip, compiled=options.compiled)
         self.total = options.steps or steps_of(self.data, options)
 
@@ -153,7 +153,7 @@ class Trainer:
 
     def _steps(self) -> Iterator[float]:
         """Take step after step; the loss of each."""
-        while self.position.step < self.total:
+        while self.position.step < self.total and not self._is_over():
             epoch, start = self.position.epoch, self.position.batch
             batches = iter(self.data.batches(epoch, start))
             while window := list(islice(batches, self.options.accumulation)):
@@ -167,15 +167,15 @@ class Trainer:
     def _take_step(self, window: Sequence[Any]) -> float:
         sums, losses = None, []
         for batch in window:
-            before = 0 if sums is None else sums.loss
-            sums = self.step.add(sums, arrays_of(batch))
+            found = self.step.compute(arrays_of(batch))
+            losses.append(found.loss)
+            sums = add(sums, found)
             mx.eval(sums)
-            losses.append(sums.loss - before)
         assert sums is not None
         sums = self.reduce(sums)
         norm = self.step.apply(sums, schedule_factor(self.position.step, self.total, self.options))
         total, count = sums.loss, sums.count
-        del sums  # so that the optimizer may overwrite the gradients
+        del sums, found  # so that the optimizer may overwrite the gradients
         mx.eval(norm, total, count, self.model.state, self.optimizer.state)
         self._check_finite(total, norm, losses, window)
         return self._note(window, total.item(), int(count.item()), norm.item())
@@ -239,14 +239,16 @@ class Trainer:
             every = options.eval_every
             if is_last or (position.step % every == 0 if every else epoch_over):
                 stop = self._evaluate()
-        every = options.save_every
-        if is_last or stop or asked or (position.step % every == 0 if every else epoch_over):
-            self._save()
-        elif position.best_step == position.step:
+        if is_last or stop or asked or self._is_time_to_save():
             self._save()
         if asked:
             raise KeyboardInterrupt
         return stop
+
+    def _is_time_to_save(self) -> bool:
+        position, every = self.position, self.options.save_every
+        is_time = position.step % every == 0 if every else position.batch == 0
+        return is_time or position.best_step == position.step
 
     def _evaluate(self) -> bool:
         assert self.validation is not None
@@ -263,7 +265,11 @@ class Trainer:
         if self._log is not None:
             self._log.write(step=position.step, validation_loss=value, **scores)
         self._bar.restart_clock()
-        return self.options.patience is not None and position.worse >= self.options.patience
+        return self._is_over()
+
+    def _is_over(self) -> bool:
+        """Whether `patience` has come to its end."""
+        return self.options.patience is not None and self.position.worse >= self.options.patience
 
     def _save(self) -> None:
         if self.is_writer:

@@ -18,7 +18,7 @@ SCHEDULES = ("cosine", "linear", "constant")
 ADAPTER_RATE, FULL_RATE, PROJECTOR_RATE = 2e-4, 2e-5, 1e-3
 # The stages of the FastVLM paper (supplementary material, "Training Setup"): the projector first;
 # then everything, on captions at the target resolution, on instructions, and on the best of them.
-EVERYTHING = {part: FULL for part in PARTS} | {"learning_rate": FULL_RATE}
+EVERYTHING = dict.fromkeys(PARTS, FULL) | {"learning_rate": FULL_RATE}
 STAGES: dict[str, dict[str, Any]] = {
     "1": {
         "vision": FROZEN,
@@ -220,7 +220,7 @@ WHOLE_NUMBERS = {
     "save_every": 1,
     "keep": 1,
 }
-CHOICES: dict[str, Sequence[Any]] = {part: MODES for part in PARTS} | {
+CHOICES: dict[str, Sequence[Any]] = dict.fromkeys(PARTS, MODES) | {
     "optimizer": OPTIMIZERS,
     "schedule": SCHEDULES,
     "too_long": ("error", "skip", "truncate"),

@@ -57,13 +57,9 @@ class Step:
             state = [model.state, optimizer.state]
             self._change = mx.compile(self._apply, inputs=state, outputs=state)
 
-    def add(self, sums: Sums | None, arrays: Arrays) -> Sums:
-        """The sums with those of another batch."""
-        found = Sums(*self._compute(arrays))
-        if sums is None:
-            return found
-        added = {name: sums.gradients[name] + g for name, g in found.gradients.items()}
-        return Sums(sums.loss + found.loss, sums.count + found.count, added)
+    def compute(self, arrays: Arrays) -> Sums:
+        """What one batch gives, not computed yet."""
+        return Sums(*self._compute(arrays))
 
     def apply(self, sums: Sums, factor: float) -> mx.array:
         """Change the parameters by the mean gradient; its norm, before it is clipped.
@@ -88,6 +84,14 @@ class Step:
         changed = self._optimizer.apply(gradients, parameters)
         self._model.update(tree_unflatten(list(changed.items())))
         return norm
+
+
+def add(sums: Sums | None, found: Sums) -> Sums:
+    """Both together."""
+    if sums is None:
+        return found
+    gradients = {name: sums.gradients[name] + g for name, g in found.gradients.items()}
+    return Sums(sums.loss + found.loss, sums.count + found.count, gradients)
 
 
 def _loss_first(model: FastVLM, arrays: Arrays) -> tuple[mx.array, mx.array]:
