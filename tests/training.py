@@ -32,22 +32,11 @@ QUICK = {"compiled": False, "learning_rate": 1e-2, "warmup": 0, "save_every": 10
 def small_model(seed: int = 0, **fields: Any) -> fv.FastVLM:
     """A random model as training has it, with its projections apart."""
     model = random_model(seed, **(GEOMETRY | fields))
-    weights = dict(tree_flatten(model.parameters()))
     model.unfuse()
-    apart = dict(tree_flatten(model.parameters()))
-    heads = [n * 8 for n in (4, 2, 2)]
-    for name in apart:
-        for whole, parts, rows in (
-            ("qkv_proj", ("q_proj", "k_proj", "v_proj"), heads),
-            ("gate_up_proj", ("gate_proj", "up_proj"), [64, 64]),
-        ):
-            for i, part in enumerate(parts):
-                if f".{part}." in name:
-                    start = sum(rows[:i])
-                    fused = weights[name.replace(part, whole)]
-                    apart[name] = fused[start : start + rows[i]]
-    apart |= {name: weights[name] for name in apart if name in weights}
-    model.load_weights(list(apart.items()))
+    mx.random.seed(seed)
+    parts = {n: p for n, p in tree_flatten(model.parameters()) if n.endswith("_proj.weight")}
+    drawn = [(n, mx.random.normal(p.shape) * p.shape[1] ** -0.5) for n, p in parts.items()]
+    model.load_weights(drawn, strict=False)
     return model
 
 
@@ -74,7 +63,8 @@ def batch(
 
 def joined(batches: Sequence[Any]) -> Any:
     """The rows of several batches in one."""
-    places = [b.places + i * b.input_ids.size for i, b in enumerate(batches)]
+    starts = np.cumsum([0, *(b.input_ids.size for b in batches)])
+    places = [b.places + int(start) for b, start in zip(batches, starts, strict=False)]
     arrays = {
         name: mx.concatenate([getattr(b, name) for b in batches])
         for name in ("input_ids", "targets", "weights", "pixel_values")

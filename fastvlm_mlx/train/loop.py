@@ -74,7 +74,7 @@ class Trainer:
         data: what to train on.
         out: the run's folder: log and checkpoints.
         run: describes settings, model and data, so that a checkpoint of another run is refused.
-        validation: what to evaluate on.
+        held_out: what to evaluate on.
         score: scores answers to validation rows, by the name of each metric.
         reduce: adds up the sums of all processes.
         is_writer: whether this process writes to `out`.
@@ -86,7 +86,7 @@ class Trainer:
     data: Data
     out: Path
     run: dict[str, Any] = field(default_factory=dict)
-    validation: Data | None = None
+    held_out: Data | None = None
     score: Callable[[FastVLM], Scores] | None = None
     reduce: Callable[[Sums], Sums] = lambda sums: sums
     is_writer: bool = True
@@ -235,7 +235,7 @@ class Trainer:
         is_last, epoch_over = position.step >= self.total, position.batch == 0
         asked = is_asked()
         stop = False
-        if self.validation is not None and not asked:
+        if self.held_out is not None and not asked:
             every = options.eval_every
             if is_last or (position.step % every == 0 if every else epoch_over):
                 stop = self._evaluate()
@@ -251,9 +251,9 @@ class Trainer:
         return is_time or position.best_step == position.step
 
     def _evaluate(self) -> bool:
-        assert self.validation is not None
+        assert self.held_out is not None
         position = self.position
-        value = evaluate(self.model, self.validation, self.reduce)
+        value = evaluate(self.model, self.held_out, self.reduce)
         scores = {} if self.score is None else self.score(self.model)
         if position.best is None or value < position.best:
             position.best, position.best_step, position.worse = value, position.step, 0

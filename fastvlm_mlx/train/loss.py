@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any
 
 import mlx.core as mx
@@ -40,6 +40,8 @@ def arrays_of(batch: Any) -> Arrays:
         "weights": mx.array(supervision),
     }
     named = {name: getattr(batch, name, None) for name in ("pixel_values", "features", "segments")}
+    if any(isinstance(value, list) for value in named.values()):  # tiles, merged by their sizes
+        named["image_sizes"] = batch.image_sizes
     return arrays | {name: value for name, value in named.items() if value is not None}
 
 
@@ -56,12 +58,18 @@ def loss(model: FastVLM, arrays: Arrays) -> tuple[mx.array, mx.array]:
     states = hidden_states(model, arrays)
     states = states.flatten(0, 1)[arrays["positions"]]
     targets, weights = arrays["targets"], arrays["weights"]
-    total = mx.array(0.0)
-    run = _in_parts(model.language_model, len(states))
-    for start in range(0, len(states), AT_ONCE):
-        end = start + AT_ONCE
-        total = total + run(states[start:end], targets[start:end], weights[start:end])
-    return total, weights.sum()
+    sums = [
+        _cross_entropy(model.language_model, states[at], targets[at], weights[at], again=again)
+        for at, again in _parts(len(states))
+    ]
+    return mx.stack(sums).sum(), weights.sum()
+
+
+def _parts(count: int) -> Iterator[tuple[slice, bool]]:
+    """Slices of at most AT_ONCE, and whether there are several: then their logits are computed
+    again for the gradients instead of held."""
+    for start in range(0, count, AT_ONCE):
+        yield slice(start, start + AT_ONCE), count > AT_ONCE
 
 
 def hidden_states(model: FastVLM, arrays: Arrays) -> mx.array:
@@ -78,29 +86,27 @@ def hidden_states(model: FastVLM, arrays: Arrays) -> mx.array:
 
 def visual_tokens(model: FastVLM, arrays: Arrays) -> mx.array | None:
     """[V, hidden_size] of a batch's images, in reading order; None if there are none."""
-    if (features := arrays.get("features")) is not None:
-        joined = features if isinstance(features, mx.array) else mx.concatenate(features)
-        return model.mm_projector(joined.reshape(-1, joined.shape[-1]))
-    if (pixels := arrays.get("pixel_values")) is None:
-        return None
-    images = [pixels] if isinstance(pixels, mx.array) else pixels
-    return mx.concatenate([model.encode_image(each).flatten(0, 1) for each in images])
-
-
-def _in_parts(decoder: Qwen2, count: int) -> Callable[..., mx.array]:
-    """`_cross_entropy` of a decoder; in several parts, their logits are computed again for the
-    gradients instead of held."""
-
-    def run(states: mx.array, targets: mx.array, weights: mx.array) -> mx.array:
-        return _cross_entropy(decoder, states, targets, weights)
-
-    tied = decoder.config.tie_word_embeddings
-    head = decoder.embed_tokens if tied else decoder.lm_head
-    return run if count <= AT_ONCE else nn.utils.checkpoint(head, run)
+    sizes = arrays.get("image_sizes")
+    if (features := arrays.get("features")) is None:
+        pixels = arrays.get("pixel_values")
+        return None if pixels is None else mx.concatenate(model.encode_images(pixels, sizes))
+    if isinstance(features, mx.array):
+        return model.mm_projector(features).flatten(0, 1)
+    tiles = [model.mm_projector(each) for each in features]
+    merged = [model.merge_tiles(*each) for each in zip(tiles, sizes or (), strict=True)]
+    return mx.concatenate(merged)
 
 
 def _cross_entropy(
-    decoder: Qwen2, states: mx.array, targets: mx.array, weights: mx.array
+    decoder: Qwen2, states: mx.array, targets: mx.array, weights: mx.array, *, again: bool
 ) -> mx.array:
-    logits = decoder.logits(states).astype(mx.float32)
-    return (nn.losses.cross_entropy(logits, targets) * weights).sum()
+    def run(states: mx.array) -> mx.array:
+        logits = decoder.logits(states).astype(mx.float32)
+        return (nn.losses.cross_entropy(logits, targets) * weights).sum()
+
+    if not again:
+        return run(states)
+    tied = decoder.config.tie_word_embeddings
+    head = decoder.embed_tokens if tied else decoder.lm_head
+    found: mx.array = nn.utils.checkpoint(head, run)(states)
+    return found
