@@ -207,7 +207,7 @@ def test_a_run_learns_what_it_is_shown(tmp_path: Path) -> None:
 
 def test_every_trained_tensor_moves_and_no_other(tmp_path: Path) -> None:
     for options in ({}, FULL, {"vision": "lora", "decoder": "dora"}, {"decoder": "frozen"}):
-        run = trainer(tmp_path / json.dumps(options), learning_rate=1e-7, eps=1e-15, **options)
+        run = trainer(tmp_path / json.dumps(options), learning_rate=1e-6, eps=1e-15, **options)
         before = {n: mx.array(v) for n, v in tree_flatten(run.model.parameters())}
         trained = set(run.parameters())
         run.train()

@@ -18,13 +18,13 @@ from .interrupts import stop_asked
 from .log import LOG, Log, Progress
 from .loss import arrays_of, loss
 from .optimizer import Optimizer, schedule_factor
+from .score import Scored
 from .settings import FROZEN, TrainOptions
 from .state import Checkpoint, Checkpoints, Position, random_state
 from .step import Step, Sums, add, checkpoint_activations
 
 MOST_ZEROS = 3  # steps with a loss of 0 before the run stops
 MOST_NAMED = 8  # rows in an error
-Scores = dict[str, float]
 
 
 class Data(Protocol):
@@ -75,8 +75,9 @@ class Trainer:
         out: the run's folder: log and checkpoints.
         run: describes settings, model and data, so that a checkpoint of another run is refused.
         held_out: what to evaluate on.
-        score: scores answers to validation rows, by the name of each metric.
+        score: answers questions that are held out, as `score.scorer` makes it.
         reduce: adds up the sums of all processes.
+        any_asked: whether any of them was asked to stop.
         is_writer: whether this process writes to `out`.
         progress: show it.
     """
@@ -87,8 +88,9 @@ class Trainer:
     out: Path
     run: dict[str, Any] = field(default_factory=dict)
     held_out: Data | None = None
-    score: Callable[[FastVLM], Scores] | None = None
+    score: Callable[[FastVLM], Scored] | None = None
     reduce: Callable[[Sums], Sums] = lambda sums: sums
+    any_asked: Callable[[bool], bool] = bool
     is_writer: bool = True
     progress: bool = True
 
@@ -233,7 +235,7 @@ class Trainer:
         """Evaluate and save where it is time; whether to stop early."""
         position, options = self.position, self.options
         is_last, epoch_over = position.step >= self.total, position.batch == 0
-        asked = is_asked()
+        asked = self.any_asked(is_asked())
         stop = False
         if self.held_out is not None and not asked:
             every = options.eval_every
@@ -254,16 +256,20 @@ class Trainer:
         assert self.held_out is not None
         position = self.position
         value = evaluate(self.model, self.held_out, self.reduce)
-        scores = {} if self.score is None else self.score(self.model)
+        scored = Scored({}, [])
+        if self.score is not None and self.is_writer:
+            scored = self.score(self.model)
         if position.best is None or value < position.best:
             position.best, position.best_step, position.worse = value, position.step, 0
         else:
             position.worse += 1
         position.random = random_state()
-        said = "".join(f", {name} {score:.3f}" for name, score in scores.items())
+        said = "".join(f", {name} {score:.3f}" for name, score in scored.scores.items())
         self._bar.say(f"Step {position.step}: validation loss {value:.4f}{said}.")
         if self._log is not None:
-            self._log.write(step=position.step, validation_loss=value, **scores)
+            samples = {"samples": scored.samples} if scored.samples else {}
+            found = {"validation_loss": value, **scored.scores, **samples}
+            self._log.write(step=position.step, **found)
         self._bar.restart_clock()
         return self._is_over()
 

@@ -1,4 +1,4 @@
-"""AdamW or Muon with a learning rate for each part; weights of half precision have float32 copies."""
+"""AdamW or Muon with a learning rate for each part; half-precision weights have float32 copies."""
 
 from __future__ import annotations
 

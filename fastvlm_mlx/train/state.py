@@ -123,14 +123,19 @@ class Checkpoints:
         Raises:
             ValueError: it belongs to another run; the message says what differs.
         """
+        self.check(folder, run)
+        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        tensors = {kind: _read_tensors(folder / f"{kind}.safetensors") for kind in KINDS}
+        return Checkpoint(Position(**state["position"]), state["run"], tensors)
+
+    def check(self, folder: Path, run: Mapping[str, Any]) -> None:
+        """Raise a ValueError, as `load`, without reading tensors."""
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
         if differences := differing(state["run"], run):
             raise ValueError(
                 f"{folder.parent.parent} holds another run ({'; '.join(differences)}): give "
                 "another folder for --out, or the same settings to go on."
             )
-        tensors = {kind: _read_tensors(folder / f"{kind}.safetensors") for kind in KINDS}
-        return Checkpoint(Position(**state["position"]), state["run"], tensors)
 
     def at(self, step: int) -> Path:
         """The checkpoint of a step."""
