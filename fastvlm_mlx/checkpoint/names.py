@@ -42,8 +42,14 @@ def quantized_linears(
                 raise CheckpointError(f"config.json, {linear}: {error}") from None
 
 
-def fuse(weights: Weights, config: FastVLMConfig) -> Weights:
-    """A checkpoint in the mlx-vlm layout → the parameters of `FastVLM`; empties `weights`."""
+def fuse(weights: Weights, config: FastVLMConfig, *, apart: bool = False) -> Weights:
+    """A checkpoint in the mlx-vlm layout → the parameters of `FastVLM`; empties `weights`.
+
+    Args:
+        weights: the checkpoint.
+        config: of the model.
+        apart: leave the decoder's projections apart, as after `FastVLM.unfuse`.
+    """
     parameters: Weights = {}
     if not is_folded(weights):
         encoder = fold.fold_encoder(lambda name: weights.pop(ENCODER + name), config.vision)
@@ -54,7 +60,7 @@ def fuse(weights: Weights, config: FastVLMConfig) -> Weights:
         for key in _keys_of(weights, source):
             parameters[f"{LAYERS}{i}.{key}"] = weights.pop(f"{source}.{key}")
     unfused = unfused_layers(weights, config)
-    for i in range(config.text.num_hidden_layers):
+    for i in range(0 if apart else config.text.num_hidden_layers):
         for whole in FUSED:
             layer = f"layers.{i}.{whole}"
             parameters |= _fuse_layer(weights, i, whole, is_fused=layer not in unfused)
