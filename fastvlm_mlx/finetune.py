@@ -116,8 +116,7 @@ def finetune(
     trainer = make_trainer(network, processor, sets, settings, out, run, ranks, progress=progress)
     if ranks.rank == 0:
         write_record(out, settings, folder if model is None else model, data, sets)
-    if progress and ranks.rank == 0:
-        trainer.introduce(prepared.lines())
+    trainer.introduction = prepared.lines()
     result = trainer.train()
     trainer.take_best()
     if ranks.rank == 0:

@@ -23,6 +23,8 @@ from .interrupts import interrupts_noted
 from .models import models
 from .printing import errors_as_sentences
 from .serve import EXAMPLE, serve
+from .train import EXAMPLE as TRAINING
+from .train import train
 from .upload import upload
 from .watch import watch
 
@@ -38,6 +40,7 @@ for command in (generate, chat, watch, caption, models, download, convert, fuse,
     app.command()(command)
 app.command(epilog=FLOORS)(bench)
 app.command(epilog=EXAMPLE)(serve)
+app.command(epilog=TRAINING)(train)
 
 
 def _print_version(wanted: bool) -> None:

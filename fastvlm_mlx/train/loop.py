@@ -79,6 +79,7 @@ class Trainer:
         reduce: adds up the sums of all processes.
         any_asked: whether any of them was asked to stop.
         is_writer: whether this process writes to `out`.
+        introduction: what is said first.
         progress: show it.
     """
 
@@ -92,6 +93,7 @@ class Trainer:
     reduce: Callable[[Sums], Sums] = lambda sums: sums
     any_asked: Callable[[bool], bool] = bool
     is_writer: bool = True
+    introduction: Sequence[str] = ()
     progress: bool = True
 
     def __post_init__(self) -> None:
@@ -123,6 +125,8 @@ class Trainer:
         self._resume()
         self._log = Log(self.out / LOG, self.position.step) if self.is_writer else None
         self._bar = Progress(self.total, self.position.step, shown=self.progress and self.is_writer)
+        for line in self.introduction:
+            self._bar.say(line)
         result = Result(self.position.step, math.nan, self.position.best, self.position.best_step)
         try:
             with stop_asked() as is_asked:

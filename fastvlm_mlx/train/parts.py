@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from ..checks import shown
 from ..model.fastvlm import FastVLM
-from .settings import DORA, FROZEN, FULL, LORA, PARTS, TrainOptions
+from .settings import AUTO, DORA, FROZEN, FULL, LORA, PARTS, TrainOptions
 
 MODULES = {
     "vision": ("vision_tower",),
@@ -63,22 +63,31 @@ def prepare(model: FastVLM, options: TrainOptions) -> Trained:
             in full.
     """
     model.freeze()
+    modes = modes_of(model, options)
     adapted = find_layers(model, options)
     layers = dict(model.named_modules())
     total = sum(count_numbers(layers[""]).values())
     for path in adapted:
-        _put(model, path, _adapter(layers[path], path, options))
-    for part in PARTS:
-        if getattr(options, part) == FULL:
-            _unfreeze(model, part, options)
+        _put(model, path, _adapter(layers[path], modes[part_of(path)], options))
+    for part, mode in modes.items():
+        if mode == FULL:
+            _unfreeze(model, part)
     model.train()
     trained = tree_flatten(model.trainable_parameters())
     return Trained(adapted, [n for n, _ in trained], sum(p.size for _, p in trained), total)
 
 
+def modes_of(model: FastVLM, options: TrainOptions) -> dict[str, str]:
+    """How each part is trained."""
+    modes = {part: str(getattr(options, part)) for part in PARTS}
+    if modes["projector"] == AUTO:
+        modes["projector"] = FULL if _first_quantized(model.mm_projector) is None else LORA
+    return modes
+
+
 def find_layers(model: FastVLM, options: TrainOptions) -> list[str]:
     """The paths of the linear layers that get an adapter; errors as `prepare`."""
-    wanted = [part for part in PARTS if getattr(options, part) in (LORA, DORA)]
+    wanted = [part for part, mode in modes_of(model, options).items() if mode in (LORA, DORA)]
     linear = [
         path
         for path, layer in model.named_modules()
@@ -117,11 +126,11 @@ def part_of(path: str) -> str:
     return next((part for part, names in MODULES.items() if top in names), "")
 
 
-def _adapter(layer: nn.Module, path: str, options: TrainOptions) -> nn.Module:
+def _adapter(layer: nn.Module, mode: str, options: TrainOptions) -> nn.Module:
     from mlx_lm.tuner.dora import DoRALinear
     from mlx_lm.tuner.lora import LoRALinear
 
-    kind = DoRALinear if getattr(options, part_of(path)) == DORA else LoRALinear
+    kind = DoRALinear if mode == DORA else LoRALinear
     rows, columns = layer.weight.shape
     if isinstance(layer, nn.QuantizedLinear):
         columns = columns * 32 // layer.bits
@@ -139,21 +148,26 @@ def _put(model: nn.Module, path: str, layer: nn.Module) -> None:
     model.update_modules(tree_unflatten([(path, layer)]))
 
 
-def _unfreeze(model: FastVLM, part: str, options: TrainOptions) -> None:
+def _unfreeze(model: FastVLM, part: str) -> None:
     for name in MODULES[part]:
         if name not in model:
             continue
         if isinstance(model[name], mx.array):
             model.unfreeze(recurse=False, keys=[name])
             continue
-        for path, layer in model[name].named_modules():
-            if isinstance(layer, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
-                where = f"{name}.{path}".rstrip(".")
-                raise ValueError(
-                    f"{where} is quantized, and packed weights can't be trained: use {part} lora, "
-                    "or a checkpoint of full precision."
-                )
+        if (packed := _first_quantized(model[name])) is not None:
+            where = f"{name}.{packed}".rstrip(".")
+            raise ValueError(
+                f"{where} is quantized, and packed weights can't be trained: use {part} lora, "
+                "or a checkpoint of full precision."
+            )
         model[name].unfreeze()
+
+
+def _first_quantized(module: nn.Module) -> str | None:
+    """The path of a quantized layer, if there is one."""
+    quantized = (nn.QuantizedLinear, nn.QuantizedEmbedding)
+    return next((p for p, layer in module.named_modules() if isinstance(layer, quantized)), None)
 
 
 def count_numbers(module: nn.Module) -> dict[str, int]:

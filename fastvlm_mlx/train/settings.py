@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from ..checks import check_whole_number, is_number, reason, shown
+from .examples import TOO_LONG
 
 FROZEN, LORA, DORA, FULL = MODES = ("frozen", "lora", "dora", "full")
+AUTO = "auto"  # full, or LoRA where weights are quantized
 PARTS = ("vision", "projector", "decoder")
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("cosine", "linear", "constant")
@@ -72,7 +74,9 @@ class TrainOptions:
         None, "A stage of the FastVLM paper, as a preset: 1 trains the projector, 1.5, 2 and 3 all."
     )
     vision: str = option(FROZEN, f"The vision encoder: {', '.join(MODES)}.")
-    projector: str = option(FULL, f"The projector: {', '.join(MODES)}.")
+    projector: str = option(
+        AUTO, f"The projector: {', '.join(MODES)}, or auto: full, and lora if it is quantized."
+    )
     decoder: str = option(LORA, f"The decoder: {', '.join(MODES)}.")
     rank: int = option(16, "Of the LoRA or DoRA matrices.")
     scale: float = option(
@@ -117,7 +121,7 @@ class TrainOptions:
     quantize: int | None = option(None, "QLoRA: train adapters on weights of 4 or 8 bits.")
     pack: bool = option(False, "Put several short rows in one sequence; they don't see each other.")
     max_length: int | None = option(None, "Tokens of a row, the most; the default is the model's.")
-    too_long: str = option("error", "Rows beyond --max-length: error, skip or truncate.")
+    too_long: str = option("error", f"Rows beyond --max-length: {', '.join(TOO_LONG)}.")
     image_size: int | None = option(None, "Side in pixels, a multiple of 64.")
     augment: bool = option(
         False, "Vary colours, crops and angles slightly; pictures are not flipped."
@@ -185,7 +189,7 @@ class TrainOptions:
             raise ValueError("Vision, projector and decoder are all frozen: nothing would change.")
         if self.quantize is not None and self.decoder == FULL:
             raise ValueError("Quantized weights can't be trained; use decoder lora or dora.")
-        if self.layers and not any(getattr(self, part) in (LORA, DORA) for part in PARTS):
+        if self.layers and not any(getattr(self, part) in (LORA, DORA, AUTO) for part in PARTS):
             raise ValueError("layers says where LoRA or DoRA goes, and no part has either.")
         if self.patience is not None and self.validation is None:
             raise ValueError("patience needs validation: a file of rows, or a share of the data.")
@@ -221,9 +225,10 @@ WHOLE_NUMBERS = {
     "keep": 1,
 }
 CHOICES: dict[str, Sequence[Any]] = dict.fromkeys(PARTS, MODES) | {
+    "projector": (*MODES, AUTO),
     "optimizer": OPTIMIZERS,
     "schedule": SCHEDULES,
-    "too_long": ("error", "skip", "truncate"),
+    "too_long": TOO_LONG,
 }
 Check = tuple[str, Callable[[float], bool]]
 NOT_NEGATIVE: Check = ("a number from 0", lambda x: x >= 0)
