@@ -11,7 +11,7 @@ from mlx.utils import tree_unflatten
 
 from .. import ops
 from ..checks import brief
-from ..config import CheckpointError, FastVLMConfig, read_json
+from ..config import FUSED_ADAPTERS, CheckpointError, FastVLMConfig, read_json
 from ..model.fastvlm import FastVLM
 from . import encoder_layers
 from .files import Weights, read_file
@@ -21,7 +21,6 @@ from .layouts.mlx_vlm import DECODER, LM_HEAD, PROJECTOR, is_folded
 from .names import memory_name, quantized_linears
 from .quantize import LayerSettings
 
-FUSED_ADAPTERS = "fused_adapters"  # in config.json: those that the weights hold already
 GEOMETRY = ("vocab_size", "hidden_size", "num_hidden_layers")
 MARK = f"{DECODER}norm.weight"  # in float at every precision, and another in every model
 MARKS = 16
