@@ -101,6 +101,16 @@ def test_adapters_stay_beside_quantized_weights(quantized, tmp_path, modes):
         fv.convert(folder, tmp_path / "converted", progress=False)
 
 
+def test_a_base_that_is_quantized_on_loading_is_quantized_first(base, adapter):
+    """As it was for QLoRA; the adapter keeps its precision."""
+    settings = {"bits": 4, "group_size": 32}
+    model = load_for_training(base, dtype="float32", quantize=settings)
+    apply_adapter(model, adapter, base)
+    model.eval()
+    assert is_near(fv.load_model(base, dtype="float32", quantize=settings, adapter=adapter), model)
+    assert is_near(fv.load_model(adapter, dtype="float32", quantize=settings), model)
+
+
 @EVERY_MODE
 def test_training_goes_on_from_an_adapter(base, tmp_path, modes):
     model = trained(base, **modes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import mlx.core as mx
 from mlx.utils import tree_unflatten
@@ -62,7 +63,7 @@ def _check_projector(folder: Path, adapter: Adapter) -> None:
 def marks_of(weights: Weights, config: FastVLMConfig) -> dict[str, str]:
     """By what an adapter knows its base again, at any precision."""
     mark = weights[MARK].astype(mx.float32)
-    values = mark[:: max(1, mark.size // MARKS)].tolist()
+    values = cast("list[float]", mark[:: max(1, mark.size // MARKS)].tolist())
     geometry = {name: str(getattr(config.text, name)) for name in GEOMETRY}
     folded = {FOLDED: "true"} if is_folded(weights) else {}
     return geometry | folded | {"marks": " ".join(f"{value:.5g}" for value in values)}
@@ -251,6 +252,7 @@ def attach(
 
 def dequantized(layer: str, weights: Weights, config: FastVLMConfig) -> mx.array:
     """The weight of a quantized layer in float32, [outputs, inputs]."""
-    packed = [weights.get(f"{layer}.{key}") for key in ("weight", "scales", "biases")]
     settings = dict(quantized_linears(weights, config))[layer]
-    return mx.dequantize(*packed, **settings).astype(mx.float32)
+    packed, scales = (weights[f"{layer}.{key}"] for key in ("weight", "scales"))
+    biases = weights.get(f"{layer}.biases")
+    return mx.dequantize(packed, scales, biases, **settings).astype(mx.float32)

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 
@@ -224,7 +224,7 @@ def write_torch(file: Path, tensors: Weights) -> None:
             _add(archive, "data.pkl", pickled.getvalue())
             _add(archive, "byteorder", b"little")
             for key, tensor in enumerate(tensors.values()):
-                _add(archive, f"data/{key}", bytes(memoryview(_as_bytes(tensor))))
+                _add(archive, f"data/{key}", _as_bytes(tensor))
             _add(archive, "version", b"3\n")
     except OSError as error:
         raise OSError(f"{file} can't be written: {error.strerror or error}") from None
@@ -234,15 +234,16 @@ def _add(archive: zipfile.ZipFile, name: str, content: bytes) -> None:
     archive.writestr(zipfile.ZipInfo(f"archive/{name}"), content)  # of 1980, so always the same
 
 
-def _as_bytes(tensor: mx.array) -> mx.array:
-    return mx.contiguous(tensor).flatten().view(mx.uint8)
+def _as_bytes(tensor: mx.array) -> bytes:
+    return bytes(cast(Any, mx.contiguous(tensor).flatten().view(mx.uint8)))
 
 
 def _rebuilt(key: str, tensor: mx.array) -> bytes:
     """The call of `torch._utils._rebuild_tensor_v2` that makes a tensor of a storage."""
     storage = pickle.GLOBAL + f"torch\n{STORAGES[tensor.dtype]}\n".encode()
     place = _tuple(_text("storage"), storage, _text(key), _text("cpu"), _number(tensor.size))
-    strides, step = [], 1
+    strides: list[int] = []
+    step = 1
     for side in reversed(tensor.shape):
         strides, step = [step, *strides], step * side
     hooks = pickle.GLOBAL + b"collections\nOrderedDict\n" + pickle.EMPTY_TUPLE + pickle.REDUCE

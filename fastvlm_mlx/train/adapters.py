@@ -19,7 +19,6 @@ from ..checkpoint.layouts.adapters import FOLDED, PLAIN, Adapter, LowRank
 from ..checkpoint.layouts.mlx_vlm import ENCODER, VISION_TOWER, is_folded
 from ..checkpoint.names import memory_name, stored_name
 from ..checkpoint.read import read_checkpoint, read_layout
-from ..config import CheckpointError
 from ..hub.resolve import BUNDLED, NANO, resolve
 from ..model.fastvlm import FastVLM
 
@@ -115,8 +114,8 @@ def _low_rank(layer: Any, *, uses_dora: bool) -> LowRank:
     linear = layer.linear
     weight = linear.weight
     if isinstance(linear, nn.QuantizedLinear):
-        packed = [linear.get(key) for key in ("weight", "scales", "biases")]
-        weight = mx.dequantize(*packed, linear.group_size, linear.bits, linear.mode)
+        settings = {key: getattr(linear, key) for key in ("group_size", "bits", "mode")}
+        weight = mx.dequantize(weight, linear.scales, linear.get("biases"), **settings)
     lengths = mx.linalg.norm(found.added_to(weight), axis=1)
     return LowRank(found.down, found.up, found.scale, lengths)
 
@@ -186,23 +185,23 @@ def apply_adapter(
 
 
 def _replace(model: FastVLM, whole: Weights) -> None:
-    """Give a model the tensors that were trained in full."""
-    config = model.config
+    """Give a model the tensors that were trained in full; a quantized layer becomes a plain one."""
+    config, modules = model.config, dict(model.named_modules())
     encoder = {name: tensor for name, tensor in whole.items() if name.startswith(ENCODER)}
-    modules = dict(model.named_modules())
     found: Weights = {}
     for name in whole.keys() - encoder.keys():
         layer, dot, key = name.rpartition(".")
         path, _ = memory_name(layer, config, modules) if layer else ("", 0)
-        if f"{path}{dot}{key}" not in dict(tree_flatten(model.parameters())):
-            raise CheckpointError(f"{name} of the adapter is quantized in the model or not there.")
         found[f"{path}{dot}{key}"] = whole[name]
+        if key == "weight" and "scales" in modules[path]:
+            plain = nn.Linear(*reversed(whole[name].shape), bias="bias" in modules[path])
+            model.update_modules(tree_unflatten([(path, plain)]))
     if encoder:
         folded = fold.fold_encoder(lambda name: encoder[ENCODER + name], config.vision)
         found |= {VISION_TOWER + name: tensor for name, tensor in folded.items()}
-    own = dict(tree_flatten(model.parameters()))
-    cast = {name: tensor.astype(own[name].dtype) for name, tensor in found.items() if name in own}
-    model.update(tree_unflatten(list(cast.items())))
+    dtype = model.language_model.norm.weight.dtype
+    cast = [(name, tensor.astype(dtype)) for name, tensor in found.items()]
+    model.update(tree_unflatten(cast))
 
 
 def adapted_layer(layer: nn.Module, low_rank: LowRank, dropout: float = 0.0) -> Any:
