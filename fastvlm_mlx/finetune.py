@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -24,13 +24,17 @@ from .model.fastvlm import FastVLM
 from .processor import Processor
 from .train import adapters
 from .train.augment import Augment
+from .train.check import Check, check_data
+from .train.examples import Example
 from .train.features import FeatureCache, digest_weights
 from .train.images import ImageReader
 from .train.log import read_log
 from .train.loop import Result, Trainer
+from .train.memory import Memory, estimate, largest_arrays
 from .train.parts import frozen, prepare
 from .train.plot import draw_losses
 from .train.ranks import Ranks
+from .train.rows import find_rows
 from .train.score import scorer
 from .train.sets import Sets, batches_of, held_out_batches, read_sets
 from .train.settings import FULL, TrainOptions
@@ -100,13 +104,8 @@ def finetune(
     processor = load_processor(folder)
     reading = {"images": images, "columns": columns, "subset": subset, "split": split}
     reading |= {} if question is None else {"question": question}
-    sets = read_sets(
-        Path(data) if Path(data).exists() else data,
-        processor,
-        load_config(folder),
-        settings,
-        **reading,
-    )
+    config = load_config(folder)
+    sets = read_sets(_source(data), processor, config, settings, **reading)
     ranks = Ranks()
     run = describe(settings, folder, sets, ranks.size)
     check_same_run(out, run, settings.keep)
@@ -126,6 +125,89 @@ def finetune(
     return Finetuned(written if ranks.rank == 0 else out, result)
 
 
+@dataclass
+class Checked:
+    """What `check` found.
+
+    Attributes:
+        data: the rows, good and bad, and two of them as the model sees them.
+        memory: that training will take; None if the rows can't be used.
+        processor: the model's.
+    """
+
+    data: Check
+    memory: Memory | None
+    processor: Processor
+
+
+def check(
+    model: str | os.PathLike[str] | None,
+    data: str | os.PathLike[str],
+    *,
+    images: str | os.PathLike[str] | None = None,
+    revision: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    question: str | None = None,
+    subset: str | None = None,
+    split: str | None = None,
+    **options: Any,
+) -> Checked:
+    """Look at what `finetune` would train on and how much memory it would take; no weight is read.
+
+    Args and errors are those of `finetune`; bad rows are listed and raise nothing.
+    """
+    settings = TrainOptions.of(options)
+    check_dtype(settings.dtype)
+    folder = resolve(model, revision=revision)
+    processor, config = load_processor(folder), load_config(folder)
+    reading = {"images": images, "columns": columns, "subset": subset, "split": split}
+    reading |= {} if question is None else {"question": question}
+    seeing = {
+        "image_size": settings.image_size,
+        "max_length": settings.max_length,
+        "too_long": settings.too_long,
+    }
+    found = check_data(find_rows(_source(data), **reading), processor, config, **seeing)
+    memory = None
+    if found.problem is None:
+        memory = estimate_memory(folder, processor, found.examples.kept, settings)
+    return Checked(found, memory, processor)
+
+
+def estimate_memory(
+    folder: Path, processor: Processor, examples: Sequence[Example], options: TrainOptions
+) -> Memory:
+    """What training on examples takes; the model's tensors have shapes and are not read."""
+    network = load_for_training(
+        folder, dtype=options.dtype, quantize=options.quantize, computed=False
+    )
+    prepare(network, options)
+    side = options.image_size or processor.image_size
+    reader = ImageReader(processor, options.image_size)
+    pack = pack_length(options, processor)
+    batches = batches_of(examples, reader, options, pack_length=pack)
+    arrays = largest_arrays(
+        batches, network, side, is_encoded=keeps_features(options), packed=options.pack
+    )
+    return estimate(network, arrays, options, side)
+
+
+def pack_length(options: TrainOptions, processor: Processor) -> int | None:
+    """Tokens of a row that holds several examples; None if none does."""
+    return (options.max_length or processor.max_length) if options.pack else None
+
+
+def keeps_features(options: TrainOptions) -> bool:
+    """Whether the encoder's features are kept: it is frozen, and images stay as they are."""
+    return options.cache_features and frozen(options, "vision") and not options.augment
+
+
+def _source(data: str | os.PathLike[str]) -> str | Path:
+    """A file or folder as a path, and a name on the Hub as a text."""
+    path = Path(data).expanduser()
+    return path if path.exists() or not isinstance(data, str) else data
+
+
 def make_trainer(
     model: FastVLM,
     processor: Processor,
@@ -140,7 +222,7 @@ def make_trainer(
     """A run's trainer, with its batches and what is held out."""
     reader = image_reader(model, processor, options, out)
     plain = reader if not options.augment else ImageReader(processor, options.image_size)
-    pack = (options.max_length or processor.max_length) if options.pack else None
+    pack = pack_length(options, processor)
     place = {"rank": ranks.rank, "ranks": ranks.size}
     return Trainer(
         model,
@@ -167,7 +249,7 @@ def image_reader(
     model: FastVLM, processor: Processor, options: TrainOptions, out: Path
 ) -> ImageReader:
     """What reads images: with a frozen encoder, once each."""
-    if options.augment or not frozen(options, "vision") or not options.cache_features:
+    if not keeps_features(options):
         augment = Augment() if options.augment else None
         return ImageReader(processor, options.image_size, augment=augment)
 

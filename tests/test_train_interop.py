@@ -1,6 +1,6 @@
 """Training against PyTorch and transformers' fast_vlm: loss, gradients and steps of AdamW.
 
-    FASTVLM_TRANSFORMERS_PYTHON=~/torch/bin/python pytest -m interop tests/test_train_interop.py
+FASTVLM_TRANSFORMERS_PYTHON=~/torch/bin/python pytest -m interop tests/test_train_interop.py
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-from training import (
+from train_runs import (
     InMemory,
     batch,
     distance,

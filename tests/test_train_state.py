@@ -10,7 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from training import InMemory, batch, same, trainer, weights_of
+from train_runs import InMemory, batch, same, trainer, weights_of
 
 from fastvlm_mlx.train.log import read_log
 from fastvlm_mlx.train.state import Checkpoint, Checkpoints, Position, differing, random_state

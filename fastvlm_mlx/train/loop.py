@@ -18,6 +18,7 @@ from .interrupts import stop_asked
 from .log import LOG, Log, Progress
 from .loss import arrays_of, loss
 from .optimizer import Optimizer, schedule_factor
+from .parts import train_mode
 from .score import Scored
 from .settings import FROZEN, TrainOptions
 from .state import Checkpoint, Checkpoints, Position, random_state
@@ -306,7 +307,7 @@ def evaluate(
             total, count = total + found[0], count + found[1]
             mx.eval(total, count)
     finally:
-        model.train()
+        train_mode(model)
     sums = reduce(Sums(total, count, {}))
     return float(sums.loss.item()) / max(1.0, float(sums.count.item()))
 

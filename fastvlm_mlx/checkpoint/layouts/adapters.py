@@ -26,7 +26,8 @@ ADAPTER = ("adapter_model.safetensors", "adapter_model.bin")
 WHOLE = "non_lora_trainables"
 TRAINED = (f"{WHOLE}.safetensors", f"{WHOLE}.bin", "mm_projector.safetensors", "mm_projector.bin")
 MAGNITUDE = "lora_magnitude_vector"
-FOLDED = "folded"  # in `Adapter.about`, if the base's encoder was
+# In `Adapter.about`: whether the base's encoder was folded, and the layers with LoRA beside DoRA
+FOLDED, PLAIN = "folded", "plain"
 # Settings of peft with which a layer is more than its base and a scaled B A.
 UNSUPPORTED = (
     "fan_in_fan_out",
