@@ -38,7 +38,7 @@ from .train.rows import find_rows
 from .train.score import scorer
 from .train.sets import Sets, batches_of, held_out_batches, read_sets
 from .train.settings import FULL, TrainOptions
-from .train.state import FOLDER, Checkpoints
+from .train.state import FOLDER, Checkpoints, step_of
 
 ADAPTER, MODEL, FEATURES = "adapter", "model", "features"
 OWN = {ADAPTER, MODEL, FEATURES, FOLDER, OPTIONS, LOG, DATA, PLOT}  # in a run's folder
@@ -116,9 +116,15 @@ def finetune(
     if ranks.rank == 0:
         write_record(out, settings, folder if model is None else model, data, sets)
     trainer.introduction = prepared.lines()
-    result = trainer.train()
-    trainer.take_best()
+    last = Checkpoints(out, settings.keep).last()
+    ranks.check_same(0 if last is None else step_of(last))
+    try:
+        result = trainer.train()
+    except KeyboardInterrupt:
+        ranks.close()
+        raise
     if ranks.rank == 0:
+        trainer.take_best()
         draw_losses(read_log(out / LOG), out / PLOT)
         written = write_result(network, settings, model, revision, out)
     ranks.close()
@@ -240,7 +246,7 @@ def make_trainer(
         ),
         reduce=ranks.add,
         any_asked=ranks.any,
-        is_writer=ranks.rank == 0,
+        rank=ranks.rank,
         progress=progress,
     )
 

@@ -1,4 +1,4 @@
-"""`fastvlm train`, killed at random moments, goes on to what the unbroken run gives, bit for bit."""
+"""`fastvlm train`, killed at random moments, goes on to the unbroken run's weights, bit for bit."""
 
 from __future__ import annotations
 

@@ -67,6 +67,8 @@ class Memory:
             "gradients": self.gradients,
             "activations of the largest batch": self.activations,
         }
+        if self.encoding:
+            named["encoding images, before them"] = self.encoding
         parts = ", ".join(f"{name} {size_of(size)}" for name, size in named.items())
         return [f"Memory: about {size_of(self.peak)} at most ({parts})."]
 
