@@ -147,6 +147,15 @@ def test_what_an_adapter_holds(adapter, base):
     }
 
 
+def test_a_projector_alone_is_what_llava_calls_it(base, tmp_path):
+    folder = write(trained(base, projector="full"), tmp_path / "projector", base)
+    files = {path.name for path in folder.iterdir()}
+    assert files == {"README.md", "config.json", "mm_projector.bin", "mm_projector.safetensors"}
+    names = read_tensors(folder).keys()
+    assert names == {f"model.mm_projector.{i}.{key}" for i in (0, 2) for key in ("weight", "bias")}
+    assert "peft" not in (folder / "README.md").read_text().lower()
+
+
 def test_targets_are_as_short_as_they_can_be():
     modules = {"a.q_proj", "b.q_proj", "a.k_proj", "b.k_proj", "a.norm"}
     assert shortened({"a.q_proj", "b.q_proj", "a.k_proj"}, modules) == ["a.k_proj", "q_proj"]

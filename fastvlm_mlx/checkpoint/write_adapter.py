@@ -42,7 +42,7 @@ def write_adapter(
 
     LoRA and DoRA go into PEFT's `adapter_model.safetensors`, and with them the modules that were
     trained in full, as `modules_to_save`. What PEFT can't hold, and everything where there is no
-    LoRA, goes into `non_lora_trainables`.
+    LoRA, goes into `non_lora_trainables`, or `mm_projector` if it is only that.
 
     Args:
         adapter: in the names of the mlx-vlm layout; with DoRA of all layers or of none.
@@ -64,28 +64,37 @@ def write_adapter(
         raise ValueError(f"{encoder[0]} was trained: write the adapter in the names of llava.")
     about = marks_of(weights, config) | adapter.about | {"base": base, "format": "pt"}
     in_peft, beside = _divided(adapter)
+    is_projector = not adapter.low_rank and all(map(_is_projectors, adapter.whole))
+    stem = adapters.PROJECTOR if is_projector else adapters.WHOLE
     with atomic_folder(target, overwrite=overwrite) as folder:
         if adapter.low_rank:
             tensors, settings = peft_files(adapter, in_peft, weights, NAMES[layout])
             settings["base_model_name_or_path"] = base
             write_json(folder / adapters.SETTINGS, settings)
             _save(folder / adapters.ADAPTER[0], tensors, about)
-        if beside or not adapter.low_rank:
-            _save(folder / adapters.TRAINED[0], NAMES[layout].from_mlx(beside), about)
+        if beside:
+            _save(folder / f"{stem}.safetensors", NAMES[layout].from_mlx(beside), about)
         if layout == "llava":
-            written = config_json(config, config.dtype or "float32", {}) | {"_name_or_path": base}
-            names = (*adapter.low_rank, *adapter.whole)
-            written["tune_mm_mlp_adapter"] = any(
-                name.startswith(PROJECTOR.rstrip(".")) for name in names
-            )
-            write_json(folder / "config.json", written)
+            write_json(folder / "config.json", _llava_config(adapter, base, config))
+        if layout == "llava" and (adapter.low_rank or is_projector):
             # What LLaVA's loader reads, and would otherwise look for on the Hub
-            write_torch(folder / adapters.TRAINED[1], llava.from_mlx(beside))
+            write_torch(folder / f"{stem}.bin", llava.from_mlx(beside))
         record = read_record(target)
         copy_record(record, folder)
-        card = adapter_card(target.name, base, record)
+        card = adapter_card(target.name, base, record, has_lora=bool(adapter.low_rank))
         (folder / "README.md").write_text(card, encoding="utf-8")
     return target
+
+
+def _llava_config(adapter: Adapter, base: str, config: FastVLMConfig) -> dict[str, Any]:
+    """config.json as LLaVA's loader wants it: the base's, with its name."""
+    trained = any(map(_is_projectors, (*adapter.low_rank, *adapter.whole)))
+    written = config_json(config, config.dtype or "float32", {})
+    return written | {"_name_or_path": base, "tune_mm_mlp_adapter": trained}
+
+
+def _is_projectors(name: str) -> bool:
+    return name.startswith(PROJECTOR.rstrip("."))
 
 
 def _divided(adapter: Adapter) -> tuple[Weights, Weights]:
@@ -149,8 +158,9 @@ def _settings(
     }
     (rank, alpha), _ = Counter(kinds.values()).most_common(1)[0]
     modules = {name.rpartition(".")[0] for name in layout.from_mlx(dict(weights))}
-    projector = {f"{layout_projector(layout)}"} if _holds_projector(saved, layout) else set()
-    others = {name.rpartition(".")[0] for name in saved if not _is_projectors(name, layout)}
+    module = "mm_projector" if layout is llava else "multi_modal_projector"
+    projector = {module} if any(f".{module}." in name for name in saved) else set()
+    others = {name.rpartition(".")[0] for name in saved if f".{module}." not in name}
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -168,19 +178,6 @@ def _settings(
         "target_modules": shortened(set(kinds), modules),
         "modules_to_save": sorted(projector | others) or None,
     }
-
-
-def layout_projector(layout: ModuleType) -> str:
-    """The name of the projector's module."""
-    return "mm_projector" if layout is llava else "multi_modal_projector"
-
-
-def _is_projectors(name: str, layout: ModuleType) -> bool:
-    return f".{layout_projector(layout)}." in name
-
-
-def _holds_projector(saved: Weights, layout: ModuleType) -> bool:
-    return any(_is_projectors(name, layout) for name in saved)
 
 
 def shortened(wanted: set[str], modules: set[str]) -> list[str]:
