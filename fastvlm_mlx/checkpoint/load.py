@@ -220,7 +220,7 @@ def _load_model(
     def prepared(config: FastVLMConfig, weights: Weights) -> tuple[FastVLMConfig, Weights]:
         nonlocal stored, target
         stored = dtype_of(weights)
-        target = resolve_dtype(dtype) if dtype is not None else _dtype_for(stored, for_training)
+        target = ops.fast_dtype(stored, for_training) if dtype is None else resolve_dtype(dtype)
         if quantize is not None or target == mx.float32:
             weights = {name: cast(tensor, target) for name, tensor in weights.items()}
         if quantize is None:
@@ -256,13 +256,6 @@ def _load_model(
         )
     model.eval()
     return model
-
-
-def _dtype_for(stored: mx.Dtype, for_training: bool) -> mx.Dtype:
-    """The dtype to compute in; small gradients vanish in float16, which is fast where bfloat16 is
-    not."""
-    fast = ops.fast_dtype(stored)
-    return stored if for_training and fast != mx.float32 else fast
 
 
 def _row_by_row(kernel: mx.array) -> mx.array:
