@@ -19,7 +19,7 @@ from .checkpoint.record import DATA, LOG, OPTIONS, PLOT
 from .checks import is_litter, shown
 from .config import load_config
 from .fuse import fuse
-from .hub.resolve import resolve
+from .hub.resolve import cache_folder, resolve
 from .model.fastvlm import FastVLM
 from .processor import Processor
 from .train import adapters
@@ -40,8 +40,9 @@ from .train.sets import Sets, batches_of, held_out_batches, read_sets
 from .train.settings import FULL, TrainOptions
 from .train.state import FOLDER, Checkpoints, step_of
 
-ADAPTER, MODEL, FEATURES = "adapter", "model", "features"
-OWN = {ADAPTER, MODEL, FEATURES, FOLDER, OPTIONS, LOG, DATA, PLOT}  # in a run's folder
+ADAPTER, MODEL = "adapter", "model"
+FEATURES = "features"  # in the cache's folder, for all runs
+OWN = {ADAPTER, MODEL, FOLDER, OPTIONS, LOG, DATA, PLOT}  # in a run's folder
 # Options that may change while a run goes on, since no weight depends on them.
 FREE = ("keep", "save_every", "eval_samples", "max_tokens", "cache_features")
 HEAD = 2**16  # bytes of each file of weights that tell models apart
@@ -109,6 +110,7 @@ def finetune(
     ranks = Ranks()
     run = describe(settings, folder, sets, ranks.size)
     check_same_run(out, run, settings.keep)
+    check_fit(folder, processor, sets, settings, ranks)
     network = load_for_training(folder, dtype=settings.dtype, quantize=settings.quantize)
     mx.random.seed(settings.seed)
     prepared = prepare(network, settings)
@@ -226,7 +228,7 @@ def make_trainer(
     progress: bool = True,
 ) -> Trainer:
     """A run's trainer, with its batches and what is held out."""
-    reader = image_reader(model, processor, options, out)
+    reader = image_reader(model, processor, options)
     plain = reader if not options.augment else ImageReader(processor, options.image_size)
     pack = pack_length(options, processor)
     place = {"rank": ranks.rank, "ranks": ranks.size}
@@ -251,9 +253,7 @@ def make_trainer(
     )
 
 
-def image_reader(
-    model: FastVLM, processor: Processor, options: TrainOptions, out: Path
-) -> ImageReader:
+def image_reader(model: FastVLM, processor: Processor, options: TrainOptions) -> ImageReader:
     """What reads images: with a frozen encoder, once each."""
     if not keeps_features(options):
         augment = Augment() if options.augment else None
@@ -263,7 +263,7 @@ def image_reader(
         return mx.stop_gradient(model.vision_tower(pixels))
 
     weights = digest_weights(model.vision_tower)
-    cache = FeatureCache(out / FEATURES, encode, weights, mode=processor.mode)
+    cache = FeatureCache(cache_folder() / FEATURES, encode, weights, mode=processor.mode)
     return ImageReader(processor, options.image_size, features=cache)
 
 
@@ -322,6 +322,17 @@ def check_out(out: Path) -> None:
         raise FileExistsError(
             f"{out} holds {foreign[0]}, which is no part of a training run: name another folder."
         )
+
+
+def check_fit(
+    folder: Path, processor: Processor, sets: Sets, options: TrainOptions, ranks: Ranks
+) -> None:
+    """Raise the errors of `parts.prepare` and of too few rows, before a weight is read."""
+    reader, pack = ImageReader(processor, options.image_size), pack_length(options, processor)
+    place = {"rank": ranks.rank, "ranks": ranks.size}
+    batches_of(sets.training.kept, reader, options, pack_length=pack, **place).count(0)
+    lazy = load_for_training(folder, dtype=options.dtype, quantize=options.quantize, computed=False)
+    prepare(lazy, options)
 
 
 def check_same_run(out: Path, run: dict[str, Any], keep: int) -> None:

@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 from train_runs import (
+    LENGTH,
     InMemory,
     batch,
     distance,
     joined,
+    packed,
     same,
     small_model,
     trainer,
@@ -25,7 +27,7 @@ from train_runs import (
 
 from fastvlm_mlx.train import loop
 from fastvlm_mlx.train.loop import NotFinite, Nothing, evaluate
-from fastvlm_mlx.train.loss import AT_ONCE, arrays_of, bucket, loss
+from fastvlm_mlx.train.loss import AT_ONCE, arrays_of, bucket, hidden_states, loss
 from fastvlm_mlx.train.optimizer import Optimizer
 from fastvlm_mlx.train.parts import prepare
 from fastvlm_mlx.train.settings import TrainOptions
@@ -145,6 +147,28 @@ def test_gradients_are_clipped_once_after_they_are_added_up(tmp_path: Path) -> N
     run.train()
     expected = math.sqrt(sum((g.astype(mx.float32) ** 2).sum().item() for g in mean.values()))
     assert norms[0].item() == pytest.approx(expected, rel=1e-4)
+
+
+# Packing
+
+
+def test_packed_rows_have_the_loss_and_the_gradients_of_unpacked_ones() -> None:
+    found = batch(0, rows=3)
+    apart, one, count = gradients_of(prepared(), [found])
+    together, other, same_count = gradients_of(prepared(), [packed(found)])
+    assert count == same_count
+    assert other == pytest.approx(one, rel=1e-6)
+    assert distance(apart, together) < 2e-5
+
+
+def test_a_packed_row_sees_nothing_of_its_neighbours() -> None:
+    model, found = prepared(), packed(batch(0, rows=3))
+    changed = packed(batch(0, rows=3))
+    changed.input_ids[0, LENGTH + 3] = (changed.input_ids[0, LENGTH + 3] + 1) % 96
+    before, after = (hidden_states(model, arrays_of(each))[0] for each in (found, changed))
+    rest = [*range(LENGTH + 3), *range(2 * LENGTH, 3 * LENGTH)]
+    assert mx.array_equal(before[mx.array(rest)], after[mx.array(rest)]).item()
+    assert not mx.array_equal(before, after).item()
 
 
 # Forms of a step

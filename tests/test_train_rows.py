@@ -250,7 +250,9 @@ def test_broken_json_is_named_by_its_line(folder: Path) -> None:
     assert isinstance(first, Row) and isinstance(third, Row)
     assert str(broken).startswith("data.jsonl, line 2: it is broken JSON")
     (folder / "data.json").write_text('[\n{"answer": "x"},\n{"answer" "y"}\n]', encoding="utf-8")
-    with pytest.raises(ValueError, match=r"data.json. is broken JSON at line 3, column 11") as error:
+    with pytest.raises(
+        ValueError, match=r"data.json. is broken JSON at line 3, column 11"
+    ) as error:
         read_rows(folder / "data.json")
     one_sentence(error)
 

@@ -73,6 +73,17 @@ def joined(batches: Sequence[Any]) -> Any:
     return SimpleNamespace(ids=ids, places=mx.concatenate(places), segments=None, **arrays)
 
 
+def packed(found: Any) -> Any:
+    """The rows of a batch one after the other in one row, as segments."""
+    rows, length = found.input_ids.shape
+    arrays = {
+        name: getattr(found, name).reshape(1, -1) for name in ("input_ids", "targets", "weights")
+    }
+    segments = mx.array(np.repeat(np.arange(rows, dtype=np.int32), length)[None])
+    kept = {"ids": found.ids, "places": found.places, "pixel_values": found.pixel_values}
+    return SimpleNamespace(segments=segments, **arrays, **kept)
+
+
 class InMemory:
     """The same batches in every epoch, in an order of the epoch's own."""
 
