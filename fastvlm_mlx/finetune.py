@@ -34,6 +34,7 @@ from .train.memory import Memory, estimate, largest_arrays
 from .train.parts import frozen, prepare
 from .train.plot import draw_losses
 from .train.ranks import Ranks
+from .train.report import TENSORBOARD, WANDB
 from .train.rows import find_rows
 from .train.score import scorer
 from .train.sets import Sets, batches_of, held_out_batches, read_sets
@@ -42,9 +43,9 @@ from .train.state import FOLDER, Checkpoints, step_of
 
 ADAPTER, MODEL = "adapter", "model"
 FEATURES = "features"  # in the cache's folder, for all runs
-OWN = {ADAPTER, MODEL, FOLDER, OPTIONS, LOG, DATA, PLOT}  # in a run's folder
+OWN = {ADAPTER, MODEL, FOLDER, WANDB, TENSORBOARD, OPTIONS, LOG, DATA, PLOT}  # in a run's folder
 # Options that may change while a run goes on, since no weight depends on them.
-FREE = ("keep", "save_every", "eval_samples", "max_tokens", "cache_features")
+FREE = ("keep", "save_every", "eval_samples", "max_tokens", "cache_features", "report_to")
 HEAD = 2**16  # bytes of each file of weights that tell models apart
 
 

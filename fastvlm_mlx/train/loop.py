@@ -20,6 +20,7 @@ from .log import LOG, Log, Progress
 from .loss import arrays_of, loss
 from .optimizer import Optimizer, schedule_factor
 from .parts import train_mode
+from .report import reporter
 from .score import Scored
 from .settings import FROZEN, TrainOptions
 from .state import Checkpoint, Checkpoints, Position
@@ -130,7 +131,7 @@ class Trainer:
             KeyboardInterrupt: after the step that was in progress is saved.
         """
         self._resume()
-        self._log = Log(self.out / LOG, self.position.step) if self.is_writer else None
+        self._log = self._open_log() if self.is_writer else None
         self._bar = Progress(self.total, self.position.step, shown=self.progress and self.is_writer)
         for line in self.introduction:
             self._bar.say(line)
@@ -149,6 +150,10 @@ class Trainer:
         result.steps, result.best = self.position.step, self.position.best
         result.best_step = self.position.best_step
         return result
+
+    def _open_log(self) -> Log:
+        report = reporter(self.options.report_to, self.out, self.options.as_dict())
+        return Log(self.out / LOG, self.position.step, report)
 
     def _resume(self) -> None:
         folder = self.checkpoints.last()
