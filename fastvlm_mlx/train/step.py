@@ -87,10 +87,12 @@ class Step:
 
 
 def add(sums: Sums | None, found: Sums) -> Sums:
-    """Both together."""
+    """Both together; gradients of several batches in float32."""
     if sums is None:
         return found
-    gradients = {name: sums.gradients[name] + g for name, g in found.gradients.items()}
+    gradients = {
+        name: sums.gradients[name].astype(mx.float32) + g for name, g in found.gradients.items()
+    }
     return Sums(sums.loss + found.loss, sums.count + found.count, gradients)
 
 
