@@ -104,7 +104,12 @@ def finetune(
     check_out(out)
     folder = resolve(model, revision=revision)
     processor = load_processor(folder)
-    reading = {"images": images, "columns": columns, "subset": subset, "split": split}
+    reading: dict[str, Any] = {
+        "images": images,
+        "columns": columns,
+        "subset": subset,
+        "split": split,
+    }
     reading |= {} if question is None else {"question": question}
     config = load_config(folder)
     sets = read_sets(_source(data), processor, config, settings, **reading)
@@ -169,7 +174,12 @@ def check(
     check_dtype(settings.dtype)
     folder = resolve(model, revision=revision)
     processor, config = load_processor(folder), load_config(folder)
-    reading = {"images": images, "columns": columns, "subset": subset, "split": split}
+    reading: dict[str, Any] = {
+        "images": images,
+        "columns": columns,
+        "subset": subset,
+        "split": split,
+    }
     reading |= {} if question is None else {"question": question}
     seeing = {
         "image_size": settings.image_size,

@@ -56,7 +56,7 @@ def gradients_of(model: Any, batches: list[Any]) -> tuple[Gradients, float, floa
     for each in batches:
         sums = add(sums, step.compute(arrays_of(each)))
     assert sums is not None
-    count = sums.count.item()
+    count = sums.tokens.item()
     return {n: g / count for n, g in sums.gradients.items()}, sums.loss.item() / count, count
 
 

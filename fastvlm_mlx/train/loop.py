@@ -107,7 +107,7 @@ class Trainer:
         if options.gradient_checkpointing:
             checkpoint_activations(self.model.language_model.layers)
             if options.vision != FROZEN:
-                checkpoint_activations(list(self.model.vision_tower.network))
+                checkpoint_activations(self.model.vision_tower.network)
         self.step = Step(self.model, self.optimizer, options.clip, compiled=options.compiled)
         self.total = options.steps or steps_of(self.data, options)
 
@@ -192,16 +192,16 @@ class Trainer:
         assert sums is not None
         sums = self.reduce(sums)
         norm = self.step.apply(sums, schedule_factor(self.position.step, self.total, self.options))
-        total, count = sums.loss, sums.count
+        total, count = sums.loss, sums.tokens
         del sums, found  # so that the optimizer may overwrite the gradients
         mx.eval(norm, total, count, self.model.state, self.optimizer.state)
         self._check_finite(total, norm, losses, window)
-        return self._note(window, total.item(), int(count.item()), norm.item())
+        return self._note(window, number_of(total), int(number_of(count)), number_of(norm))
 
     def _check_finite(
         self, total: mx.array, norm: mx.array, losses: list[mx.array], window: Sequence[Any]
     ) -> None:
-        if math.isfinite(total.item()) and math.isfinite(norm.item()):
+        if math.isfinite(number_of(total)) and math.isfinite(number_of(norm)):
             return
         wrong = [b for b, value in zip(window, losses, strict=True) if not mx.isfinite(value)]
         names = [name for batch in wrong or window for name in batch.ids]
@@ -318,7 +318,13 @@ def evaluate(
     finally:
         train_mode(model)
     sums = reduce(Sums(total, count, {}))
-    return float(sums.loss.item()) / max(1.0, float(sums.count.item()))
+    return number_of(sums.loss) / max(1.0, number_of(sums.tokens))
+
+
+def number_of(array: mx.array) -> float:
+    """The number in an array of one."""
+    value: Any = array.item()
+    return float(value)
 
 
 def seed_of(*numbers: int) -> int:
@@ -329,10 +335,11 @@ def seed_of(*numbers: int) -> int:
 
 def saved_tensors(model: FastVLM) -> dict[str, mx.array]:
     """What of a model training changes: trained parameters, and what BatchNorms have seen."""
-    trained = dict(tree_flatten(model.trainable_parameters()))
+    trained: dict[str, mx.array] = dict(tree_flatten(model.trainable_parameters()))
+    everything: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
     seen = {
         name: value
-        for name, value in tree_flatten(model.parameters())
+        for name, value in everything.items()
         if name.endswith((".running_mean", ".running_var"))
     }
     return trained | seen

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -11,6 +11,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from ..model.fastvlm import FastVLM
+from .dropout import draw_all
 from .loss import Arrays, loss
 from .optimizer import Optimizer, clip
 
@@ -20,12 +21,12 @@ class Sums(NamedTuple):
 
     Attributes:
         loss: of the cross entropy.
-        count: of the tokens.
+        tokens: how many there are.
         gradients: of `loss`, by parameter.
     """
 
     loss: mx.array
-    count: mx.array
+    tokens: mx.array
     gradients: dict[str, mx.array]
 
 
@@ -69,15 +70,15 @@ class Step:
             factor: of the learning rates.
         """
         self._optimizer.set_rates(factor)
-        return self._change(sums.gradients, sums.count)
+        return self._change(sums.gradients, sums.tokens)
 
     def _sums(self, arrays: Arrays) -> Sums:
         self.shapes += 1
         (total, count), gradients = self._loss_and_gradients(self._model, arrays)
         return Sums(total, count, dict(tree_flatten(gradients)))
 
-    def _apply(self, gradients: dict[str, mx.array], count: mx.array) -> mx.array:
-        share = 1 / mx.maximum(count, 1)
+    def _apply(self, gradients: dict[str, mx.array], tokens: mx.array) -> mx.array:
+        share = 1 / mx.maximum(tokens, 1)
         gradients = {name: g.astype(mx.float32) * share for name, g in gradients.items()}
         gradients, norm = clip(gradients, self._largest_norm)
         parameters = dict(tree_flatten(self._model.trainable_parameters()))
@@ -93,14 +94,14 @@ def add(sums: Sums | None, found: Sums) -> Sums:
     gradients = {
         name: sums.gradients[name].astype(mx.float32) + g for name, g in found.gradients.items()
     }
-    return Sums(sums.loss + found.loss, sums.count + found.count, gradients)
+    return Sums(sums.loss + found.loss, sums.tokens + found.tokens, gradients)
 
 
 def _loss_first(model: FastVLM, arrays: Arrays) -> tuple[mx.array, mx.array]:
     return loss(model, arrays)
 
 
-def checkpoint_activations(layers: Sequence[nn.Module]) -> None:
+def checkpoint_activations(layers: Iterable[Any]) -> None:
     """Let layers compute their activations again for the gradients instead of keeping them.
 
     Each gets a class of its own: other models of the process keep theirs.
@@ -112,6 +113,8 @@ def checkpoint_activations(layers: Sequence[nn.Module]) -> None:
 @cache
 def _checkpointed(kind: type[nn.Module]) -> type[nn.Module]:
     def call(self: nn.Module, x: mx.array, *others: Any, **named: Any) -> mx.array:
+        draw_all(self)
+
         def run(x: mx.array) -> mx.array:
             return kind.__call__(self, x, *others, **named)
 
