@@ -147,6 +147,7 @@ def load_for_training(
     Raises:
         the errors of `load_model`.
     """
+    ops.keep_freed_memory()
     model = _load_model(folder, dtype, quantize, for_training=True)
     model.train()
     return model
@@ -167,9 +168,8 @@ def inference_weights(model: FastVLM) -> Weights:
 
 
 def _has_quantized_encoder(model: FastVLM) -> bool:
-    return any(
-        name.endswith(".scales") for name, _ in tree_flatten(model.vision_tower.parameters())
-    )
+    names = dict(tree_flatten(model.vision_tower.parameters()))
+    return any(name.endswith(".scales") for name in names)
 
 
 def _load_model(
