@@ -11,7 +11,11 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from ..model.fastvlm import FastVLM
+<<<<<<< ours
 from .dropout import draw_all
+=======
+from ..model.vision_gradients import trains_by_layer, value_and_grad
+>>>>>>> theirs
 from .loss import Arrays, loss
 from .optimizer import Optimizer, clip
 
@@ -48,13 +52,18 @@ class Step:
     ):
         self.shapes = 0
         self._model, self._optimizer, self._largest_norm = model, optimizer, largest_norm
+<<<<<<< ours
         self._loss_and_gradients = nn.value_and_grad(model, _loss_first)
+=======
+        self._loss_and_gradients = value_and_grad(model, loss)
+>>>>>>> theirs
         self._compute: Callable[..., Sums] = self._sums
         self._change: Callable[..., mx.array] = self._apply
         if compiled:
             # The model's state is also an output: BatchNorms remember what they saw.
             state = [model.state, mx.random.state]
-            self._compute = mx.compile(self._sums, inputs=state, outputs=state)
+            if not trains_by_layer(model):  # in forms that are compiled already
+                self._compute = mx.compile(self._sums, inputs=state, outputs=state)
             state = [model.state, optimizer.state]
             self._change = mx.compile(self._apply, inputs=state, outputs=state)
 
