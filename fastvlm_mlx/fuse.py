@@ -22,7 +22,7 @@ from .checkpoint.load import load_model, load_processor, processor_folder
 from .checkpoint.names import memory_name, quantized_linears
 from .checkpoint.quantize import BITS, LayerSettings, Quantize
 from .checkpoint.read import read_adapted
-from .checkpoint.record import copy_record, read_record
+from .checkpoint.record import read_record, write_record
 from .checkpoint.target import atomic_folder, check_apart, check_target
 from .config import FastVLMConfig
 from .convert import QUANTIZED, check_exporter, check_options, prepare, write
@@ -145,7 +145,7 @@ def fuse(
             record=record,
         )
         (temporary / "README.md").write_text(card, encoding="utf-8")
-        copy_record(record, temporary)
+        write_record(record, temporary)
         write(checkpoint, temporary, layout, precision, shown=progress)
     same = _same_tokens(folder, trained, target) if layers else None
     return Fused(target, layers, same)

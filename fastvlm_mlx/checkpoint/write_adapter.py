@@ -21,7 +21,7 @@ from .layouts import adapters, llava, transformers
 from .layouts.adapters import Adapter, LowRank
 from .layouts.mlx_vlm import PROJECTOR, VISION_TOWER
 from .processor_files import config_json
-from .record import copy_record, read_record
+from .record import read_run, write_record
 from .target import atomic_folder
 
 PEFT = "base_model.model."
@@ -79,8 +79,8 @@ def write_adapter(
         if layout == "llava" and (adapter.low_rank or is_projector):
             # What LLaVA's loader reads, and would otherwise look for on the Hub
             write_torch(folder / f"{stem}.bin", llava.from_mlx(beside))
-        record = read_record(target)
-        copy_record(record, folder)
+        record = read_run(target.parent)
+        write_record(record, folder)
         card = adapter_card(target.name, base, record, has_lora=bool(adapter.low_rank))
         (folder / "README.md").write_text(card, encoding="utf-8")
     return target
