@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -31,6 +30,7 @@ from .evaluate.questions import DEFAULT_QUESTION
 from .generation.inputs import read_inputs
 from .generation.options import Options
 from .hub.resolve import resolve
+from .model.fastvlm import FastVLM
 from .progress import progress_bar
 
 AGREEMENT = 0.99  # of a layer's outputs, below which it is kept wider
@@ -292,8 +292,8 @@ def agreement(found: mx.array, wanted: mx.array) -> float:
 def _same_tokens(folder: Path, adapter: Path, fused: Path) -> float:
     """How much of the unfused model's answers the fused one gives, token by token."""
     processor = load_processor(fused)
-    outputs: list[Sequence[Any]] = [
-        sample_outputs(model, processor, SAMPLES).tokens
-        for model in (load_model(fused), load_model(folder, adapter=adapter))
-    ]
-    return token_agreement(*outputs)
+
+    def tokens(model: FastVLM) -> list[list[int]]:
+        return sample_outputs(model, processor, SAMPLES).tokens
+
+    return token_agreement(tokens(load_model(fused)), tokens(load_model(folder, adapter=adapter)))

@@ -377,6 +377,16 @@ def test_the_command(run, adapter, base, tmp_path):
     assert wrong.code == 2 and "is no adapter" in wrong.err and "Traceback" not in wrong.err
 
 
+@pytest.mark.parametrize(
+    "command", ["generate", "chat", "caption {} --out {}/x.jsonl", "watch --folder {}"]
+)
+def test_every_command_takes_an_adapter(run, tmp_path, command):
+    shutil.copy(PANDA, tmp_path)
+    arguments = command.format(tmp_path, tmp_path).split()
+    done = run(*arguments, "--adapter", "./none")
+    assert done.code == 2 and "./none" in done.err and "Traceback" not in done.err
+
+
 def test_the_command_names_what_was_kept_wider(run, base, tmp_path):
     settings = {"bits": 2, "group_size": 32}
     packed = fv.convert(base, tmp_path / "packed", quantize=settings, progress=False)
