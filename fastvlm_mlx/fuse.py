@@ -24,7 +24,7 @@ from .checkpoint.read import read_adapted
 from .checkpoint.record import read_record, write_record
 from .checkpoint.target import atomic_folder, check_apart, check_target
 from .config import FastVLMConfig
-from .convert import QUANTIZED, check_exporter, check_options, prepare, write
+from .convert import check_exporter, check_options, prepare, write
 from .evaluate.precision import SAMPLES, sample_outputs, token_agreement
 from .evaluate.questions import DEFAULT_QUESTION
 from .generation.inputs import read_inputs
@@ -123,10 +123,10 @@ def fuse(
     if dequantize:
         config, weights = expanded(config, weights, beside)
     elif beside:
-        if layout not in QUANTIZED:
+        if layout != "mlx":
             raise ValueError(
-                f"{folder} is quantized, and the {layout} layout holds no quantized weights: add "
-                "dequantize."
+                f"{folder} is quantized, and its weights go only into the mlx layout: add "
+                f"dequantize for {layout}."
             )
         inputs = layer_inputs(folder, trained, config, beside, progress=progress)
         config, weights, layers = packed_anew(config, weights, beside, inputs, progress=progress)
