@@ -16,6 +16,8 @@ from .chat import chat
 from .convert import convert
 from .doctor import doctor
 from .download import download
+from .evaluate import EXAMPLE as QUESTIONS
+from .evaluate import evaluate
 from .generate import generate
 from .images import repeat_image_flag
 from .interrupts import interrupts_noted
@@ -37,6 +39,7 @@ for command in (generate, chat, watch, caption, models, download, convert, uploa
     app.command()(command)
 app.command(epilog=FLOORS)(bench)
 app.command(epilog=EXAMPLE)(serve)
+app.command("eval", epilog=QUESTIONS)(evaluate)
 
 
 def _print_version(wanted: bool) -> None:
