@@ -11,11 +11,8 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from ..model.fastvlm import FastVLM
-<<<<<<< ours
-from .dropout import draw_all
-=======
 from ..model.vision_gradients import trains_by_layer, value_and_grad
->>>>>>> theirs
+from .dropout import draw_all
 from .loss import Arrays, loss
 from .optimizer import Optimizer, clip
 
@@ -52,11 +49,7 @@ class Step:
     ):
         self.shapes = 0
         self._model, self._optimizer, self._largest_norm = model, optimizer, largest_norm
-<<<<<<< ours
-        self._loss_and_gradients = nn.value_and_grad(model, _loss_first)
-=======
         self._loss_and_gradients = value_and_grad(model, loss)
->>>>>>> theirs
         self._compute: Callable[..., Sums] = self._sums
         self._change: Callable[..., mx.array] = self._apply
         if compiled:
@@ -104,10 +97,6 @@ def add(sums: Sums | None, found: Sums) -> Sums:
         name: sums.gradients[name].astype(mx.float32) + g for name, g in found.gradients.items()
     }
     return Sums(sums.loss + found.loss, sums.tokens + found.tokens, gradients)
-
-
-def _loss_first(model: FastVLM, arrays: Arrays) -> tuple[mx.array, mx.array]:
-    return loss(model, arrays)
 
 
 def checkpoint_activations(layers: Iterable[Any]) -> None:
