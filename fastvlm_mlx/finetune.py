@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 
 from . import ops
-from .checkpoint.files import weight_files, write_json
+from .checkpoint.files import write_json
 from .checkpoint.load import load_for_training, load_processor, resolve_dtype
 from .checkpoint.record import DATA, LOG, OPTIONS, PLOT
 from .checks import is_litter, shown
@@ -46,6 +46,7 @@ FEATURES = "features"  # in the cache's folder, for all runs
 OWN = {ADAPTER, MODEL, FOLDER, WANDB, TENSORBOARD, OPTIONS, LOG, DATA, PLOT}  # in a run's folder
 # Options that may change while a run goes on, since no weight depends on them.
 FREE = ("keep", "save_every", "eval_samples", "max_tokens", "cache_features", "report_to")
+WEIGHTS = (".safetensors", ".bin", ".pth")
 HEAD = 2**16  # bytes of each file of weights that tell models apart
 
 
@@ -299,7 +300,7 @@ def describe(options: TrainOptions, folder: Path, sets: Sets, processes: int) ->
     """What makes a run this one: options, model, rows and the number of processes."""
     settings = {name: v for name, v in options.as_dict().items() if name not in FREE}
     found = blake2b(digest_size=8)
-    for file in weight_files(folder):
+    for file in sorted(path for path in folder.rglob("*") if path.suffix in WEIGHTS):
         found.update(str(file.stat().st_size).encode())
         with file.open("rb") as stream:
             found.update(stream.read(HEAD))

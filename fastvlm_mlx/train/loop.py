@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
+from .. import ops
 from ..checks import brief
 from ..model.fastvlm import FastVLM
 from .interrupts import stop_asked
@@ -137,7 +138,7 @@ class Trainer:
             self._bar.say(line)
         result = Result(self.position.step, math.nan, self.position.best, self.position.best_step)
         try:
-            with stop_asked() as is_asked:
+            with ops.wired_memory(), stop_asked() as is_asked:
                 for value in self._steps():
                     result.loss = value
                     result.stopped_early = self._between_steps(is_asked)
@@ -195,6 +196,7 @@ class Trainer:
         total, count = sums.loss, sums.tokens
         del sums, found  # so that the optimizer may overwrite the gradients
         mx.eval(norm, total, count, self.model.state, self.optimizer.state)
+        ops.clear_large_cache()
         self._check_finite(total, norm, losses, window)
         return self._note(window, number_of(total), int(number_of(count)), number_of(norm))
 
