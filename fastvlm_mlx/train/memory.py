@@ -75,7 +75,7 @@ class Memory:
 
 def size_of(size: int) -> str:
     """Bytes in words."""
-    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
 def estimate(model: FastVLM, arrays: Arrays, options: TrainOptions, side: int) -> Memory:
