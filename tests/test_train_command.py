@@ -53,7 +53,7 @@ def many() -> list[Row]:
 
 
 @pytest.fixture
-def data(tmp_path: Path) -> str:
+def rows(tmp_path: Path) -> str:
     return write(tmp_path, many())
 
 
@@ -68,11 +68,11 @@ def one_error(said: str) -> str:
 
 
 def test_from_rows_to_an_adapter_that_answers(
-    run: Run, model: Path, data: str, tmp_path: Path
+    run: Run, model: Path, rows: str, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
     code, _, errors = run(
-        *arguments(model, data, out, "--epochs", "2", "--learning-rate", "0.01"),
+        *arguments(model, rows, out, "--epochs", "2", "--learning-rate", "0.01"),
         "--validation",
         "0.25",
         "--eval-samples",
@@ -105,10 +105,10 @@ def test_from_rows_to_an_adapter_that_answers(
 
 
 def test_a_decoder_in_full_becomes_a_whole_model(
-    run: Run, model: Path, data: str, tmp_path: Path
+    run: Run, model: Path, rows: str, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    code, _, errors = run(*arguments(model, data, out, "--stage", "2", "--steps", "2"))
+    code, _, errors = run(*arguments(model, rows, out, "--stage", "2", "--steps", "2"))
     assert code == 0, errors
     assert not (out / "adapter").exists()
     before, after = (fv.load_model(folder, dtype="float32") for folder in (model, out / "model"))
@@ -119,24 +119,24 @@ def test_a_decoder_in_full_becomes_a_whole_model(
 
 
 def test_the_same_command_after_the_end_does_nothing_twice(
-    run: Run, model: Path, data: str, tmp_path: Path
+    run: Run, model: Path, rows: str, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    run(*arguments(model, data, out))
+    run(*arguments(model, rows, out))
     log = (out / "log.jsonl").read_text()
-    code, _, errors = run(*arguments(model, data, out))
+    code, _, errors = run(*arguments(model, rows, out))
     assert code == 0 and "Trained 4 steps." in errors
     assert (out / "log.jsonl").read_text() == log
 
 
 def test_check_shows_rows_and_memory_and_reads_no_weight(
-    run: Run, model: Path, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, model: Path, rows: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def read(model: Any) -> None:
         raise AssertionError("a weight was read")
 
     monkeypatch.setattr(loading, "_evaluate", read)
-    code, said, errors = run(*arguments(model, data, tmp_path / "run"), "--check")
+    code, said, errors = run(*arguments(model, rows, tmp_path / "run"), "--check")
     assert code == 0, errors
     assert "What is 0?" in said and "⟦Blue<|im_end|>⟧" in said
     assert "Memory: about " in said
@@ -168,35 +168,35 @@ BAD: dict[str, tuple[list[Row], list[str], str]] = {
 def test_bad_input_is_one_sentence_and_leaves_nothing(
     run: Run, model: Path, tmp_path: Path, case: str
 ) -> None:
-    rows, more, message = BAD[case]
+    given, more, message = BAD[case]
     out = tmp_path / "run"
-    code, _, errors = run(*arguments(model, write(tmp_path, rows), out, *more))
+    code, _, errors = run(*arguments(model, write(tmp_path, given), out, *more))
     assert code == 2
     assert message in one_error(errors)
     assert not out.exists()
 
 
 def test_a_folder_of_something_else_is_left_alone(
-    run: Run, model: Path, data: str, tmp_path: Path
+    run: Run, model: Path, rows: str, tmp_path: Path
 ) -> None:
     out = tmp_path / "photos"
     out.mkdir()
     (out / "cat.jpg").write_bytes(b"x")
-    code, _, errors = run(*arguments(model, data, out))
+    code, _, errors = run(*arguments(model, rows, out))
     assert code == 2 and "holds cat.jpg, which is no part of a training run" in one_error(errors)
 
 
 def test_another_run_in_the_folder_is_refused_before_weights_are_read(
-    run: Run, model: Path, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, model: Path, rows: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "run"
-    run(*arguments(model, data, out, "--steps", "1"))
+    run(*arguments(model, rows, out, "--steps", "1"))
 
     def read(model: Any) -> None:
         raise AssertionError("a weight was read")
 
     monkeypatch.setattr(loading, "_evaluate", read)
-    code, _, errors = run(*arguments(model, data, out, "--steps", "1", "--rank", "4"))
+    code, _, errors = run(*arguments(model, rows, out, "--steps", "1", "--rank", "4"))
     assert code == 2 and "rank was 16 and is 4" in one_error(errors)
     other = write(tmp_path, many()[1:])
     code, _, errors = run(*arguments(model, other, out, "--steps", "1"))
@@ -204,29 +204,29 @@ def test_another_run_in_the_folder_is_refused_before_weights_are_read(
 
 
 def test_options_come_from_a_file_and_flags_overrule_them(
-    run: Run, model: Path, data: str, tmp_path: Path
+    run: Run, model: Path, rows: str, tmp_path: Path
 ) -> None:
     file, out = tmp_path / "options.json", tmp_path / "run"
     file.write_text('{"model": "x", "rank": 3, "steps": 1, "layers": ["*.o_proj"]}')
-    code, _, errors = run(*arguments(model, data, out, "--config", str(file), "--rank", "5"))
+    code, _, errors = run(*arguments(model, rows, out, "--config", str(file), "--rank", "5"))
     assert code == 0, errors
     options = json.loads((out / "options.json").read_text())
     assert (options["rank"], options["layers"]) == (5, ["*.o_proj"])
     file.write_text('{"rnk": 3}')
-    code, _, errors = run(*arguments(model, data, tmp_path / "b", "--config", str(file)))
+    code, _, errors = run(*arguments(model, rows, tmp_path / "b", "--config", str(file)))
     assert code == 2 and "no training option 'rnk'; did you mean rank?" in one_error(errors)
 
 
 def test_a_damaged_last_checkpoint_costs_only_its_steps(
-    run: Run, model: Path, data: str, tmp_path: Path
+    run: Run, model: Path, rows: str, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    run(*arguments(model, data, out, "--save-every", "1", "--keep", "3"))
+    run(*arguments(model, rows, out, "--save-every", "1", "--keep", "3"))
     expected = (out / "adapter" / "adapter_model.safetensors").read_bytes()
     shutil.rmtree(out / "adapter")
     newest = sorted((out / "checkpoints").iterdir())[-1]
     (newest / "optimizer.safetensors").write_bytes(b"")
-    code, _, errors = run(*arguments(model, data, out, "--save-every", "1", "--keep", "3"))
+    code, _, errors = run(*arguments(model, rows, out, "--save-every", "1", "--keep", "3"))
     assert code == 0, errors
     assert (out / "adapter" / "adapter_model.safetensors").read_bytes() == expected
 

@@ -26,6 +26,7 @@ from train_runs import (
 )
 
 from fastvlm_mlx.train import loop
+from fastvlm_mlx.train.dropout import draw_all
 from fastvlm_mlx.train.loop import NotFinite, Nothing, evaluate
 from fastvlm_mlx.train.loss import AT_ONCE, arrays_of, bucket, hidden_states, loss
 from fastvlm_mlx.train.optimizer import Optimizer
@@ -177,10 +178,10 @@ def test_a_packed_row_sees_nothing_of_its_neighbours() -> None:
 def test_compiled_equals_plain_and_few_shapes_are_compiled(tmp_path: Path) -> None:
     # Supervised tokens vary from 2 to 10, in one bucket.
     data = InMemory([batch(i, supervised=1 + i % 5) for i in range(6)])
-    plain = trainer(tmp_path / "a", data, dropout=0.1, epochs=2)
+    options = {"dropout": 0.1, "epochs": 2, "gradient_checkpointing": True}
+    plain = trainer(tmp_path / "a", data, **options)
     plain.train()
-    options = {"compiled": True, "gradient_checkpointing": True}
-    compiled = trainer(tmp_path / "b", data, dropout=0.1, epochs=2, **options)
+    compiled = trainer(tmp_path / "b", data, **options, compiled=True)
     compiled.train()
     assert compiled.step.shapes == 1
     assert plain.step.shapes == 12
@@ -199,6 +200,24 @@ def test_computing_activations_again_changes_nothing_and_no_other_model() -> Non
     assert [n for n, _ in tree_flatten(model.parameters())] == [
         n for n, _ in tree_flatten(other.parameters())
     ]
+
+
+def test_dropout_drops_the_same_where_activations_are_computed_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = prepared(decoder="lora", vision="frozen", dropout=0.5)
+    for _, layer in model.named_modules():
+        if "lora_b" in layer:
+            layer.lora_b = mx.random.normal(layer.lora_b.shape)
+    draw_all(model)
+    expected, value, _ = gradients_of(model, [batch(0)])
+    monkeypatch.setattr("fastvlm_mlx.train.step.draw_all", lambda layer: None)
+    checkpoint_activations(model.layers)
+    found, same_value, _ = gradients_of(model, [batch(0)])
+    assert same_value == pytest.approx(value, rel=1e-6)
+    assert distance(expected, found) < 1e-5
+    draw_all(model)
+    assert gradients_of(model, [batch(0)])[1] != value
 
 
 def test_dropout_works_while_training_and_not_in_an_evaluation() -> None:

@@ -105,7 +105,7 @@ def checkpoint_activations(layers: Iterable[Any]) -> None:
     Each gets a class of its own: other models of the process keep theirs.
     """
     for layer in layers:
-        layer.__class__ = _checkpointed(type(layer))
+        layer.__class__ = _checkpointed(layer.__class__)
 
 
 @cache
