@@ -147,7 +147,7 @@ BAD: dict[str, tuple[list[Row], list[str], str]] = {
     "a missing image": (
         [row(0), row(1, Path("no.png")), row(2)],
         [],
-        "row 2: there is no image",
+        "row 2: its image 'no.png' does not exist",
     ),
     "a mark without an image": (
         [row(0), {**row(1), "image": None}, row(2)],
