@@ -251,6 +251,17 @@ def test_rows_that_are_too_long_are_named() -> None:
             build_examples(rows, PROCESSOR, CONFIG, **wrong)
 
 
+def test_which_rows_are_skipped_depends_on_the_rows_only() -> None:
+    rows = [replace(long_row(1 + n % 4), id=f"{n}", where=f"row {n}") for n in range(12)]
+    found = [
+        collect_examples(some, PROCESSOR, CONFIG, max_length=100, too_long="skip")
+        for some in (rows, rows, rows[::-1])
+    ]
+    skipped = [sorted(row.where for row in each.skipped) for each in found]
+    assert skipped[0] == skipped[1] == skipped[2] != []
+    assert [e.id for e in found[0].kept] == [e.id for e in found[2].kept][::-1]
+
+
 def test_no_cut_goes_through_an_image() -> None:
     whole = build(long_row(4))
     for limit in range(2, len(whole) + 2):

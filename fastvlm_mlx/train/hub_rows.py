@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checks import reason, shown
-from .row_files import BadRow, Record
+from .row_files import KINDS, BadRow, Record
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 ROWS_AT_ONCE = 1024
@@ -49,7 +49,7 @@ def is_hub_name(source: str | Path, path: Path) -> bool:
     if path.suffix.lower() == PARQUET:
         return path.is_file()
     named = isinstance(source, str) and HUB_NAME.fullmatch(source)
-    return bool(named) and not path.suffix and not path.exists()
+    return bool(named) and path.suffix.lower() not in KINDS and not path.exists()
 
 
 def read_hub_records(
@@ -61,19 +61,17 @@ def read_hub_records(
         ImportError: `datasets` is not installed.
         ValueError: there is no such data set, subset or split, or it can't be read.
     """
+    name = shown(str(source))
     try:
         import datasets
     except ImportError:
-        raise ImportError(
-            f"The data set {shown(str(source))} needs datasets: pip install 'fastvlm-mlx[datasets]'"
-            ", or give a file or folder."
-        ) from None
+        missing = "" if path.exists() else f"There is no file or folder {name}; on the Hub, "
+        said = f"{missing}{name} needs the library datasets: pip install 'fastvlm-mlx[datasets]'."
+        raise ImportError(said) from None
     try:
         found = _open(datasets, str(source), path, subset, split or "train")
     except Exception as error:  # of the library and of all that it reads with
-        raise ValueError(
-            f"The data set {shown(str(source))} can't be read: {reason(error)}."
-        ) from None
+        raise ValueError(f"The data set {name} can't be read: {reason(error)}.") from None
     return _records(found, str(source))
 
 
