@@ -34,6 +34,16 @@ def trained(training_folder: Path) -> fv.FastVLM:
     return load_training_form(training_folder, dtype="float32")
 
 
+def assert_same_gradients(found: Any, expected: dict[str, mx.array]) -> None:
+    """Within 1e-4, relative to the largest of a parameter, or to 1 % of the largest of all. That of
+    a 1x1 branch is mostly rounding, since the BatchNorm behind it takes its scale out again."""
+    largest = max(mx.abs(g).max().item() for g in expected.values())
+    for name, gradient in tree_flatten(found):
+        error = mx.abs(gradient - expected[name]).max().item()
+        least = largest / 10 if name.endswith("rbr_scale.conv.weight") else largest / 100
+        assert error < 1e-4 * max(least, mx.abs(expected[name]).max().item()), name
+
+
 # --- The same as the folded form ---
 
 
@@ -206,8 +216,11 @@ def test_training_steps_are_the_same_in_the_forms_of_each_device(
         weights = mx.random.normal((2, 4, 256), key=mx.random.key(1))
         step = nn.value_and_grad(tower, lambda t, p=pixels, w=weights: (w * t(p)).sum())
         found.append((step(tower), tower.parameters()))
-    found, expected = (dict(tree_flatten(each)) for each in found)
-    assert max(relative(found[name], expected[name]) for name in expected) < 1e-3
+    ((value, gradients), remembered), ((wanted, expected), kept) = found
+    assert abs(value.item() - wanted.item()) < 1e-4 * abs(wanted.item()) + 1e-3
+    assert_same_gradients(gradients, dict(tree_flatten(expected)))
+    kept = dict(tree_flatten(kept))
+    assert all(relative(a, kept[name]) < 1e-4 for name, a in tree_flatten(remembered))
 
 
 @pytest.mark.interop
@@ -227,8 +240,8 @@ def test_a_step_of_training_is_pytorchs(training_folder: Path) -> None:
     y = reference(x)
     (y * torch.tensor(np.array(weights))).sum().backward()
     assert relative(mx.array(y.detach().numpy()), tower_features(training_folder, pixels)) < 1e-4
-    for name, gradient in tree_flatten(gradients):
-        assert relative(gradient, mx.array(tensors[name].grad.numpy())) < 1e-3, name
+    expected = {n: mx.array(t.grad.numpy()) for n, t in tensors.items() if t.grad is not None}
+    assert_same_gradients(gradients, expected)
     for name, remembered in tree_flatten(tower.parameters()):
         if ".running_" in name:
             assert relative(remembered, mx.array(tensors[name].numpy())) < 1e-4, name
