@@ -225,20 +225,20 @@ def test_training_steps_are_the_same_in_the_forms_of_each_device(
 
 @pytest.mark.interop
 def test_a_step_of_training_is_pytorchs(training_folder: Path) -> None:
-    """Output, gradients and what BatchNorms remember, with the same modules built in PyTorch."""
+    """Output, gradients and what BatchNorms remember, with the same modules in PyTorch, float64."""
     torch = pytest.importorskip("torch")
     tower: Any = load_training_form(training_folder, dtype="float32").vision_tower
     parameters = dict(tree_flatten(tower.parameters()))
     tensors = {
-        name: torch.tensor(np.array(value), requires_grad=".running_" not in name)
+        name: torch.tensor(np.array(value, np.float64), requires_grad=".running_" not in name)
         for name, value in parameters.items()
     }
     pixels, weights = random_pixels(), mx.random.normal((2, 4, 256), key=mx.random.key(1))
     value, gradients = nn.value_and_grad(tower, lambda t: (weights * t(pixels)).sum())(tower)
-    x = torch.tensor(np.array(pixels)).permute(0, 3, 1, 2)
+    x = torch.tensor(np.array(pixels, np.float64)).permute(0, 3, 1, 2)
     reference = TorchEncoder(torch, tensors, tower.config)
     y = reference(x)
-    (y * torch.tensor(np.array(weights))).sum().backward()
+    (y * torch.tensor(np.array(weights, np.float64))).sum().backward()
     assert relative(mx.array(y.detach().numpy()), tower_features(training_folder, pixels)) < 1e-4
     expected = {n: mx.array(t.grad.numpy()) for n, t in tensors.items() if t.grad is not None}
     assert_same_gradients(gradients, expected)
