@@ -14,6 +14,7 @@ from fastvlm_mlx.checkpoint.files import save_checkpoint
 from fastvlm_mlx.checkpoint.load import inference_weights, load_model
 from fastvlm_mlx.checkpoint.training_form import folded, fresh_model, load_training_form
 from fastvlm_mlx.config import CheckpointError, load_config
+from fastvlm_mlx.model.vision_gradients import encode_with_pullback, trains_by_layer
 from fastvlm_mlx.model.vision_training import TrainingFastViTHD
 from fastvlm_mlx.ops import BatchNorm
 
@@ -339,3 +340,22 @@ class TorchEncoder:
             x = run(f"{name}.{block}", x)
             block += 1
         return x
+
+
+def test_gradients_layer_by_layer_are_those_of_autodiff(training_folder: Path, assume) -> None:
+    """In training form, BatchNorms' memory included."""
+    assume("cpu")
+    model, other = (load_training_form(training_folder, dtype="float32") for _ in range(2))
+    pixels = random_pixels(3)
+    weights = mx.random.normal((3, 4, 256), key=mx.random.key(1))
+    assert trains_by_layer(model)
+    features, pullback = encode_with_pullback(model.vision_tower, pixels)
+    step = nn.value_and_grad(other.vision_tower, lambda tower: (weights * tower(pixels)).sum())
+    value, expected = step(other.vision_tower)
+    assert abs((weights * features).sum().item() - value.item()) < 1e-4 * abs(value.item())
+    assert_same_gradients(pullback(weights), dict(tree_flatten(expected)))
+    remembered = dict(tree_flatten(other.vision_tower.parameters()))
+    for name, found in tree_flatten(model.vision_tower.parameters()):
+        assert relative(found, remembered[name]) < 1e-5, name
+    model.vision_tower.eval()
+    assert not trains_by_layer(model)  # with BatchNorms that stay as they are
