@@ -359,3 +359,29 @@ def test_gradients_layer_by_layer_are_those_of_autodiff(training_folder: Path, a
         assert relative(found, remembered[name]) < 1e-5, name
     model.vision_tower.eval()
     assert not trains_by_layer(model)  # with BatchNorms that stay as they are
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_step_in_half_precision_points_where_float32_does(
+    training_folder: Path, assume, dtype: str
+) -> None:
+    """In the forms for a GPU; what BatchNorms remember stays float32."""
+    assume("cuda")
+    found = []
+    for kind in (dtype, "float32"):
+        tower = load_training_form(training_folder, dtype=kind).vision_tower
+        pixels, weights = random_pixels(), mx.random.normal((2, 4, 256), key=mx.random.key(1))
+        step = nn.value_and_grad(tower, lambda t, p=pixels, w=weights: (w * t(p)).sum())
+        gradients = dict(tree_flatten(step(tower)[1]))
+        assert all(mx.isfinite(g).all() for g in gradients.values())
+        found.append(mx.concatenate([g.astype(mx.float32).flatten() for g in gradients.values()]))
+        remembered = dict(tree_flatten(tower.parameters()))
+        assert all(a.dtype == mx.float32 for n, a in remembered.items() if ".running_" in n)
+        assert (
+            remembered["conv_exp.se.reduce.weight"].dtype
+            == gradients["conv_exp.se.reduce.weight"].dtype
+        )
+    own, exact = found
+    cosine = (own * exact).sum() / (mx.linalg.norm(own) * mx.linalg.norm(exact))
+    # Rounding of a single number may turn a ReLU behind it off, in this small model of few channels.
+    assert cosine.item() > (0.98 if dtype == "float16" else 0.95)
