@@ -383,5 +383,5 @@ def test_a_step_in_half_precision_points_where_float32_does(
         )
     own, exact = found
     cosine = (own * exact).sum() / (mx.linalg.norm(own) * mx.linalg.norm(exact))
-    # Rounding of a single number may turn a ReLU behind it off, in this small model of few channels.
+    # Rounding of one number may turn a ReLU behind it off, in this small model of few channels.
     assert cosine.item() > (0.98 if dtype == "float16" else 0.95)
