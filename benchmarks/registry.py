@@ -24,6 +24,7 @@ from . import (
     requests,
     second_question,
     speculate,
+    train,
 )
 from .worker import DTYPES, EAGER, PEER
 
@@ -45,6 +46,7 @@ MEASUREMENTS: dict[str, ModuleType] = {
         speculate,
         constrained,
         encoder_training,
+        train,
     )
 }
 

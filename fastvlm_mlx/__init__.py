@@ -17,6 +17,8 @@ except ImportError as error:
 from .checkpoint.load import load, load_model
 from .config import CheckpointError, FastVLMConfig
 from .convert import convert
+from .finetune import finetune
+from .fuse import fuse
 from .generation.batch import batch_generate
 from .generation.chat import Chat
 from .generation.generate import generate, stream_generate
@@ -40,6 +42,8 @@ __all__ = [
     "__version__",
     "batch_generate",
     "convert",
+    "finetune",
+    "fuse",
     "generate",
     "load",
     "load_image",

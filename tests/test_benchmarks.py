@@ -32,6 +32,7 @@ from benchmarks import (  # noqa: E402
     run_all,
     speculate,
     tables,
+    train,
     turns,
     worker,
 )
@@ -468,3 +469,21 @@ def test_training_the_encoder_is_measured_in_both_forms(
     forms = [f"{form} form, {way}" for form in ("inference", "training") for way in WAYS]
     assert [name for name, _ in rows] == ["encode", *forms]
     assert all(float(speed) > 0 for _, speed in rows)
+
+
+def test_this_side_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLX_DISABLE_COMPILE", "1")  # its first call takes a minute
+    side = peers.Worker(OURS, sys.executable, NANO, "float32")
+    asked = {"rows": 2, "batch_size": 1, "image_size": 64, "text_tokens": 8}
+    found = [side.ask("train", epoch=epoch, **asked)["seconds"] for epoch in (1, 2)]
+    side.close()
+    assert min(found) > 0
+
+
+def test_training_of_both_sides_is_compared() -> None:
+    found = {1: {OURS: [1.0, 1.1], PEER: [1.5, 1.65]}, 2: {OURS: [0.5], PEER: [2.0]}}
+    args = argparse.Namespace(batch_size=4)
+    result = train.table(found, {OURS: 1.0, PEER: 2.0}, args)
+    title, body, _ = report.section(result)
+    assert "1.50 times as fast" in title and "4.00 times in later ones" in title
+    assert "0.50 of its memory" in title and "later epochs" in body

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
@@ -176,6 +176,31 @@ def stored_name(path: str, config: FastVLMConfig) -> str:
         if found:
             return before + parts[int(side.removeprefix(".layers.") or 0)]
     return path
+
+
+def memory_name(layer: str, config: FastVLMConfig, modules: Container[str]) -> tuple[str, int]:
+    """(path, first row) in memory of a layer of a checkpoint, which may be part of a fused one.
+
+    Args:
+        layer: in the mlx-vlm layout; of the encoder, folded.
+        config: the model's.
+        modules: the paths that the model has.
+    """
+    if layer.startswith(VISION_TOWER):
+        return layer, 0
+    for i in range(config.projector_depth):
+        if layer == _projector_name(config, i):
+            return f"{LAYERS}{i}", 0
+    path = layer.replace(DECODER, "language_model.", 1)
+    for whole, parts in FUSED.items():
+        for n, part in enumerate(parts):
+            before = path.removesuffix(part)
+            if before == path or path in modules:
+                continue
+            apart = f"{before}{whole}.layers.{n}"
+            first = sum(fused_rows(config)[whole][:n])
+            return (apart, 0) if apart in modules else (before + whole, first)
+    return path, 0
 
 
 def _projector_name(config: FastVLMConfig, layer: int) -> str:

@@ -123,22 +123,8 @@ class FastVLM(nn.Module):
             pixel_values: [n, S, S, 3] of one image.
             image_size: as `merge_tiles` takes.
         """
-        config, tiles = self.config, len(pixel_values)
-        side = pixel_values.shape[1] // config.vision.patch_size
-        square, merge_type = side * side, config.mm_patch_merge_type
-        has_newline = merge_type == "spatial_unpad"
-        if config.image_aspect_ratio != "anyres" or (merge_type == "flat" and tiles > 1):
-            return tiles * square
-        if tiles == 1 or image_size is None:
-            return square + has_newline
-        across, down = anyres_grid(
-            image_size, config.image_grid_pinpoints, side * config.vision.patch_size
-        )
-        rows, columns = down * side, across * side
-        if has_newline:
-            top, left = unpad_margins((rows, columns), image_size)
-            return square + (rows - 2 * top) * (columns - 2 * left + 1)
-        return square + rows * columns
+        tiles, side = pixel_values.shape[:2]
+        return count_visual_tokens(self.config, tiles, side, image_size)
 
     def merge_tiles(self, tiles: mx.array, image_size: tuple[int, int] | None) -> mx.array:
         """Join the visual tokens of an image's overview and tiles (`llava_arch.py`).
@@ -240,6 +226,28 @@ class FastVLM(nn.Module):
         for block in self.layers:
             block.self_attn.unfuse()
             block.mlp.unfuse()
+
+
+def count_visual_tokens(
+    config: FastVLMConfig, tiles: int, side: int, image_size: tuple[int, int] | None = None
+) -> int:
+    """How many visual tokens an image of so many squares of `side` pixels has; `image_size` as
+    `FastVLM.merge_tiles` takes it."""
+    side //= config.vision.patch_size
+    square, merge_type = side * side, config.mm_patch_merge_type
+    has_newline = merge_type == "spatial_unpad"
+    if config.image_aspect_ratio != "anyres" or (merge_type == "flat" and tiles > 1):
+        return tiles * square
+    if tiles == 1 or image_size is None:
+        return square + has_newline
+    across, down = anyres_grid(
+        image_size, config.image_grid_pinpoints, side * config.vision.patch_size
+    )
+    rows, columns = down * side, across * side
+    if has_newline:
+        top, left = unpad_margins((rows, columns), image_size)
+        return square + (rows - 2 * top) * (columns - 2 * left + 1)
+    return square + rows * columns
 
 
 def _merge_grid(tiles: mx.array, image_size: tuple[int, int], config: FastVLMConfig) -> mx.array:

@@ -25,6 +25,7 @@ from .device import (
     wired_memory,
 )
 from .linear import (
+    AdaptedLinear,
     QuantizedEmbedding,
     QuantizedLinear,
     UnfusedLinear,
@@ -41,6 +42,7 @@ from .process import check_process, note_computation
 from .rope import RoPE
 
 __all__ = [
+    "AdaptedLinear",
     "BatchNorm",
     "DepthwiseConv",
     "QuantizedEmbedding",
