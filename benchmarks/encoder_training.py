@@ -7,6 +7,7 @@ a whole; with random float32 weights in the geometry of a model.
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -23,7 +24,7 @@ from fastvlm_mlx.hub.resolve import resolve
 from fastvlm_mlx.model.vision_gradients import encode_with_pullback, trains_by_layer
 
 from .tables import Result
-from .turns import in_turns, seconds_of
+from .turns import in_turns
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "model": {"nargs": "?"},
@@ -34,7 +35,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def measure(args: argparse.Namespace) -> Result:
-    """Images per second of each way, the median of all rounds."""
+    """Images per second and CPU time of each way, the medians of all rounds."""
     config = replace(load_config(resolve(args.model)), quantization={})
     new = fresh_model(config)
     plain = folded(new).vision_tower
@@ -48,11 +49,25 @@ def measure(args: argparse.Namespace) -> Result:
         if trains_by_layer(model):
             ways[f"{name} form, by layer"] = partial(by_layer, model, pixels, cotangent)
         ways[f"{name} form, as a whole"] = partial(as_a_whole, model, pixels, cotangent)
-    times = in_turns(
-        {name: partial(seconds_of, way) for name, way in ways.items()}, args.rounds, "encoder"
-    )
-    rows = [{"way": name, "images_per_second": args.batch / median(t)} for name, t in times.items()]
+    timed = {name: partial(times_of, way) for name, way in ways.items()}
+    rows = []
+    for name, times in in_turns(timed, args.rounds, "encoder").items():
+        seconds, cpu_seconds = (median(t) / args.batch for t in zip(*times, strict=True))
+        rows.append(
+            {
+                "way": name,
+                "images_per_second": 1 / seconds,
+                "cpu_milliseconds_per_image": 1000 * cpu_seconds,
+            }
+        )
     return {"kind": "table", "title": "Training the encoder", "results": rows}
+
+
+def times_of(run: Callable[[], Any]) -> tuple[float, float]:
+    """(seconds, CPU seconds of all threads) of a call; the latter say more on a busy machine."""
+    start, cpu_start = time.perf_counter(), time.process_time()
+    run()
+    return time.perf_counter() - start, time.process_time() - cpu_start
 
 
 def by_layer(model: fv.FastVLM, pixels: mx.array, cotangent: mx.array) -> None:

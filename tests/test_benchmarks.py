@@ -465,10 +465,12 @@ def test_training_the_encoder_is_measured_in_both_forms(
 ) -> None:
     command = ["encoder_training", "--batch", "2", "--rounds", "1", "--image-size", "64"]
     assert __main__.main(command) == 0
-    rows = re.findall(r"^\| (\w.*?) \| ([\d.]+) \|$", capsys.readouterr().out, re.MULTILINE)
+    rows = re.findall(
+        r"^\| (\w.*?) \| ([\d.]+) \| ([\d.]+) \|$", capsys.readouterr().out, re.MULTILINE
+    )
     forms = [f"{form} form, {way}" for form in ("inference", "training") for way in WAYS]
-    assert [name for name, _ in rows] == ["encode", *forms]
-    assert all(float(speed) > 0 for _, speed in rows)
+    assert [name for name, *_ in rows] == ["encode", *forms]
+    assert all(float(figure) > 0 for _, *figures in rows for figure in figures)
 
 
 def test_this_side_trains(monkeypatch: pytest.MonkeyPatch) -> None:
