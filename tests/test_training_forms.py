@@ -1,6 +1,9 @@
 """The forms that gradients pass through, against textbook formulas and PyTorch."""
 
 import math
+import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import mlx.core as mx
@@ -59,6 +62,33 @@ def random_ids(length: int, batch: int = 1) -> mx.array:
 @pytest.fixture(scope="module")
 def small() -> fv.FastVLM:
     return models.random_model(3, **TEXT)
+
+
+FAULTS = """
+import resource
+import mlx.core as mx
+from fastvlm_mlx.ops import keep_freed_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(4):
+        mx.eval(mx.ones(2**22) + 1)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+first = faults()
+keep_freed_memory()
+faults()
+print(first, faults())
+"""
+
+
+@pytest.mark.skipif("glibc" not in platform.libc_ver(), reason="for glibc's allocator")
+def test_kept_memory_is_not_fetched_again():
+    done = subprocess.run(
+        [sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True
+    )
+    first, later = map(int, done.stdout.split())
+    assert first > 1000 and later < first / 10
 
 
 # --- Single operations ---

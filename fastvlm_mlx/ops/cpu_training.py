@@ -23,7 +23,7 @@ def keep_freed_memory() -> None:
     """
     import ctypes
 
-    with suppress(AttributeError, OSError):
+    with suppress(AttributeError, OSError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(M_MMAP_THRESHOLD, 2**30)
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
