@@ -1,4 +1,4 @@
-"""Gradients of the encoder, on the CPU layer by layer: twice as fast as differentiating the whole."""
+"""Gradients of the encoder, on the CPU layer by layer: twice as fast as those of the whole."""
 
 from __future__ import annotations
 
