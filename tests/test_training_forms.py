@@ -225,6 +225,13 @@ def test_padding_as_a_segment_of_its_own_changes_nothing(small):
     assert mx.isfinite(found).all()
 
 
+def test_segments_take_no_cache(small):
+    with pytest.raises(ValueError, match="take no cache"):
+        small.language_model.hidden_states(
+            random_ids(3), small.make_kv_cache(), segments=mx.array([[0, 0, 1]])
+        )
+
+
 def test_positions_in_half_precision_keep_their_angles_in_float32():
     positions = mx.array([[[0, 1, 1000, 3001, 4095]]])
     x = mx.random.normal((1, 2, 5, 16), key=mx.random.key(3)).astype(mx.bfloat16)
