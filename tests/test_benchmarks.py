@@ -40,6 +40,7 @@ from benchmarks.worker import EAGER, OURS, PEER  # noqa: E402
 from fastvlm_mlx.bench.machine import OWN_CHOICE  # noqa: E402
 from fastvlm_mlx.hub.resolve import NANO  # noqa: E402
 
+WAYS = ("by layer", "as a whole")  # to differentiate an encoder on the CPU
 MACHINE = {"cpu": "A CPU", "cores": 8, "system": "Linux", "preloaded": "", "gpus": []}
 
 
@@ -457,6 +458,19 @@ def test_captions_of_both_sides_are_compared() -> None:
     args = argparse.Namespace(pictures=2)
     title, body, _ = report.section(caption.table({OURS: [ours], PEER: [theirs]}, args))
     assert "3.00 times as fast" in title and "idle 2.0%" in title and "1 of 2" in body
+
+
+def test_training_the_encoder_is_measured_in_both_forms(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    command = ["encoder_training", "--batch", "2", "--rounds", "1", "--image-size", "64"]
+    assert __main__.main(command) == 0
+    rows = re.findall(
+        r"^\| (\w.*?) \| ([\d.]+) \| ([\d.]+) \|$", capsys.readouterr().out, re.MULTILINE
+    )
+    forms = [f"{form} form, {way}" for form in ("inference", "training") for way in WAYS]
+    assert [name for name, *_ in rows] == ["encode", *forms]
+    assert all(float(figure) > 0 for _, *figures in rows for figure in figures)
 
 
 def test_this_side_trains(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,9 @@
 """The forms that gradients pass through, against textbook formulas and PyTorch."""
 
 import math
+import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import mlx.core as mx
@@ -59,6 +62,33 @@ def random_ids(length: int, batch: int = 1) -> mx.array:
 @pytest.fixture(scope="module")
 def small() -> fv.FastVLM:
     return models.random_model(3, **TEXT)
+
+
+FAULTS = """
+import resource
+import mlx.core as mx
+from fastvlm_mlx.ops import keep_freed_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(4):
+        mx.eval(mx.ones(2**22) + 1)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+first = faults()
+keep_freed_memory()
+faults()
+print(first, faults())
+"""
+
+
+@pytest.mark.skipif("glibc" not in platform.libc_ver(), reason="for glibc's allocator")
+def test_kept_memory_is_not_fetched_again():
+    done = subprocess.run(
+        [sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True
+    )
+    first, later = map(int, done.stdout.split())
+    assert first > 1000 and later < first / 10
 
 
 # --- Single operations ---
@@ -193,6 +223,13 @@ def test_padding_as_a_segment_of_its_own_changes_nothing(small):
     found = decoder.hidden_states(padded, segments=mx.array([[0] * 8 + [1] * 5]))
     assert relative(found[:, :8], decoder.hidden_states(ids)) < TOLERANCE
     assert mx.isfinite(found).all()
+
+
+def test_segments_take_no_cache(small):
+    with pytest.raises(ValueError, match="take no cache"):
+        small.language_model.hidden_states(
+            random_ids(3), small.make_kv_cache(), segments=mx.array([[0, 0, 1]])
+        )
 
 
 def test_positions_in_half_precision_keep_their_angles_in_float32():

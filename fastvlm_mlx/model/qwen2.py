@@ -175,7 +175,12 @@ class Qwen2(nn.Module):
 
         Returns:
             [B, T, hidden_size].
+
+        Raises:
+            ValueError: there are both segments and a cache.
         """
+        if segments is not None and cache is not None:
+            raise ValueError("segments are for whole rows, as in training, and take no cache.")
         x = self.embed(input_ids) if input_embeddings is None else input_embeddings
         caches = [None] * len(self.layers) if cache is None else cache
         mask: Mask

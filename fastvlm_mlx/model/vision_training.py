@@ -9,6 +9,7 @@ into those of `vision.FastViTHD`. Shapes: B images, H x W positions, C channels.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -223,10 +224,8 @@ class Downsample(nn.Module):
 
     def __init__(self, in_dim: int, out_dim: int, kernel_size: int, stride: int):
         super().__init__()
-        self.proj = [
-            LargeKernel(in_dim, out_dim, kernel_size, stride),
-            MobileOne(out_dim, out_dim),
-        ]
+        large = LargeKernel(in_dim, out_dim, kernel_size, stride)
+        self.proj: list[Any] = [large, MobileOne(out_dim, out_dim)]
 
     def __call__(self, x: mx.array) -> mx.array:
         for layer in self.proj:
@@ -265,7 +264,10 @@ class Expand(MobileOne):
         self.se = SqueezeExcite(out_dim)
 
     def __call__(self, x: mx.array) -> mx.array:
-        x = super().__call__(x)
+        return self.excite(super().__call__(x))
+
+    def excite(self, x: mx.array) -> mx.array:
+        """Weight each channel by its gate, then GELU."""
         return ops.gated_gelu(x, self.se(x), training=self.training)
 
 

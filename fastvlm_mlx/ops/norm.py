@@ -33,11 +33,12 @@ class BatchNorm(nn.BatchNorm):
         if self.training:
             axes = list(range(x.ndim - 1))
             mean, variance = mx.mean(wide, axis=axes), mx.var(wide, axis=axes)
-            self._remember(mean, variance, x.size // x.shape[-1])
+            self.remember(mean, variance, x.size // x.shape[-1])
         scale = self.weight * mx.rsqrt(variance + self.eps)
         return (wide * scale + (self.bias - mean * scale)).astype(x.dtype)
 
-    def _remember(self, mean: mx.array, variance: mx.array, count: int) -> None:
+    def remember(self, mean: mx.array, variance: mx.array, count: int) -> None:
+        """Take a batch of so many values per channel into account."""
         if count < 2:
             raise ValueError(
                 "A BatchNorm can't be trained on one value per channel: give it larger images or "
