@@ -291,10 +291,25 @@ def test_an_adapter_of_another_model(adapter, base, tmp_path, data):
     assert fv.load_model(half, dtype="float32", adapter=adapter)
 
 
+def test_an_adapter_on_an_adapter(adapter, base, tmp_path):
+    """As when a model is trained that is itself an adapter of another."""
+    model = trained(adapter, seed=1, decoder="dora")
+    model.eval()
+    second = write(model, tmp_path / "second", adapter)
+    assert is_near(fv.load_model(adapter, adapter=second), model)
+    assert is_near(fv.load(second)[0], model)
+    first = fv.fuse(base, adapter, tmp_path / "first", progress=False)
+    both = fv.fuse(first.folder, second, tmp_path / "both", progress=False)
+    assert is_near(fv.load_model(both.folder), model)
+    for each in (adapter, second):
+        with pytest.raises(fv.CheckpointError, match="already"):
+            fv.load_model(both.folder, adapter=each)
+
+
 def test_half_a_model_is_no_adapter(adapter, base, tmp_path):
     with pytest.raises(fv.CheckpointError, match="is no adapter"):
         fv.load_model(base, adapter=base)
-    with pytest.raises(fv.CheckpointError, match="is an adapter itself"):
+    with pytest.raises(fv.CheckpointError, match="names itself"):
         fv.load_model(adapter, adapter=adapter)
     with pytest.raises(FileNotFoundError, match="no-such"):
         fv.load_model(base, adapter="no-such")

@@ -14,11 +14,10 @@ from mlx.utils import tree_flatten, tree_unflatten
 from ..checkpoint import encoder_layers, fold, write_adapter
 from ..checkpoint.adapt import apply, check_base, read_adapter
 from ..checkpoint.files import Weights
-from ..checkpoint.layouts import transformers
 from ..checkpoint.layouts.adapters import FOLDED, PLAIN, Adapter, LowRank
 from ..checkpoint.layouts.mlx_vlm import ENCODER, VISION_TOWER, is_folded
 from ..checkpoint.names import memory_name, stored_name
-from ..checkpoint.read import read_checkpoint, read_layout
+from ..checkpoint.read import is_of_transformers, read_checkpoint
 from ..hub.resolve import BUNDLED, NANO, resolve
 from ..model.fastvlm import FastVLM
 
@@ -55,7 +54,7 @@ def write(
     adapter = adapter_of(model, weights)
     apply(weights, adapter, config)  # raises if anything does not fit
     if layout is None:
-        layout = "transformers" if read_layout(folder)[1] is transformers else "llava"
+        layout = "transformers" if is_of_transformers(folder) else "llava"
     target, name = Path(target).expanduser(), name_of(base, folder)
     return write_adapter.write_adapter(
         adapter, target, name, weights, config, layout=layout, overwrite=overwrite
