@@ -141,6 +141,8 @@ def holder_of(folder: Path) -> Any:
     from torch import nn
 
     def module_of(weight: Any) -> Any:
+        if weight is None:
+            return nn.Module()
         if weight.ndim == 2:
             return nn.Linear(weight.shape[1], weight.shape[0])
         if weight.ndim == 4:
@@ -149,14 +151,14 @@ def holder_of(folder: Path) -> Any:
 
     root = nn.Module()
     root.prepare_inputs_for_generation = None
-    for name, tensor in load_file(folder / "model.safetensors").items():
+    tensors = load_file(folder / "model.safetensors")
+    for name, tensor in tensors.items():
         *path, key = name.split(".")
         place = root
         for i, part in enumerate(path):
             if not hasattr(place, part):
-                weight = None if i + 1 < len(path) else tensor
-                is_weight = weight is not None and key == "weight"
-                place.add_module(part, module_of(weight) if is_weight else nn.Module())
+                weight = tensors.get(".".join([*path[: i + 1], "weight"]))
+                place.add_module(part, module_of(weight))
             place = getattr(place, part)
         setattr(place, key, nn.Parameter(tensor.float(), requires_grad=False))
     for module in root.modules():

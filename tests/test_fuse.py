@@ -165,6 +165,13 @@ def test_targets_are_as_short_as_they_can_be():
     assert shortened({"a.q_proj", "b.q_proj", "a.k_proj"}, modules) == ["a.k_proj", "q_proj"]
 
 
+def test_targets_are_no_containers(base, tmp_path):
+    """`2` would be the last layer of the projector, and a stage of the encoder."""
+    folder = write(trained(base, projector="lora"), tmp_path / "adapter", base)
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    assert settings["target_modules"] == ["model.mm_projector.0", "model.mm_projector.2"]
+
+
 def test_mixed_ranks_and_scales_survive(base, tmp_path):
     """The product of every layer, from the matrices to the files and back."""
     model = trained(base, decoder="lora")
@@ -291,10 +298,25 @@ def test_an_adapter_of_another_model(adapter, base, tmp_path, data):
     assert fv.load_model(half, dtype="float32", adapter=adapter)
 
 
+def test_an_adapter_on_an_adapter(adapter, base, tmp_path):
+    """As when a model is trained that is itself an adapter of another."""
+    model = trained(adapter, seed=1, decoder="dora")
+    model.eval()
+    second = write(model, tmp_path / "second", adapter)
+    assert is_near(fv.load_model(adapter, adapter=second), model)
+    assert is_near(fv.load(second)[0], model)
+    first = fv.fuse(base, adapter, tmp_path / "first", progress=False)
+    both = fv.fuse(first.folder, second, tmp_path / "both", progress=False)
+    assert is_near(fv.load_model(both.folder), model)
+    for each in (adapter, second):
+        with pytest.raises(fv.CheckpointError, match="already"):
+            fv.load_model(both.folder, adapter=each)
+
+
 def test_half_a_model_is_no_adapter(adapter, base, tmp_path):
     with pytest.raises(fv.CheckpointError, match="is no adapter"):
         fv.load_model(base, adapter=base)
-    with pytest.raises(fv.CheckpointError, match="is an adapter itself"):
+    with pytest.raises(fv.CheckpointError, match="names itself"):
         fv.load_model(adapter, adapter=adapter)
     with pytest.raises(FileNotFoundError, match="no-such"):
         fv.load_model(base, adapter="no-such")

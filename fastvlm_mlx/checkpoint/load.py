@@ -67,7 +67,8 @@ def processor_folder(folder: Path) -> Path:
     if (folder / "tokenizer_config.json").is_file() or not adapters.is_adapter(folder):
         return folder
     name, revision = adapters.base_of(folder)
-    return resolve(name, revision=revision)
+    base = resolve(name, revision=revision)
+    return base if base == folder else processor_folder(base)
 
 
 def load_processor(folder: str | Path) -> Processor:

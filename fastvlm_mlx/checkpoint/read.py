@@ -58,9 +58,7 @@ def read_adapted(
         CheckpointError: as `read_checkpoint`; or the adapter is that of another model.
     """
     base, config = folder, None
-    if adapters.is_adapter(folder):
-        if adapter is not None:
-            raise CheckpointError(f"{folder} is an adapter itself; give its base, or only it.")
+    if adapter is None and adapters.is_adapter(folder):
         name, revision = adapters.base_of(folder)
         base, adapter = resolve(name, revision=revision), folder
         config = load_config(folder) if (folder / "config.json").is_file() else None
@@ -69,9 +67,8 @@ def read_adapted(
             f"{adapter} is no adapter: it has neither {adapters.ADAPTER[0]} nor "
             f"{adapters.TRAINED[0]}."
         )
-    own = load_config(base)
+    own, weights, layout = _read_base(base, adapter)
     config = own if config is None else replace(config, quantization=own.quantization)
-    weights, layout = read_layout(base)
     config = trust_tensors(config, weights)
     if change is not None:
         check_tensors(weights, trust_tensors(own, weights), layout, base)
@@ -84,6 +81,15 @@ def read_adapted(
         weights, beside = apply(weights, read, config)
     check_tensors(weights, config, layout, folder)
     return config, weights, beside
+
+
+def _read_base(base: Path, adapter: Path | None) -> tuple[FastVLMConfig, Weights, ModuleType]:
+    """A base as `read_layout` reads it, with its configuration; it may be an adapter of its own."""
+    if not adapters.is_adapter(base):
+        return load_config(base), *read_layout(base)
+    if adapter is not None and base.resolve() == adapter.resolve():
+        raise CheckpointError(f"{base} is an adapter and names itself as its base.")
+    return *read_checkpoint(base), mlx_vlm
 
 
 def read_layout(folder: Path) -> tuple[Weights, ModuleType]:
@@ -138,6 +144,11 @@ def _read_as_stored(folder: Path) -> tuple[Weights, ModuleType]:
     if layout is apple_export:
         weights |= apple_export.read_encoder(folder, load_config(folder).vision)
     return weights, layout
+
+
+def is_of_transformers(folder: Path) -> bool:
+    """Whether a folder has the layout of transformers, whose modules have other names."""
+    return not adapters.is_adapter(folder) and transformers.matches(set(read_tensors(folder)))
 
 
 def _name_in_files(name: str, weights: Weights, layout: ModuleType) -> str:

@@ -14,11 +14,10 @@ from mlx.utils import tree_flatten, tree_unflatten
 from ..checkpoint import encoder_layers, fold, write_adapter
 from ..checkpoint.adapt import apply, check_base, read_adapter
 from ..checkpoint.files import Weights
-from ..checkpoint.layouts import transformers
 from ..checkpoint.layouts.adapters import FOLDED, PLAIN, Adapter, LowRank
 from ..checkpoint.layouts.mlx_vlm import ENCODER, VISION_TOWER, is_folded
 from ..checkpoint.names import memory_name, stored_name
-from ..checkpoint.read import read_checkpoint, read_layout
+from ..checkpoint.read import is_of_transformers, read_checkpoint
 from ..hub.resolve import BUNDLED, NANO, resolve
 from ..model.fastvlm import FastVLM
 
@@ -55,7 +54,7 @@ def write(
     adapter = adapter_of(model, weights)
     apply(weights, adapter, config)  # raises if anything does not fit
     if layout is None:
-        layout = "transformers" if read_layout(folder)[1] is transformers else "llava"
+        layout = "transformers" if is_of_transformers(folder) else "llava"
     target, name = Path(target).expanduser(), name_of(base, folder)
     return write_adapter.write_adapter(
         adapter, target, name, weights, config, layout=layout, overwrite=overwrite
@@ -194,7 +193,8 @@ def _replace(model: FastVLM, whole: Weights) -> None:
         path, _ = memory_name(layer, config, modules) if layer else ("", 0)
         found[f"{path}{dot}{key}"] = whole[name]
         if key == "weight" and "scales" in modules[path]:
-            plain = nn.Linear(*reversed(whole[name].shape), bias="bias" in modules[path])
+            outputs, inputs = whole[name].shape
+            plain = nn.Linear(inputs, outputs, bias="bias" in modules[path])
             model.update_modules(tree_unflatten([(path, plain)]))
     if encoder:
         folded = fold.fold_encoder(lambda name: encoder[ENCODER + name], config.vision)
