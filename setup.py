@@ -51,6 +51,9 @@ setup(
         "datasets": ["datasets<5"],
         # Draws the plots of `python -m benchmarks report`.
         "benchmark": ["matplotlib"],
+        # `fastvlm train --report-to wandb` or `tensorboard`.
+        "wandb": ["wandb"],
+        "tensorboard": ["tensorboardX"],
         "test": ["pytest", "pytest-xdist", "hypothesis", "jsonschema"],
         # The server is tested with its interfaces' own clients, and its page in the system's
         # Chromium or Chrome.

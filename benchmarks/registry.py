@@ -14,6 +14,7 @@ from . import (
     caption,
     compare,
     constrained,
+    encoder_training,
     growth,
     image_size,
     launches,
@@ -24,6 +25,7 @@ from . import (
     second_question,
     serve,
     speculate,
+    train,
 )
 from .worker import DTYPES, EAGER, PEER
 
@@ -45,6 +47,8 @@ MEASUREMENTS: dict[str, ModuleType] = {
         speculate,
         constrained,
         serve,
+        encoder_training,
+        train,
     )
 }
 

@@ -21,6 +21,8 @@ from .caption import CaptionJob, caption_images
 from .checkpoint.load import load, load_model
 from .config import CheckpointError, FastVLMConfig
 from .convert import convert
+from .finetune import finetune
+from .fuse import fuse
 from .generation.batch import batch_generate
 from .generation.chat import Chat
 from .generation.generate import generate, stream_generate
@@ -46,6 +48,8 @@ __all__ = [
     "batch_generate",
     "caption_images",
     "convert",
+    "finetune",
+    "fuse",
     "generate",
     "load",
     "load_image",

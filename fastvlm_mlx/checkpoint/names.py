@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
@@ -42,8 +42,14 @@ def quantized_linears(
                 raise CheckpointError(f"config.json, {linear}: {error}") from None
 
 
-def fuse(weights: Weights, config: FastVLMConfig) -> Weights:
-    """A checkpoint in the mlx-vlm layout → the parameters of `FastVLM`; empties `weights`."""
+def fuse(weights: Weights, config: FastVLMConfig, *, apart: bool = False) -> Weights:
+    """A checkpoint in the mlx-vlm layout → the parameters of `FastVLM`; empties `weights`.
+
+    Args:
+        weights: the checkpoint.
+        config: of the model.
+        apart: leave the decoder's projections apart, as after `FastVLM.unfuse`.
+    """
     parameters: Weights = {}
     if not is_folded(weights):
         encoder = fold.fold_encoder(lambda name: weights.pop(ENCODER + name), config.vision)
@@ -54,7 +60,7 @@ def fuse(weights: Weights, config: FastVLMConfig) -> Weights:
         for key in _keys_of(weights, source):
             parameters[f"{LAYERS}{i}.{key}"] = weights.pop(f"{source}.{key}")
     unfused = unfused_layers(weights, config)
-    for i in range(config.text.num_hidden_layers):
+    for i in range(0 if apart else config.text.num_hidden_layers):
         for whole in FUSED:
             layer = f"layers.{i}.{whole}"
             parameters |= _fuse_layer(weights, i, whole, is_fused=layer not in unfused)
@@ -81,7 +87,8 @@ def _fuse_layer(weights: Weights, i: int, whole: str, *, is_fused: bool) -> Weig
 
 def unfuse(model: FastVLM, *, folded: bool = False) -> Weights:
     """The inverse of `fuse`, with neutral BatchNorms, layer scales and head, and with zeros for the
-    biases that `vision_tower.fold_biases` left to other layers.
+    biases that `vision_tower.fold_biases` left to other layers. Parallel branches of an encoder in
+    training form become one convolution each.
 
     Args:
         model: the model.
@@ -89,13 +96,9 @@ def unfuse(model: FastVLM, *, folded: bool = False) -> Weights:
     """
     config = model.config
     parameters: Weights = dict(tree_flatten(model.parameters()))
-    for name, value in list(parameters.items()):
-        if name.endswith(".convffn.conv.weight"):
-            zeros = mx.zeros(len(value), value.dtype)
-            parameters.setdefault(name.replace(".weight", ".bias"), zeros)
     weights: Weights = {}
     if not folded:
-        encoder = fold.unfold_encoder(lambda name: parameters[VISION_TOWER + name], config.vision)
+        encoder = _unfold(parameters, config)
         weights = {ENCODER + name: value for name, value in encoder.items()}
         weights[HEAD] = mx.zeros((config.vision.hidden_size, config.vision.projection_dim))
     for name, value in parameters.items():
@@ -107,6 +110,22 @@ def unfuse(model: FastVLM, *, folded: bool = False) -> Weights:
         elif folded or not name.startswith(VISION_TOWER):
             weights[name] = value
     return weights
+
+
+def _unfold(parameters: Weights, config: FastVLMConfig) -> Weights:
+    """The encoder's parameters → the inference form, without the prefix of its names."""
+    encoder = {
+        name.removeprefix(VISION_TOWER): value
+        for name, value in parameters.items()
+        if name.startswith(VISION_TOWER)
+    }
+    if fold.is_training_form(encoder):
+        return fold.reparameterize(encoder)
+    for name, value in list(encoder.items()):
+        if name.endswith(".convffn.conv.weight"):
+            zeros = mx.zeros(len(value), value.dtype)
+            encoder.setdefault(name.replace(".weight", ".bias"), zeros)
+    return fold.unfold_encoder(encoder.__getitem__, config.vision)
 
 
 def _split_fused(name: str, value: mx.array, config: FastVLMConfig) -> Weights:
@@ -157,6 +176,31 @@ def stored_name(path: str, config: FastVLMConfig) -> str:
         if found:
             return before + parts[int(side.removeprefix(".layers.") or 0)]
     return path
+
+
+def memory_name(layer: str, config: FastVLMConfig, modules: Container[str]) -> tuple[str, int]:
+    """(path, first row) in memory of a layer of a checkpoint, which may be part of a fused one.
+
+    Args:
+        layer: in the mlx-vlm layout; of the encoder, folded.
+        config: the model's.
+        modules: the paths that the model has.
+    """
+    if layer.startswith(VISION_TOWER):
+        return layer, 0
+    for i in range(config.projector_depth):
+        if layer == _projector_name(config, i):
+            return f"{LAYERS}{i}", 0
+    path = layer.replace(DECODER, "language_model.", 1)
+    for whole, parts in FUSED.items():
+        for n, part in enumerate(parts):
+            before = path.removesuffix(part)
+            if before == path or path in modules:
+                continue
+            apart = f"{before}{whole}.layers.{n}"
+            first = sum(fused_rows(config)[whole][:n])
+            return (apart, 0) if apart in modules else (before + whole, first)
+    return path, 0
 
 
 def _projector_name(config: FastVLMConfig, layer: int) -> str:

@@ -23,7 +23,7 @@ from ..video.folder import FolderSource
 from ..video.open import open_source
 from ..video.screen import ScreenSource
 from ..video.source import Source
-from .arguments import Bits, Dtype, Model, Revision, option_flags
+from .arguments import Adapter, Bits, Dtype, Model, Revision, option_flags
 from .live import LiveLines, PlainLines
 from .printing import print_nano_note
 
@@ -137,6 +137,7 @@ def watch(
     thumbnails: Thumbnails = False,
     srt: Srt = None,
     model: Model = None,
+    adapter: Adapter = None,
     revision: Revision = None,
     dtype: Dtype = None,
     quantize: Bits = None,
@@ -166,7 +167,7 @@ def watch(
         answers = watch_source(
             chosen,
             prompt,
-            model=partial(_load, model, revision, dtype, quantize),
+            model=partial(_load, model, adapter, revision, dtype, quantize),
             every=interval,
             fps=fps,
             on_change=on_change,
@@ -181,10 +182,16 @@ def watch(
         _hand_on(answers, display, takers)
 
 
-def _load(model: str | None, revision: str | None, dtype: str | None, bits: int | None) -> Any:
+def _load(
+    model: str | None,
+    adapter: str | None,
+    revision: str | None,
+    dtype: str | None,
+    bits: int | None,
+) -> Any:
     from ..checkpoint.load import load
 
-    loaded = load(model, revision=revision, dtype=dtype, quantize=bits)
+    loaded = load(model, revision=revision, dtype=dtype, quantize=bits, adapter=adapter)
     if model is None:
         print_nano_note()
     return loaded

@@ -12,9 +12,20 @@ from .attention import (
     spread_mask,
     takes_quantized_caches,
 )
-from .conv import DepthwiseConv, concatenated_gelu, in_row_bands, interleaved
-from .device import assume, clear_large_cache, fast_dtype, on_cpu, on_metal, wired, wired_memory
+from .conv import DepthwiseConv, concatenated_gelu, depthwise, in_row_bands, interleaved
+from .cpu_training import keep_freed_memory
+from .device import (
+    assume,
+    clear_large_cache,
+    differentiates_by_layer,
+    fast_dtype,
+    on_cpu,
+    on_metal,
+    wired,
+    wired_memory,
+)
 from .linear import (
+    AdaptedLinear,
     QuantizedEmbedding,
     QuantizedLinear,
     UnfusedLinear,
@@ -26,11 +37,13 @@ from .linear import (
     quantize,
     split_linear,
 )
-from .norm import RMSNorm, mean_over_positions
+from .norm import BatchNorm, RMSNorm, mean_over_positions
 from .process import check_process, note_computation
 from .rope import RoPE
 
 __all__ = [
+    "AdaptedLinear",
+    "BatchNorm",
     "DepthwiseConv",
     "QuantizedEmbedding",
     "QuantizedLinear",
@@ -46,12 +59,15 @@ __all__ = [
     "check_process",
     "clear_large_cache",
     "concatenated_gelu",
+    "depthwise",
+    "differentiates_by_layer",
     "fast_dtype",
     "gains_from_fusing",
     "gated_gelu",
     "gelu",
     "in_row_bands",
     "interleaved",
+    "keep_freed_memory",
     "linear",
     "mean_over_positions",
     "most_queries",

@@ -8,7 +8,7 @@ from functools import partial
 import mlx.core as mx
 import mlx.nn as nn
 
-from . import cpu
+from . import cpu, cpu_training
 from .activations import gelu, gelu_in_float32
 from .device import on_cpu
 
@@ -35,7 +35,7 @@ class DepthwiseConv(nn.Module):
             then: what follows position by position, a function of the convolution's output and
                 its input (of the same size, so for stride 1 only).
         """
-        if on_cpu():
+        if on_cpu() and not self.training:
             bias = self.bias if "bias" in self else mx.zeros(len(self.weight), self.weight.dtype)
             return cpu.depthwise_conv(x, self.weight, bias, self.stride, then)
         y = self.without_bias(x)
@@ -44,10 +44,14 @@ class DepthwiseConv(nn.Module):
 
     def gelu(self, x: mx.array) -> mx.array:
         """The GELU of what a call gives."""
-        return gelu(self(x)) if on_cpu() else gelu(self.without_bias(x), self.bias)
+        if on_cpu():
+            return gelu(self(x), training=self.training)
+        return gelu(self.without_bias(x), self.bias)
 
     def without_bias(self, x: mx.array) -> mx.array:
         """What a call gives, less the bias."""
+        if self.training:
+            return _depthwise(x, self.weight, self.stride)
         channels, kernel = self.weight.shape[:2]
         return mx.conv2d(x, self.weight, self.stride, kernel // 2, groups=channels)
 
@@ -57,10 +61,38 @@ class DepthwiseConv(nn.Module):
         return bias
 
 
+def depthwise(x: mx.array, weight: mx.array, stride: int) -> mx.array:
+    """Convolve each channel with kernels of its own, zero-padded by half the kernel, to train them.
+
+    Args:
+        x: [B, H, W, C].
+        weight: [ways C, k, k, 1]; the outputs of one channel are neighbours.
+        stride: of rows and columns.
+
+    Returns:
+        [B, ceil(H/stride), ceil(W/stride), ways C].
+    """
+    channels, kernel = x.shape[-1], weight.shape[1]
+    ways = len(weight) // channels
+    if kernel == stride == 1:
+        return (mx.expand_dims(x, -1) * weight.reshape(channels, ways)).flatten(-2)
+    # One output per channel at a time, which Metal's depthwise kernel needs.
+    outputs = [_depthwise(x, weight[i::ways], stride) for i in range(ways)]
+    return outputs[0] if ways == 1 else mx.stack(outputs, axis=-1).flatten(-2)
+
+
+def _depthwise(x: mx.array, weight: mx.array, stride: int) -> mx.array:
+    if on_cpu():
+        return cpu_training.depthwise_conv(x, weight, stride)
+    channels, kernel = weight.shape[:2]
+    return mx.conv2d(x, weight, stride, kernel // 2, groups=channels)
+
+
 def concatenated_gelu(convs: Sequence[DepthwiseConv], x: mx.array) -> mx.array:
     """The GELU of several convolutions of x, one after the other: [B, H, W, convs * C]."""
     if on_cpu():
-        return gelu(mx.concatenate([conv(x) for conv in convs], axis=-1))
+        outputs = mx.concatenate([conv(x) for conv in convs], axis=-1)
+        return gelu(outputs, training=convs[0].training)
     return _join(convs, x, -2, _join_gelu)
 
 
