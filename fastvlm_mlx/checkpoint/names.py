@@ -96,6 +96,10 @@ def unfuse(model: FastVLM, *, folded: bool = False) -> Weights:
     """
     config = model.config
     parameters: Weights = dict(tree_flatten(model.parameters()))
+    for name, value in list(parameters.items()):
+        if name.endswith(".convffn.conv.weight"):
+            zeros = mx.zeros(len(value), value.dtype)
+            parameters.setdefault(name.replace(".weight", ".bias"), zeros)
     weights: Weights = {}
     if not folded:
         encoder = _unfold(parameters, config)
@@ -121,10 +125,6 @@ def _unfold(parameters: Weights, config: FastVLMConfig) -> Weights:
     }
     if fold.is_training_form(encoder):
         return fold.reparameterize(encoder)
-    for name, value in list(encoder.items()):
-        if name.endswith(".convffn.conv.weight"):
-            zeros = mx.zeros(len(value), value.dtype)
-            encoder.setdefault(name.replace(".weight", ".bias"), zeros)
     return fold.unfold_encoder(encoder.__getitem__, config.vision)
 
 
