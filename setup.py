@@ -46,6 +46,8 @@ setup(
         "video": ["av", "mss"],
         # Reads and writes tables of captions in Parquet.
         "parquet": ["pyarrow"],
+        # `fastvlm eval`: BLEU, and the Parquet files of published benchmarks.
+        "eval": ["sacrebleu", "pyarrow"],
         # Draws the plots of `python -m benchmarks report`.
         "benchmark": ["matplotlib"],
         "test": ["pytest", "hypothesis", "jsonschema"],
@@ -65,5 +67,9 @@ setup(
             "pre-commit",
         ],
     },
-    entry_points={"console_scripts": ["fastvlm = fastvlm_mlx.cli.main:main"]},
+    entry_points={
+        "console_scripts": ["fastvlm = fastvlm_mlx.cli.main:main"],
+        # lmms-eval finds the model as `fastvlm_mlx`.
+        "lmms_eval.models": ["fastvlm_mlx = fastvlm_mlx.evaluate.plugins:lmms_eval_models"],
+    },
 )

@@ -38,7 +38,7 @@ def write_lines(file, *rows):
 
 
 @pytest.fixture
-def data(tmp_path):
+def questions(tmp_path):
     """Three questions about each of two images."""
     rows = [
         {"image": str(image), "questions": [{"question": q, "answer": "?"} for q in QUESTIONS]}
@@ -113,9 +113,9 @@ class Calls:
         monkeypatch.setattr(fv.FastVLM, "encode_image", counted)
 
 
-def test_answers_are_those_of_generate_and_each_image_is_encoded_once(nano, data, monkeypatch):
+def test_answers_are_those_of_generate_and_each_image_is_encoded_once(nano, questions, monkeypatch):
     calls = Calls(monkeypatch)
-    records = answer_items(*nano, read_items(data), max_tokens=TOKENS)
+    records = answer_items(*nano, read_items(questions), max_tokens=TOKENS)
     assert calls.squares == len(IMAGES)
     expected = [
         fv.generate(*nano, question, image=image, max_tokens=TOKENS)
@@ -205,19 +205,19 @@ def test_a_log_is_written_by_one_run_at_a_time(tmp_path):
     Log(tmp_path / "log.jsonl", {}).close()
 
 
-def test_only_what_changed_is_asked_again(nano, data, tmp_path, monkeypatch):
+def test_only_what_changed_is_asked_again(nano, questions, tmp_path, monkeypatch):
     log = tmp_path / "log.jsonl"
-    first = answer_items(*nano, read_items(data), log, max_tokens=2)
+    first = answer_items(*nano, read_items(questions), log, max_tokens=2)
     calls = Calls(monkeypatch)
-    assert answer_items(*nano, read_items(data), log, max_tokens=2) == first
+    assert answer_items(*nano, read_items(questions), log, max_tokens=2) == first
     assert calls.squares == 0
-    changed = [*read_items(data)]
+    changed = [*read_items(questions)]
     changed[4] = Item(changed[4].id, changed[4].images, "Another?", ("?",))
     lines = len(log.read_text().splitlines())
     answer_items(*nano, changed, log, max_tokens=2)
     assert calls.squares == 1 and len(log.read_text().splitlines()) == lines + 1
     with pytest.raises(ValueError, match="option max_tokens changed"):
-        answer_items(*nano, read_items(data), log, max_tokens=3)
+        answer_items(*nano, read_items(questions), log, max_tokens=3)
 
 
 def test_other_bytes_at_the_same_path_are_asked_again(nano, tmp_path, monkeypatch):
@@ -253,21 +253,21 @@ answer_items(model, processor, read_items(Path(sys.argv[1])), sys.argv[2], max_b
 """
 
 
-def test_a_killed_run_goes_on_and_repeats_nothing(nano, data, tmp_path):
+def test_a_killed_run_goes_on_and_repeats_nothing(nano, questions, tmp_path):
     log = tmp_path / "log.jsonl"
-    command = [sys.executable, "-c", KILLED, str(data), str(log)]
+    command = [sys.executable, "-c", KILLED, str(questions), str(log)]
     with subprocess.Popen(command, cwd=Path(fv.__file__).parents[1]) as process:
         while process.poll() is None and len(lines_of(log)) < 3:
             time.sleep(0.005)
         os.kill(process.pid, signal.SIGKILL)
     before = lines_of(log)
     assert len(before) >= 3
-    records = answer_items(*nano, read_items(data), log, max_batch=1, max_tokens=4)
+    records = answer_items(*nano, read_items(questions), log, max_batch=1, max_tokens=4)
     after = lines_of(log)
     assert after[: len(before)] == before and len(after) == 1 + len(records)
     ids = [json.loads(line)["id"] for line in after[1:]]
     assert len(set(ids)) == len(ids)
-    unbroken = answer_items(*nano, read_items(data), max_batch=1, max_tokens=4)
+    unbroken = answer_items(*nano, read_items(questions), max_batch=1, max_tokens=4)
     assert [r.answer.text for r in records] == [r.answer.text for r in unbroken]
 
 
@@ -411,8 +411,8 @@ class Tags(HTMLParser):
     def handle_starttag(self, tag, attrs):
         self.tags.append((tag, dict(attrs)))
 
-    def handle_data(self, data):
-        self.texts.append(data)
+    def handle_data(self, questions):
+        self.texts.append(questions)
 
 
 def test_the_page_shows_mistakes_and_runs_nothing(tmp_path):
@@ -458,7 +458,7 @@ def test_captions_are_listed_from_the_worst_on():
 # The command
 
 
-def test_the_command_measures_and_goes_on(run, data, tmp_path):
+def test_the_command_measures_and_goes_on(run, questions, tmp_path):
     command = (
         "eval",
         "--data",
@@ -481,14 +481,14 @@ def test_the_command_measures_and_goes_on(run, data, tmp_path):
     assert listed.out.count("not run") == 13
 
 
-def test_bad_input_ends_the_command_with_a_sentence(run, data, tmp_path):
+def test_bad_input_ends_the_command_with_a_sentence(run, questions, tmp_path):
     for arguments, said in {
         (): "--data",
         ("--preset", "mme"): "no preset 'mme'",
         ("--data", tmp_path / "none.jsonl"): "none.jsonl",
-        ("--data", data, "--metric", "f2"): "no metric 'f2'; there are exact",
-        ("--data", data, "--log", "x", "--compare", "0.5b"): "--log holds the answers of one model",
-        ("--data", data, "--metric", "cider", "--limit", 1): "two or more; there are 1",
+        ("--data", questions, "--metric", "f2"): "no metric 'f2'; there are exact",
+        ("--data", questions, "--log", "x", "--compare", "0.5b"): "--log holds the answers of one model",
+        ("--data", questions, "--metric", "cider", "--limit", 1): "two or more; there are 1",
         ("--preset", "gqa", "--suffix", "x"): "leave out --suffix",
     }.items():
         found = run("eval", *arguments)

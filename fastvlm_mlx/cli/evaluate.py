@@ -30,74 +30,83 @@ EXAMPLE = (
     "docs/evaluate.md says what each metric counts."
 )
 
+Data = Annotated[
+    Path | None,
+    typer.Option(
+        help="A .jsonl of questions; with --preset, a Parquet file or a folder of them instead "
+        "of the Hub's."
+    ),
+]
+PresetName = Annotated[str | None, typer.Option(help="A published benchmark; --list names them.")]
+MetricName = Annotated[
+    str | None,
+    typer.Option(
+        help="exact, caseless, vqa, textvqa, anls, relaxed, mcq, open, yesno, contains, "
+        "formula, cer, bleu or cider. The default is exact, or the preset's."
+    ),
+]
+Compare = Annotated[
+    str | None, typer.Option(help="A second model, named as for --model, to test against.")
+]
+CompareBits = Annotated[
+    int | None,
+    typer.Option(
+        help="Quantize the second model to so many bits; without --compare it is the first."
+    ),
+]
+Suffix = Annotated[
+    str,
+    typer.Option(help='What every question of --data ends with, such as "Answer in a word."'),
+]
+Limit = Annotated[int | None, typer.Option(min=1, help="Ask only the first so many.")]
+Out = Annotated[Path, typer.Option(help="The folder for answers, figures and pages of mistakes.")]
+LogFile = Annotated[
+    Path | None,
+    typer.Option(
+        help="The file of answers that a run goes on from, instead of one in --out that is "
+        "named after the data, the model and its options."
+    ),
+]
+Html = Annotated[bool, typer.Option(help="Write the page of mistakes.")]
+MaxBatch = Annotated[
+    int, typer.Option(help="Answers decoded together; 1 times them as for one person.")
+]
+MaxTokens = Annotated[
+    int | None,
+    typer.Option(
+        help="Maximum number of tokens of an answer. The default is "
+        f"{Options.max_tokens}, or the preset's."
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print everything as one JSON object.")]
+ListPresets = Annotated[
+    bool,
+    typer.Option(
+        "--list", help="List the presets, with published figures and what --out has measured."
+    ),
+]
+
 
 @option_flags("system", "conv_mode", "image_size", "temperature", "top_p", "seed", "stop")
 def evaluate(
     model: Model = None,
-    data: Annotated[
-        Path | None,
-        typer.Option(
-            help="A .jsonl of questions; with --preset, a Parquet file or a folder of them instead "
-            "of the Hub's."
-        ),
-    ] = None,
-    preset: Annotated[
-        str | None, typer.Option(help="A published benchmark; --list names them.")
-    ] = None,
-    metric: Annotated[
-        str | None,
-        typer.Option(
-            help="exact, caseless, vqa, textvqa, anls, relaxed, mcq, open, yesno, contains, "
-            "formula, cer, bleu or cider. The default is exact, or the preset's."
-        ),
-    ] = None,
-    compare: Annotated[
-        str | None, typer.Option(help="A second model, named as for --model, to test against.")
-    ] = None,
-    compare_quantize: Annotated[
-        int | None,
-        typer.Option(
-            help="Quantize the second model to so many bits; without --compare it is the first."
-        ),
-    ] = None,
-    suffix: Annotated[
-        str,
-        typer.Option(help='What every question of --data ends with, such as "Answer in a word."'),
-    ] = "",
-    limit: Annotated[int | None, typer.Option(min=1, help="Ask only the first so many.")] = None,
-    out: Annotated[
-        Path, typer.Option(help="The folder for answers, figures and pages of mistakes.")
-    ] = FOLDER,
-    log: Annotated[
-        Path | None,
-        typer.Option(
-            help="The file of answers that a run goes on from, instead of one in --out that is "
-            "named after the data, the model and its options."
-        ),
-    ] = None,
-    html: Annotated[bool, typer.Option(help="Write the page of mistakes.")] = True,
-    max_batch: Annotated[
-        int, typer.Option(help="Answers decoded together; 1 times them as for one person.")
-    ] = MAX_BATCH,
-    max_tokens: Annotated[
-        int | None,
-        typer.Option(
-            help="Maximum number of tokens of an answer. The default is "
-            f"{Options.max_tokens}, or the preset's."
-        ),
-    ] = None,
+    data: Data = None,
+    preset: PresetName = None,
+    metric: MetricName = None,
+    compare: Compare = None,
+    compare_quantize: CompareBits = None,
+    suffix: Suffix = "",
+    limit: Limit = None,
+    out: Out = FOLDER,
+    log: LogFile = None,
+    html: Html = True,
+    max_batch: MaxBatch = MAX_BATCH,
+    max_tokens: MaxTokens = None,
     revision: Revision = None,
     dtype: Dtype = None,
     quantize: Bits = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print everything as one JSON object.")
-    ] = False,
-    list_presets: Annotated[
-        bool,
-        typer.Option(
-            "--list", help="List the presets, with published figures and what --out has measured."
-        ),
-    ] = False,
+    as_json: AsJson = False,
+    list_presets: ListPresets = False,
     **options: Any,
 ) -> None:
     """Measure how well a model answers questions about images, with 95 % intervals.
@@ -193,7 +202,7 @@ class _Asked:
         from ..evaluate.evaluate import files_of, write_reports
 
         model, processor = load(name, **loading)
-        label = Path(name).name if name else "nano"
+        label = "/".join(Path(name).parts[-2:]) if name else "nano"
         label += f"-{loading['quantize']}bit" if loading["quantize"] else ""
         files = files_of(self.out, self.name, label, model, processor, **self.options)
         log = self.log or files.log
