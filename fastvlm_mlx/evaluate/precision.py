@@ -13,16 +13,22 @@ from ..checkpoint.files import Weights
 from ..checkpoint.load import load_model, load_processor
 from ..checkpoint.quantize import Quantize, quantize_checkpoint
 from ..checkpoint.read import read_checkpoint
-from ..generation.generate import generate, stream_generate
+from ..generation.generate import stream_generate
 from ..generation.inputs import read_inputs
 from ..generation.options import Options
 from ..hub.resolve import NANO, resolve
 from ..model.fastvlm import FastVLM
 from ..processor import Processor
-from .questions import DEFAULT_QUESTION, accuracy, read_questions
+from .items import Items, read_items
+from .metrics import figures_of
+from .questions import DEFAULT_QUESTION
+from .results import score_records
+from .run import answer_items
+from .statistics import Interval
 
 SAMPLES = tuple(sorted((NANO / "images").glob("*.png")))
 ANSWER_TOKENS = 32
+QUESTION_TOKENS = 64
 # Settings that a report compares when none are given.
 COMPARED: dict[str, Quantize] = {
     "8 bits, all": {"bits": 8, "vision": 8},
@@ -53,7 +59,7 @@ class Row:
             the source's standard deviation.
         logit_error: the same for the logits of the first answer token.
         agreement: share of the source's greedy answer tokens that are the same, place by place.
-        accuracy: share of right answers by task, if questions were given.
+        accuracy: by task, if questions were given: the metric's figure with its interval.
     """
 
     name: str
@@ -62,7 +68,7 @@ class Row:
     feature_error: float = 0.0
     logit_error: float = 0.0
     agreement: float = 1.0
-    accuracy: dict[str, float] = field(default_factory=dict)
+    accuracy: dict[str, Interval] = field(default_factory=dict)
 
 
 @dataclass
@@ -81,6 +87,7 @@ def precision_report(
     folders: Mapping[str, Path] | None = None,
     images: Sequence[Any] = SAMPLES,
     questions: Path | None = None,
+    metric: str = "exact",
     revision: str | None = None,
 ) -> Iterator[Row]:
     """Compare a model with itself at other precisions.
@@ -90,8 +97,8 @@ def precision_report(
         compared: settings by name; a wide choice by default.
         folders: more quantized models by name, as `convert` writes them.
         images: on which features, logits and answers are compared.
-        questions: a .jsonl file of {"image", "question", "answer", "task"}; an answer is right if
-            it equals the given one to the letter.
+        questions: a .jsonl file of questions; see `read_items`.
+        metric: by which their answers are scored.
         revision: branch, tag or commit on the Hub.
 
     Yields:
@@ -103,7 +110,7 @@ def precision_report(
     """
     folder = resolve(source, revision=revision)
     processor = load_processor(folder)
-    asked = read_questions(questions) if questions else []
+    asked = read_items(questions) if questions else []
     config, tensors = read_checkpoint(folder)
     if config.quantization:
         raise ValueError(f"{folder} is quantized already; report on its full-precision source.")
@@ -112,9 +119,7 @@ def precision_report(
     model = load_model(folder)
     exact = sample_outputs(model, processor, images)
     name = str(tensors["language_model.model.norm.weight"].dtype).removeprefix("mlx.core.")
-    yield Row(
-        name, size, 8 * size / count, accuracy=accuracy(asked, answers(model, processor, asked))
-    )
+    yield Row(name, size, 8 * size / count, accuracy=accuracy(model, processor, asked, metric))
     del model
 
     def row(name: str, packed: Weights, model: FastVLM) -> Row:
@@ -128,7 +133,7 @@ def precision_report(
             relative_error(found.features, exact.features),
             relative_error(found.logits, exact.logits),
             token_agreement(found.tokens, exact.tokens),
-            accuracy(asked, answers(model, processor, asked)),
+            accuracy(model, processor, asked, metric),
         )
 
     for name, quantize in (COMPARED if compared is None else compared).items():
@@ -172,9 +177,19 @@ def token_agreement(found: Sequence[list[int]], exact: Sequence[list[int]]) -> f
     return same / sum(len(wanted) for wanted in exact)
 
 
-def answers(model: FastVLM, processor: Processor, questions: Sequence[dict[str, str]]) -> list[str]:
-    """The model's greedy answer to each question."""
-    return [
-        generate(model, processor, row["question"], image=row["image"], max_tokens=64)
-        for row in questions
-    ]
+def accuracy(
+    model: FastVLM, processor: Processor, items: Items, metric: str
+) -> dict[str, Interval]:
+    """The figure of a model's greedy answers, by task.
+
+    Raises:
+        ValueError: a question can't be asked; the message names it.
+    """
+    if not len(items):
+        return {}
+    records = answer_items(model, processor, items, max_tokens=QUESTION_TOKENS)
+    result = score_records("questions", "model", metric, records)
+    for id, error in result.failed.items():
+        raise ValueError(f"Question {id} can't be asked: {error}.")
+    main = next(iter(figures_of(metric)))
+    return {row.task: row.figures[main] for row in result.rows[: len(result.tasks)]}
