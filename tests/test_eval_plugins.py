@@ -1,6 +1,9 @@
 """The scorers beside lmms-eval's own, and FastVLM as a model of lmms-eval and VLMEvalKit."""
 
+import ast
 import itertools
+import json
+import os
 import random
 import subprocess
 import sys
@@ -356,8 +359,19 @@ def to_visual(doc):
     return [doc["image"].convert("RGB")]
 
 
+def entry_points():
+    """Those of setup.py, as an installed package has them in a file."""
+    tree = ast.parse((Path(__file__).parents[1] / "setup.py").read_text(encoding="utf-8"))
+    (groups,) = (
+        ast.literal_eval(node.value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.keyword) and node.arg == "entry_points"
+    )
+    return "\n".join("\n".join([f"[{group}]", *lines]) for group, lines in groups.items())
+
+
 @in_lmms
-def test_lmms_eval_finds_the_model_by_its_entry_point():
+def test_lmms_eval_takes_the_model_from_its_manifest():
     from lmms_eval.models.registry_v2 import ModelRegistryV2
 
     from fastvlm_mlx.evaluate import plugins
@@ -366,8 +380,6 @@ def test_lmms_eval_finds_the_model_by_its_entry_point():
     registry = ModelRegistryV2()
     registry.register_manifest(plugins.lmms_eval_models())
     assert registry.get_model_class("fastvlm_mlx") is FastVLMEval
-    setup = (Path(__file__).parents[1] / "setup.py").read_text(encoding="utf-8")
-    assert '"fastvlm_mlx = fastvlm_mlx.evaluate.plugins:lmms_eval_models"' in setup
 
 
 @in_lmms
@@ -443,11 +455,21 @@ def test_lmms_eval_runs_a_local_task(tmp_path, nano):
     (task / "utils.py").write_text(
         "def to_visual(doc):\n    return [doc['image'].convert('RGB')]\n"
     )
+    package = tmp_path / "installed" / "fastvlm_mlx-0.dist-info"
+    package.mkdir(parents=True)
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: fastvlm-mlx\nVersion: 0\n")
+    (package / "entry_points.txt").write_text(entry_points())
+    root = Path(fv.__file__).parents[1]
+    environment = os.environ | {"PYTHONPATH": f"{root}:{package.parent}"}
     command = "-m lmms_eval --model fastvlm_mlx --model_args dtype=float32 --tasks fastvlm_local"
     command += f" --include_path {task} --batch_size 2 --output_path {tmp_path / 'out'}"
-    done = subprocess.run([sys.executable, *command.split()], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, *command.split()], capture_output=True, text=True, env=environment
+    )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "fastvlm_local" in done.stdout and "0.5" in done.stdout
+    (results,) = (tmp_path / "out").rglob("*results.json")
+    found = json.loads(results.read_text())["results"]["fastvlm_local"]
+    assert found["exact_match,none"] == 0.5
 
 
 # As a model of VLMEvalKit

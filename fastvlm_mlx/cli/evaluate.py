@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
     from ..evaluate.items import Items
     from ..evaluate.presets import Preset
     from ..evaluate.results import Result
-    from ..evaluate.statistics import Difference
 
 FOLDER = Path("fastvlm-eval")
 EXAMPLE = (
@@ -119,9 +117,6 @@ def evaluate(
 
     An interrupted run goes on where it was when the same command is given again.
     """
-    from ..evaluate.results import compare as find_differences
-    from ..evaluate.table import difference_lines, result_lines, result_table
-
     if list_presets:
         _list_presets(out)
         return
@@ -132,21 +127,13 @@ def evaluate(
         max_tokens = chosen.max_tokens if chosen else Options.max_tokens
     options |= {"max_tokens": max_tokens, "stop": tuple(options["stop"])}
     asked = _Asked(name, items, metric, chosen, out, log, html, max_batch, options)
-    loading = {"revision": revision, "dtype": dtype}
+    loading: dict[str, Any] = {"revision": revision, "dtype": dtype}
     results = [asked.ask(model, loading | {"quantize": quantize})]
     if compare is not None or compare_quantize is not None:
-        other = loading | {"quantize": compare_quantize}
         if compare is not None:
-            other["revision"] = None
-        results.append(asked.ask(compare or model, other))
-    differences = find_differences(*results) if len(results) == 2 else {}
-    if as_json:
-        _print_json(results, differences)
-    else:
-        for result in results:
-            _print(result_table(result), result_lines(result))
-        if differences:
-            _print(None, difference_lines(*results, differences))
+            loading["revision"] = None
+        results.append(asked.ask(compare or model, loading | {"quantize": compare_quantize}))
+    _report(results, as_json)
     if model is None:
         print_nano_note()
     if any(result.failed for result in results):
@@ -229,6 +216,24 @@ class _Asked:
         return result
 
 
+def _report(results: list[Result], as_json: bool) -> None:
+    """Print what was measured, and how the second model differs from the first."""
+    from ..evaluate.results import as_json as in_json
+    from ..evaluate.results import compare
+    from ..evaluate.table import difference_lines, result_lines, result_table
+
+    differences = compare(results[0], results[1]) if len(results) > 1 else {}
+    if as_json:
+        found = [in_json(result) for result in results]
+        said = {name: asdict(difference) for name, difference in differences.items()}
+        both = {"models": found, "difference": said}
+        typer.echo(json.dumps(both if len(results) > 1 else found[0]))
+        return
+    for result in results:
+        _print(result_table(result), result_lines(result))
+    _print(None, difference_lines(results[0], results[-1], differences))
+
+
 def _print(table: Any, lines: list[str]) -> None:
     from rich.console import Console
 
@@ -236,14 +241,6 @@ def _print(table: Any, lines: list[str]) -> None:
         Console(width=None if sys.stdout.isatty() else 160).print(table)
     for line in lines:
         typer.echo(line)
-
-
-def _print_json(results: list[Result], differences: Mapping[str, Difference]) -> None:
-    from ..evaluate.results import as_json
-
-    found = [as_json(result) for result in results]
-    said = {name: asdict(difference) for name, difference in differences.items()}
-    typer.echo(json.dumps(found[0] if len(found) == 1 else {"models": found, "difference": said}))
 
 
 def _list_presets(out: Path) -> None:

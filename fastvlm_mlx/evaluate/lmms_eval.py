@@ -52,7 +52,7 @@ class FastVLMEval(lmms):  # type: ignore[misc]
         bits = None if quantize is None else int(quantize)
         self.model, self.processor = load(pretrained, revision=revision, dtype=dtype, quantize=bits)
         self.max_batch = int(batch_size) if str(batch_size).isdigit() else 1
-        self.reading = {} if image_size is None else {"image_size": int(image_size)}
+        self.reading: dict[str, Any] = {} if image_size is None else {"image_size": int(image_size)}
 
     def generate_until(self, requests: Iterable[Any]) -> list[str]:
         """The answer to each request, those with the same options together."""
