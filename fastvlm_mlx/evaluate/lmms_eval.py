@@ -23,7 +23,7 @@ from ..generation.options import Options
 OPTIONS = {"max_new_tokens": "max_tokens", "temperature": "temperature", "top_p": "top_p"}
 
 
-class FastVLMEval(lmms):  # type: ignore[misc]
+class FastVLMEval(lmms):
     """A model for lmms-eval's tasks about images; its arguments come as texts.
 
     Args:

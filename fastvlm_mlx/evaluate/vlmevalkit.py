@@ -24,7 +24,7 @@ MODELS: dict[str, str | None] = {
 }
 
 
-class FastVLMKit(BaseModel):  # type: ignore[misc]
+class FastVLMKit(BaseModel):
     """A model for VLMEvalKit, greedy by default.
 
     Args:
