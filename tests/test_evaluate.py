@@ -485,6 +485,16 @@ def test_the_command_measures_and_goes_on(run, questions, tmp_path):
     assert listed.out.count("not run") == 13
 
 
+def test_the_command_compares_two_precisions(run, questions, tmp_path, full_nano):
+    command = ("eval", "--model", full_nano, "--data", questions, "--out", tmp_path / "o")
+    command += ("--max-tokens", 6, "--compare-quantize", 2)
+    found = run(*command)
+    assert found.code == 0 and len(list((tmp_path / "o").glob("*.jsonl"))) == 2
+    assert re.search(r"full-2bit − .*full = [+-]\d.*p = .*paired permutation over 2 im", found.out)
+    both = json.loads(run(*command, "--json").out)
+    assert len(both["models"]) == 2 and both["difference"]["exact"]["images"] == 2
+
+
 def test_bad_input_ends_the_command_with_a_sentence(run, questions, tmp_path):
     for arguments, said in {
         (): "--data",
@@ -501,6 +511,8 @@ def test_bad_input_ends_the_command_with_a_sentence(run, questions, tmp_path):
         ): "--log holds the answers of one model",
         ("--data", questions, "--metric", "cider", "--limit", 1): "two or more; there are 1",
         ("--preset", "gqa", "--suffix", "x"): "leave out --suffix",
+        ("--data", questions, "--compare-quantize", 4): "bundled model is quantized already",
+        ("--data", questions, "--compare-adapter", "./none", "--log", "x"): "of one model",
     }.items():
         found = run("eval", *arguments)
         assert found.code == 2 and said in found.err and "Traceback" not in found.err

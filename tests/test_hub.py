@@ -23,6 +23,15 @@ def test_nothing_is_the_bundled_model() -> None:
     assert (NANO / "config.json").is_file()
 
 
+def test_it_has_a_name_unless_a_folder_is_called_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert resolve("nano") == NANO
+    (tmp_path / "nano").mkdir()
+    assert resolve("nano") == Path("nano")
+
+
 def test_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "user" / "name"
     folder.mkdir(parents=True)

@@ -23,6 +23,7 @@ ORDER = (
     "generation",
     "bench evaluate train serve live caption",
     "convert",
+    "fuse",
     "__init__",
     "cli __main__",
 )

@@ -1,31 +1,12 @@
 import json
 import shutil
 
-import mlx.core as mx
 import pytest
 
-from fastvlm_mlx.checkpoint.names import quantized_linears
-from fastvlm_mlx.checkpoint.read import read_checkpoint
 from fastvlm_mlx.cli.convert import quantize_flags
 from fastvlm_mlx.evaluate.precision import SAMPLES, precision_report, token_agreement
 from fastvlm_mlx.evaluate.questions import read_questions
 from fastvlm_mlx.hub.resolve import NANO
-
-
-@pytest.fixture(scope="module")
-def full(tmp_path_factory):
-    """The bundled model at float16, as a folder."""
-    folder = tmp_path_factory.mktemp("full")
-    config, tensors = read_checkpoint(NANO)
-    for layer, settings in list(quantized_linears(tensors, config)):
-        packed = [tensors.pop(f"{layer}.{name}") for name in ("weight", "scales", "biases")]
-        tensors[f"{layer}.weight"] = mx.dequantize(*packed, **settings)
-    mx.save_safetensors(str(folder / "model.safetensors"), tensors)
-    plain = {k: v for k, v in config.source.items() if not k.startswith("quantization")}
-    (folder / "config.json").write_text(json.dumps(plain))
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(NANO / name, folder)
-    return folder
 
 
 @pytest.fixture
@@ -38,10 +19,10 @@ def questions(tmp_path):
     return tmp_path / "questions.jsonl"
 
 
-def test_fewer_bits_are_smaller_and_less_exact(full, questions):
+def test_fewer_bits_are_smaller_and_less_exact(full_nano, questions):
     compared = {"8": 8, "3": {"bits": 3, "vision": 4}}
     images = SAMPLES[-2:]
-    source, eight, three = precision_report(full, compared, images=images, questions=questions)
+    source, eight, three = precision_report(full_nano, compared, images=images, questions=questions)
     assert source.name == "float16" and source.bits_per_weight == 16
     assert (source.feature_error, source.logit_error, source.agreement) == (0, 0, 1)
     assert source.size > eight.size > three.size

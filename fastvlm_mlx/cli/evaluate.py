@@ -12,7 +12,7 @@ import typer
 
 from ..generation.options import Options
 from ..generation.scheduler import MAX_BATCH
-from .arguments import Bits, Dtype, Model, Revision, option_flags
+from .arguments import Adapter, Bits, Dtype, Model, Revision, option_flags
 from .printing import print_nano_note
 
 if TYPE_CHECKING:
@@ -52,6 +52,13 @@ CompareBits = Annotated[
         help="Quantize the second model to so many bits; without --compare it is the first."
     ),
 ]
+CompareAdapter = Annotated[
+    str | None,
+    typer.Option(
+        help="An adapter on the second model, as for --adapter; without --compare that is the "
+        "first without its own."
+    ),
+]
 Suffix = Annotated[
     str,
     typer.Option(help='What every question of --data ends with, such as "Answer in a word."'),
@@ -88,11 +95,13 @@ ListPresets = Annotated[
 @option_flags("system", "conv_mode", "image_size", "temperature", "top_p", "seed", "stop")
 def evaluate(
     model: Model = None,
+    adapter: Adapter = None,
     data: Data = None,
     preset: PresetName = None,
     metric: MetricName = None,
     compare: Compare = None,
     compare_quantize: CompareBits = None,
+    compare_adapter: CompareAdapter = None,
     suffix: Suffix = "",
     limit: Limit = None,
     out: Out = FOLDER,
@@ -113,7 +122,7 @@ def evaluate(
 
     fastvlm eval --model 0.5b --preset chartqa --limit 200
 
-    fastvlm eval --model 0.5b --data questions.jsonl --compare-quantize 4
+    fastvlm eval --model 0.5b --data questions.jsonl --compare-adapter run/adapter
 
     An interrupted run goes on where it was when the same command is given again.
     """
@@ -122,17 +131,21 @@ def evaluate(
         return
     chosen, name, items = _questions(data, preset, suffix, limit)
     metric = metric or (chosen.metric if chosen else "exact")
-    _check(metric, items, compare is not None or compare_quantize is not None, log)
+    second = {"quantize": compare_quantize, "adapter": compare_adapter}
+    two = compare is not None or any(value is not None for value in second.values())
+    _check(metric, items, two, log)
+    if compare_quantize is not None:
+        _check_full_precision(compare or model)
     if max_tokens is None:
         max_tokens = chosen.max_tokens if chosen else Options.max_tokens
     options |= {"max_tokens": max_tokens, "stop": tuple(options["stop"])}
     asked = _Asked(name, items, metric, chosen, out, log, html, max_batch, options)
     loading: dict[str, Any] = {"revision": revision, "dtype": dtype}
-    results = [asked.ask(model, loading | {"quantize": quantize})]
-    if compare is not None or compare_quantize is not None:
+    results = [asked.ask(model, loading | {"quantize": quantize, "adapter": adapter})]
+    if two:
         if compare is not None:
             loading["revision"] = None
-        results.append(asked.ask(compare or model, loading | {"quantize": compare_quantize}))
+        results.append(asked.ask(compare or model, loading | second))
     _report(results, as_json)
     if model is None:
         print_nano_note()
@@ -168,6 +181,19 @@ def _check(metric: str, items: Items, two: bool, log: Path | None) -> None:
         raise ValueError("--log holds the answers of one model; leave it out to compare two.")
 
 
+def _check_full_precision(name: str | None) -> None:
+    """Refuse to quantize a second model before the first one has answered everything."""
+    from ..config import load_config
+    from ..hub.resolve import resolve
+
+    folder = resolve(name)
+    if (folder / "config.json").is_file() and load_config(folder).quantization:
+        raise ValueError(
+            f"{name or 'The bundled model'} is quantized already; --compare-quantize takes a "
+            "full-precision model."
+        )
+
+
 @dataclass
 class _Asked:
     """An evaluation without its model."""
@@ -191,6 +217,7 @@ class _Asked:
         model, processor = load(name, **loading)
         label = "/".join(Path(name).parts[-2:]) if name else "nano"
         label += f"-{loading['quantize']}bit" if loading["quantize"] else ""
+        label += f"+{Path(loading['adapter']).name}" if loading["adapter"] else ""
         files = files_of(self.out, self.name, label, model, processor, **self.options)
         log = self.log or files.log
         try:

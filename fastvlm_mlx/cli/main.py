@@ -18,6 +18,7 @@ from .doctor import doctor
 from .download import download
 from .evaluate import EXAMPLE as QUESTIONS
 from .evaluate import evaluate
+from .fuse import fuse
 from .generate import generate
 from .images import repeat_image_flag
 from .interrupts import interrupts_noted
@@ -35,7 +36,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (generate, chat, watch, caption, models, download, convert, upload, doctor):
+for command in (generate, chat, watch, caption, models, download, convert, fuse, upload, doctor):
     app.command()(command)
 app.command(epilog=FLOORS)(bench)
 app.command(epilog=EXAMPLE)(serve)

@@ -31,12 +31,15 @@ class Projector(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         """[..., mm_hidden_size] → [..., hidden_size]."""
         for i, layer in enumerate(self.layers):
-            x = layer(gelu(x) if i else x)
+            x = layer(gelu(x, training=self.training) if i else x)
         return x
 
 
 class FastVLM(nn.Module):
-    """A vision language model (FastVLM paper); `checkpoint.load.load_model` fills it."""
+    """A vision language model (FastVLM paper); `checkpoint.load.load_model` fills it.
+
+    It is made for inference; `train()` turns to the forms that gradients pass through.
+    """
 
     def __init__(self, config: FastVLMConfig):
         super().__init__()
@@ -46,6 +49,7 @@ class FastVLM(nn.Module):
         self.language_model = Qwen2(config.text)
         if config.mm_patch_merge_type == "spatial_unpad":
             self.image_newline = mx.zeros((config.text.hidden_size,))
+        self.eval()
 
     @property
     def layers(self) -> list[Block]:
@@ -211,6 +215,31 @@ class FastVLM(nn.Module):
         rows = mx.concatenate(list(visual_tokens)).astype(embeddings.dtype)
         index = mx.cumsum(places.flatten().astype(mx.int32)).reshape(places.shape) - 1
         return mx.where(places[..., None], rows[mx.maximum(index, 0)], embeddings)
+
+    def embed_at(self, input_ids: mx.array, visual_tokens: mx.array, places: mx.array) -> mx.array:
+        """Embed tokens and put visual tokens in places known beforehand.
+
+        Nothing is read on the host, so that it can be a part of a compiled training step.
+
+        Args:
+            input_ids: [B, T] token ids; at a visual token's place any id of the vocabulary.
+            visual_tokens: [V, hidden_size], those of all images.
+            places: int32 [V], the place b T + t of each of them, none twice.
+
+        Returns:
+            [B, T, hidden_size].
+        """
+        embeddings = self.language_model.embed(input_ids)
+        flat = embeddings.flatten(0, 1)
+        flat[places] = visual_tokens.astype(flat.dtype)
+        return flat.reshape(embeddings.shape)
+
+    def unfuse(self) -> None:
+        """Have each projection of the decoder apart, under the names of the published code, as
+        training needs them; `checkpoint.names.unfuse` names the weights of either form alike."""
+        for block in self.layers:
+            block.self_attn.unfuse()
+            block.mlp.unfuse()
 
 
 def _merge_grid(tiles: mx.array, image_size: tuple[int, int], config: FastVLMConfig) -> mx.array:
