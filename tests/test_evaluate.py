@@ -266,13 +266,12 @@ def test_a_killed_run_goes_on_and_repeats_nothing(nano, tmp_path):
         os.kill(process.pid, signal.SIGKILL)
     before = lines_of(log)
     assert process.returncode == -signal.SIGKILL and 3 <= len(before) < 36
-    records = answer_items(*nano, read_items(questions), log, max_batch=1, max_tokens=4)
+    subprocess.run(command, cwd=Path(fv.__file__).parents[1], check=True)
     after = lines_of(log)
-    assert after[: len(before)] == before and len(after) == 1 + len(records)
-    ids = [json.loads(line)["id"] for line in after[1:]]
-    assert len(set(ids)) == len(ids)
+    assert after[: len(before)] == before
     unbroken = answer_items(*nano, read_items(questions), max_batch=1, max_tokens=4)
-    assert [r.answer.text for r in records] == [r.answer.text for r in unbroken]
+    texts = [(row["id"], row["text"]) for row in map(json.loads, after[1:])]
+    assert sorted(texts) == sorted((r.id, r.answer.text) for r in unbroken)  # each once
 
 
 def lines_of(log):
