@@ -1,7 +1,6 @@
 """Fixtures that several test files share."""
 
 import contextlib
-import json
 import locale
 import os
 import shutil
@@ -20,8 +19,6 @@ import pytest
 
 import fastvlm_mlx as fv
 from fastvlm_mlx import ops
-from fastvlm_mlx.checkpoint.names import quantized_linears
-from fastvlm_mlx.checkpoint.read import read_checkpoint
 from fastvlm_mlx.hub import registry
 from fastvlm_mlx.hub.resolve import NANO
 from fastvlm_mlx.image import preprocess, resize
@@ -136,23 +133,6 @@ def small(small_folder: Path) -> fv.FastVLM:
 def nano() -> tuple[fv.FastVLM, fv.Processor]:
     """The bundled model in float32, and its processor."""
     return fv.load(dtype="float32")
-
-
-@pytest.fixture(scope="session")
-def full_nano(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The bundled model at float16, as a folder."""
-    folder = tmp_path_factory.mktemp("nano") / "full"
-    folder.mkdir()
-    config, tensors = read_checkpoint(NANO)
-    for layer, settings in list(quantized_linears(tensors, config)):
-        packed = [tensors.pop(f"{layer}.{name}") for name in ("weight", "scales", "biases")]
-        tensors[f"{layer}.weight"] = mx.dequantize(*packed, **settings)
-    mx.save_safetensors(str(folder / "model.safetensors"), tensors)
-    plain = {k: v for k, v in config.source.items() if not k.startswith("quantization")}
-    (folder / "config.json").write_text(json.dumps(plain))
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(NANO / name, folder)
-    return folder
 
 
 @pytest.fixture

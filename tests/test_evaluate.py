@@ -1,5 +1,6 @@
 """Evaluations from questions to reports: items, answers, log, statistics, table and page."""
 
+import errno
 import itertools
 import json
 import os
@@ -14,6 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from sources import full_nano
+from training import trained
 
 import fastvlm_mlx as fv
 from fastvlm_mlx.evaluate.evaluate import evaluate, files_of, write_reports
@@ -26,6 +29,7 @@ from fastvlm_mlx.evaluate.results import Scored, as_json, compare, measured, sco
 from fastvlm_mlx.evaluate.run import Record, answer_items
 from fastvlm_mlx.evaluate.statistics import difference, interval, percentiles
 from fastvlm_mlx.hub.resolve import NANO
+from fastvlm_mlx.train.adapters import write
 
 IMAGES = sorted((NANO / "images").glob("*.png"))[:2]
 QUESTIONS = ("Describe the image.", "Read the text.", "How many are there?")
@@ -239,6 +243,33 @@ def test_weights_and_options_name_the_files(nano, small, tmp_path):
     assert re.fullmatch(r"a-b-c-m-[0-9a-f]{8}\.jsonl", stem())
     other = files_of(tmp_path, "a b/c", "m", small, nano[1]).log.name
     assert other != stem()
+
+
+def test_an_adapter_names_other_files(tmp_path, nano):
+    folder = write(trained(NANO, decoder="lora"), tmp_path / "adapter", NANO)
+    adapted = fv.load(dtype="float32", adapter=folder)
+    stems = [files_of(tmp_path, "n", "m", *model).log.name for model in (nano, adapted)]
+    assert stems[0] != stems[1]
+
+
+def test_a_full_disk_ends_a_run_that_goes_on_later(nano, questions, tmp_path, monkeypatch):
+    log, sync, left = tmp_path / "log.jsonl", os.fsync, [3]
+
+    def full(file):
+        left[0] -= 1
+        if not left[0]:
+            os.ftruncate(file, os.fstat(file).st_size - 5)  # what the disk has of the last line
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sync(file)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        answer_items(*nano, read_items(questions), log, max_batch=1, max_tokens=2)
+    monkeypatch.setattr(os, "fsync", sync)
+    before = lines_of(log)
+    records = answer_items(*nano, read_items(questions), log, max_batch=1, max_tokens=2)
+    assert lines_of(log)[: len(before)] == before
+    assert len(lines_of(log)) == 1 + len(records)
 
 
 KILLED = """
@@ -484,14 +515,32 @@ def test_the_command_measures_and_goes_on(run, questions, tmp_path):
     assert listed.out.count("not run") == 13
 
 
-def test_the_command_compares_two_precisions(run, questions, tmp_path, full_nano):
-    command = ("eval", "--model", full_nano, "--data", questions, "--out", tmp_path / "o")
+def test_the_command_compares_two_precisions(run, questions, tmp_path):
+    command = (
+        "eval",
+        "--model",
+        full_nano(tmp_path / "full"),
+        "--data",
+        questions,
+        "--out",
+        tmp_path / "o",
+    )
     command += ("--max-tokens", 6, "--compare-quantize", 2)
     found = run(*command)
     assert found.code == 0 and len(list((tmp_path / "o").glob("*.jsonl"))) == 2
     assert re.search(r"full-2bit − .*full = [+-]\d.*p = .*paired permutation over 2 im", found.out)
     both = json.loads(run(*command, "--json").out)
     assert len(both["models"]) == 2 and both["difference"]["exact"]["images"] == 2
+
+
+def test_questions_with_choices_are_counted_as_such(run, tmp_path):
+    asked = {"image": str(IMAGES[0]), "question": "Which?", "answer": "A"}
+    write_lines(tmp_path / "a.jsonl", asked | {"choices": ["five mushrooms", "six dogs"]})
+    write_lines(tmp_path / "b.jsonl", asked)
+    for name, metric in {"a": "mcq", "b": "exact"}.items():
+        file = tmp_path / f"{name}.jsonl"
+        found = run("eval", "--data", file, "--out", tmp_path / "o", "--max-tokens", 2)
+        assert f"{metric} [95 %]" in found.out
 
 
 def test_bad_input_ends_the_command_with_a_sentence(run, questions, tmp_path):

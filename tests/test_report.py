@@ -2,6 +2,7 @@ import json
 import shutil
 
 import pytest
+from sources import full_nano
 
 from fastvlm_mlx.cli.convert import quantize_flags
 from fastvlm_mlx.evaluate.precision import SAMPLES, precision_report, token_agreement
@@ -19,10 +20,11 @@ def questions(tmp_path):
     return tmp_path / "questions.jsonl"
 
 
-def test_fewer_bits_are_smaller_and_less_exact(full_nano, questions):
+def test_fewer_bits_are_smaller_and_less_exact(tmp_path, questions):
+    full = full_nano(tmp_path / "full")
     compared = {"8": 8, "3": {"bits": 3, "vision": 4}}
     images = SAMPLES[-2:]
-    source, eight, three = precision_report(full_nano, compared, images=images, questions=questions)
+    source, eight, three = precision_report(full, compared, images=images, questions=questions)
     assert source.name == "float16" and source.bits_per_weight == 16
     assert (source.feature_error, source.logit_error, source.agreement) == (0, 0, 1)
     assert source.size > eight.size > three.size

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..evaluate.metrics import METRICS
 from ..generation.options import Options
 from ..generation.scheduler import MAX_BATCH
 from .arguments import Adapter, Bits, Dtype, Model, Revision, option_flags
@@ -39,8 +40,8 @@ PresetName = Annotated[str | None, typer.Option(help="A published benchmark; --l
 MetricName = Annotated[
     str | None,
     typer.Option(
-        help="exact, caseless, vqa, textvqa, anls, relaxed, mcq, open, yesno, contains, "
-        "formula, cer, bleu or cider. The default is exact, or the preset's."
+        help=f"{', '.join(METRICS)}. The default is the preset's; otherwise mcq if all questions "
+        "have choices, and exact if not."
     ),
 ]
 Compare = Annotated[
@@ -130,7 +131,7 @@ def evaluate(
         _list_presets(out)
         return
     chosen, name, items = _questions(data, preset, suffix, limit)
-    metric = metric or (chosen.metric if chosen else "exact")
+    metric = metric or (chosen.metric if chosen else _usual_metric(items))
     second = {"quantize": compare_quantize, "adapter": compare_adapter}
     two = compare is not None or any(value is not None for value in second.values())
     _check(metric, items, two, log)
@@ -168,6 +169,10 @@ def _questions(
     if data is None:
         raise ValueError("Name a .jsonl of questions with --data, or a benchmark with --preset.")
     return None, data.stem, first_items(read_items(data, suffix=suffix), limit)
+
+
+def _usual_metric(items: Items) -> str:
+    return "mcq" if all(item.choices for item in items) else "exact"
 
 
 def _check(metric: str, items: Items, two: bool, log: Path | None) -> None:
