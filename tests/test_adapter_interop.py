@@ -95,6 +95,7 @@ def test_what_peft_writes(small_folder: Path, tmp_path: Path, settings: dict[str
     assert len(same_tensors(weights, theirs)) > 100
     # And on, through a model in training and our files
     model = load_for_training(small_folder, dtype="float32")
+    model.freeze()
     apply_adapter(model, adapter, small_folder)
     if "modules_to_save" in settings:
         model.mm_projector.unfreeze()

@@ -165,6 +165,13 @@ def test_targets_are_as_short_as_they_can_be():
     assert shortened({"a.q_proj", "b.q_proj", "a.k_proj"}, modules) == ["a.k_proj", "q_proj"]
 
 
+def test_targets_are_no_containers(base, tmp_path):
+    """`2` would be the last layer of the projector, and a stage of the encoder."""
+    folder = write(trained(base, projector="lora"), tmp_path / "adapter", base)
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    assert settings["target_modules"] == ["model.mm_projector.0", "model.mm_projector.2"]
+
+
 def test_mixed_ranks_and_scales_survive(base, tmp_path):
     """The product of every layer, from the matrices to the files and back."""
     model = trained(base, decoder="lora")

@@ -189,9 +189,8 @@ def inference_weights(model: FastVLM) -> Weights:
 
 
 def _has_quantized_encoder(model: FastVLM) -> bool:
-    return any(
-        name.endswith(".scales") for name, _ in tree_flatten(model.vision_tower.parameters())
-    )
+    parameters = dict(tree_flatten(model.vision_tower.parameters()))
+    return any(name.endswith(".scales") for name in parameters)
 
 
 def _load_model(

@@ -6,7 +6,7 @@ import io
 import pickle
 import zipfile
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
@@ -157,7 +157,7 @@ def _settings(
     """adapter_config.json but the base's name."""
     kinds = {names[layer]: _rank_and_alpha(each) for layer, each in low_rank.items()}
     (rank, alpha), _ = Counter(kinds.values()).most_common(1)[0]
-    modules = {name.rpartition(".")[0] for name in layout.from_mlx(dict(weights))}
+    modules = {str(path) for name in layout.from_mlx(dict(weights)) for path in _around(name)}
     module = "mm_projector" if layout is llava else "multi_modal_projector"
     projector = {module} if any(f".{module}." in name for name in saved) else set()
     others = {name.rpartition(".")[0] for name in saved if f".{module}." not in name}
@@ -178,6 +178,12 @@ def _settings(
         "target_modules": shortened(set(kinds), modules),
         "modules_to_save": sorted(projector | others) or None,
     }
+
+
+def _around(name: str) -> Iterator[str]:
+    """The modules that a tensor is in, such as a, a.0 and a.0.b for a.0.b.weight."""
+    parts = name.split(".")
+    return (".".join(parts[:i]) for i in range(1, len(parts)))
 
 
 def _rank_and_alpha(low_rank: LowRank) -> tuple[int, float]:

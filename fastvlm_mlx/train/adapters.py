@@ -193,7 +193,8 @@ def _replace(model: FastVLM, whole: Weights) -> None:
         path, _ = memory_name(layer, config, modules) if layer else ("", 0)
         found[f"{path}{dot}{key}"] = whole[name]
         if key == "weight" and "scales" in modules[path]:
-            plain = nn.Linear(*reversed(whole[name].shape), bias="bias" in modules[path])
+            outputs, inputs = whole[name].shape
+            plain = nn.Linear(inputs, outputs, bias="bias" in modules[path])
             model.update_modules(tree_unflatten([(path, plain)]))
     if encoder:
         folded = fold.fold_encoder(lambda name: encoder[ENCODER + name], config.vision)
