@@ -5,8 +5,9 @@ import pytest
 from sources import full_nano
 
 from fastvlm_mlx.cli.convert import quantize_flags
-from fastvlm_mlx.evaluate.precision import SAMPLES, precision_report, token_agreement
+from fastvlm_mlx.evaluate.precision import precision_report
 from fastvlm_mlx.evaluate.questions import read_questions
+from fastvlm_mlx.evaluate.samples import SAMPLES, token_agreement
 from fastvlm_mlx.hub.resolve import NANO
 
 

@@ -7,27 +7,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-
 from ..checkpoint.files import Weights
 from ..checkpoint.load import load_model, load_processor
 from ..checkpoint.quantize import Quantize, quantize_checkpoint
 from ..checkpoint.read import read_checkpoint
-from ..generation.generate import stream_generate
-from ..generation.inputs import read_inputs
-from ..generation.options import Options
-from ..hub.resolve import NANO, resolve
+from ..hub.resolve import resolve
 from ..model.fastvlm import FastVLM
 from ..processor import Processor
 from .items import Items, read_items
 from .metrics import figures_of
-from .questions import DEFAULT_QUESTION
 from .results import score_records
 from .run import answer_items
+from .samples import SAMPLES, relative_error, sample_outputs, token_agreement
 from .statistics import Interval
 
-SAMPLES = tuple(sorted((NANO / "images").glob("*.png")))
-ANSWER_TOKENS = 32
 QUESTION_TOKENS = 64
 # Settings that a report compares when none are given.
 COMPARED: dict[str, Quantize] = {
@@ -69,15 +62,6 @@ class Row:
     logit_error: float = 0.0
     agreement: float = 1.0
     accuracy: dict[str, Interval] = field(default_factory=dict)
-
-
-@dataclass
-class Outputs:
-    """What a model computes for the sample images; see `sample_outputs`."""
-
-    features: list[mx.array]
-    logits: list[mx.array]
-    tokens: list[list[int]]
 
 
 def precision_report(
@@ -142,39 +126,6 @@ def precision_report(
     for name, written in (folders or {}).items():
         _, packed = read_checkpoint(written)
         yield row(name, packed, load_model(written))
-
-
-def sample_outputs(model: FastVLM, processor: Processor, images: Sequence[Any]) -> Outputs:
-    """Visual tokens, first logits and greedy answers on sample images."""
-    outputs = Outputs([], [], [])
-    for image in images:
-        inputs = read_inputs(model, processor, DEFAULT_QUESTION, image, Options())
-        logits = model.language_model(None, None, inputs.embeddings)[:, -1].astype(mx.float32)
-        mx.eval(logits)
-        responses = stream_generate(
-            model, processor, DEFAULT_QUESTION, image=image, max_tokens=ANSWER_TOKENS
-        )
-        outputs.features.append(inputs.visual_tokens[0].astype(mx.float32))
-        outputs.logits.append(logits)
-        outputs.tokens.append([response.token for response in responses])
-    return outputs
-
-
-def relative_error(found: Sequence[mx.array], exact: Sequence[mx.array]) -> float:
-    """Root mean square of the difference, over the standard deviation of the exact values."""
-    difference = mx.concatenate([(f - e).flatten() for f, e in zip(found, exact, strict=True)])
-    spread = mx.std(mx.concatenate([e.flatten() for e in exact]))
-    return float(mx.sqrt(mx.mean(difference * difference)) / spread)
-
-
-def token_agreement(found: Sequence[list[int]], exact: Sequence[list[int]]) -> float:
-    """Share of the exact tokens that are found in the same place."""
-    same = sum(
-        a == b
-        for tokens, wanted in zip(found, exact, strict=True)
-        for a, b in zip(tokens, wanted, strict=False)
-    )
-    return same / sum(len(wanted) for wanted in exact)
 
 
 def accuracy(
