@@ -49,6 +49,8 @@ setup(
         # Reads training data from the Hugging Face Hub, and what the library saved; 5.2 makes no
         # data set where pyarrow is 26.
         "datasets": ["datasets<5"],
+        # `fastvlm eval`: BLEU, and the Parquet files of published benchmarks.
+        "eval": ["sacrebleu", "pyarrow"],
         # Draws the plots of `python -m benchmarks report`.
         "benchmark": ["matplotlib"],
         # `fastvlm train --report-to wandb` or `tensorboard`.
@@ -72,5 +74,9 @@ setup(
             "pre-commit",
         ],
     },
-    entry_points={"console_scripts": ["fastvlm = fastvlm_mlx.cli.main:main"]},
+    entry_points={
+        "console_scripts": ["fastvlm = fastvlm_mlx.cli.main:main"],
+        # lmms-eval finds the model as `fastvlm_mlx`.
+        "lmms_eval.models": ["fastvlm_mlx = fastvlm_mlx.evaluate.plugins:lmms_eval_models"],
+    },
 )

@@ -16,8 +16,8 @@ from statistics import median
 from typing import Any
 
 import fastvlm_mlx as fv
-from fastvlm_mlx.evaluate.precision import SAMPLES as IMAGES
 from fastvlm_mlx.evaluate.questions import DEFAULT_QUESTION
+from fastvlm_mlx.evaluate.samples import SAMPLES as IMAGES
 from fastvlm_mlx.generation.batch import Request, stream_batch
 
 from .tables import Result

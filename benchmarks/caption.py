@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from fastvlm_mlx.convert import convert
-from fastvlm_mlx.evaluate.precision import SAMPLES
 from fastvlm_mlx.evaluate.questions import DEFAULT_QUESTION
+from fastvlm_mlx.evaluate.samples import SAMPLES
 from fastvlm_mlx.hub.resolve import resolve
 from fastvlm_mlx.image.load import load_image
 

@@ -17,7 +17,7 @@ import mlx.core as mx
 
 import fastvlm_mlx as fv
 from fastvlm_mlx.bench.machine import device_name
-from fastvlm_mlx.evaluate.precision import SAMPLES as IMAGES
+from fastvlm_mlx.evaluate.samples import SAMPLES as IMAGES
 from fastvlm_mlx.generation.decode import generate_tokens
 from fastvlm_mlx.generation.options import Options
 

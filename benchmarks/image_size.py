@@ -12,7 +12,8 @@ from statistics import median
 from typing import Any
 
 import fastvlm_mlx as fv
-from fastvlm_mlx.evaluate.questions import accuracy, read_questions
+from fastvlm_mlx.evaluate.evaluate import evaluate
+from fastvlm_mlx.evaluate.items import Item, read_items
 
 from .tables import Result
 from .turns import note
@@ -34,7 +35,7 @@ TIMED = 7  # images
 def measure(args: argparse.Namespace) -> Result:
     """A row per image size."""
     model, processor = fv.load(args.model, dtype=args.dtype)
-    rows = read_questions(args.questions)
+    rows = read_items(args.questions)
     results = []
     for image_size in args.sizes:
         note(f"{image_size} pixels")
@@ -43,18 +44,17 @@ def measure(args: argparse.Namespace) -> Result:
 
 
 def measure_size(
-    model: fv.FastVLM, processor: fv.Processor, rows: list[dict[str, str]], image_size: int
+    model: fv.FastVLM, processor: fv.Processor, rows: list[Item], image_size: int
 ) -> dict[str, float]:
     """Accuracy by task, and the median seconds of encoding one image by itself."""
-    requests = [(row["question"], row["image"]) for row in rows]
-    texts = fv.batch_generate(model, processor, requests, image_size=image_size, max_tokens=64)
+    result = evaluate(model, processor, rows, image_size=image_size, max_tokens=64)
     timed = [
         next(iter(fv.stream_generate(model, processor, "?", image=image, image_size=image_size)))
-        for _, image in requests[:TIMED]
+        for image in [row.images[0] for row in rows[:TIMED]]
     ]
     return {
         "image_size": image_size,
         "visual_tokens": processor.num_visual_tokens(image_size),
         "encode_seconds": median(response.encode_time for response in timed),
-        **accuracy(rows, texts),
+        **{row.task: row.figures["exact"].value for row in result.rows[: len(result.tasks)]},
     }

@@ -25,8 +25,8 @@ from .checkpoint.record import read_record, write_record
 from .checkpoint.target import atomic_folder, check_apart, check_target
 from .config import FastVLMConfig
 from .convert import check_exporter, check_options, prepare, write
-from .evaluate.precision import SAMPLES, sample_outputs, token_agreement
 from .evaluate.questions import DEFAULT_QUESTION
+from .evaluate.samples import SAMPLES, sample_outputs, token_agreement
 from .generation.inputs import read_inputs
 from .generation.options import Options
 from .hub.resolve import resolve

@@ -16,6 +16,7 @@ from fastvlm_mlx.caption.job import CaptionJob
 from fastvlm_mlx.caption.quality import UnfitError, judge, loops, shorten
 from fastvlm_mlx.caption.tables import read_rows
 from fastvlm_mlx.hub.resolve import NANO
+from fastvlm_mlx.model.fingerprint import fingerprint
 
 PROMPT = "Describe the image."
 
@@ -110,7 +111,7 @@ def test_another_question_model_or_image_is_asked_anew(nano, small, tmp_path, en
     run(nano, folder, out, existing="overwrite", image_size=128)
     assert encoded == [1]
     assert rows(out)[0]["caption"] == alone(nano, PROMPT, folder / "a.png", image_size=128)
-    assert answers.fingerprint(nano[0]) != answers.fingerprint(small)
+    assert fingerprint(nano[0]) != fingerprint(small)
 
 
 @pytest.mark.parametrize("kind", [".jsonl", ".csv"])

@@ -1,5 +1,6 @@
 """Evaluations from questions to reports: items, answers, log, statistics, table and page."""
 
+import errno
 import itertools
 import json
 import os
@@ -14,6 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from sources import full_nano
+from training import trained
 
 import fastvlm_mlx as fv
 from fastvlm_mlx.evaluate.evaluate import evaluate, files_of, write_reports
@@ -26,10 +29,11 @@ from fastvlm_mlx.evaluate.results import Scored, as_json, compare, measured, sco
 from fastvlm_mlx.evaluate.run import Record, answer_items
 from fastvlm_mlx.evaluate.statistics import difference, interval, percentiles
 from fastvlm_mlx.hub.resolve import NANO
+from fastvlm_mlx.train.adapters import write
 
 IMAGES = sorted((NANO / "images").glob("*.png"))[:2]
 QUESTIONS = ("Describe the image.", "Read the text.", "How many are there?")
-TOKENS = 8
+TOKENS = 5
 
 
 def write_lines(file, *rows):
@@ -38,7 +42,7 @@ def write_lines(file, *rows):
 
 
 @pytest.fixture
-def data(tmp_path):
+def questions(tmp_path):
     """Three questions about each of two images."""
     rows = [
         {"image": str(image), "questions": [{"question": q, "answer": "?"} for q in QUESTIONS]}
@@ -113,9 +117,9 @@ class Calls:
         monkeypatch.setattr(fv.FastVLM, "encode_image", counted)
 
 
-def test_answers_are_those_of_generate_and_each_image_is_encoded_once(nano, data, monkeypatch):
+def test_answers_are_those_of_generate_and_each_image_is_encoded_once(nano, questions, monkeypatch):
     calls = Calls(monkeypatch)
-    records = answer_items(*nano, read_items(data), max_tokens=TOKENS)
+    records = answer_items(*nano, read_items(questions), max_tokens=TOKENS)
     assert calls.squares == len(IMAGES)
     expected = [
         fv.generate(*nano, question, image=image, max_tokens=TOKENS)
@@ -205,19 +209,19 @@ def test_a_log_is_written_by_one_run_at_a_time(tmp_path):
     Log(tmp_path / "log.jsonl", {}).close()
 
 
-def test_only_what_changed_is_asked_again(nano, data, tmp_path, monkeypatch):
+def test_only_what_changed_is_asked_again(nano, questions, tmp_path, monkeypatch):
     log = tmp_path / "log.jsonl"
-    first = answer_items(*nano, read_items(data), log, max_tokens=2)
+    first = answer_items(*nano, read_items(questions), log, max_tokens=2)
     calls = Calls(monkeypatch)
-    assert answer_items(*nano, read_items(data), log, max_tokens=2) == first
+    assert answer_items(*nano, read_items(questions), log, max_tokens=2) == first
     assert calls.squares == 0
-    changed = [*read_items(data)]
+    changed = [*read_items(questions)]
     changed[4] = Item(changed[4].id, changed[4].images, "Another?", ("?",))
     lines = len(log.read_text().splitlines())
     answer_items(*nano, changed, log, max_tokens=2)
     assert calls.squares == 1 and len(log.read_text().splitlines()) == lines + 1
     with pytest.raises(ValueError, match="option max_tokens changed"):
-        answer_items(*nano, read_items(data), log, max_tokens=3)
+        answer_items(*nano, read_items(questions), log, max_tokens=3)
 
 
 def test_other_bytes_at_the_same_path_are_asked_again(nano, tmp_path, monkeypatch):
@@ -241,6 +245,33 @@ def test_weights_and_options_name_the_files(nano, small, tmp_path):
     assert other != stem()
 
 
+def test_an_adapter_names_other_files(tmp_path, nano):
+    folder = write(trained(NANO, decoder="lora"), tmp_path / "adapter", NANO)
+    adapted = fv.load(dtype="float32", adapter=folder)
+    stems = [files_of(tmp_path, "n", "m", *model).log.name for model in (nano, adapted)]
+    assert stems[0] != stems[1]
+
+
+def test_a_full_disk_ends_a_run_that_goes_on_later(nano, questions, tmp_path, monkeypatch):
+    log, sync, left = tmp_path / "log.jsonl", os.fsync, [3]
+
+    def full(file):
+        left[0] -= 1
+        if not left[0]:
+            os.ftruncate(file, os.fstat(file).st_size - 5)  # what the disk has of the last line
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sync(file)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        answer_items(*nano, read_items(questions), log, max_batch=1, max_tokens=2)
+    monkeypatch.setattr(os, "fsync", sync)
+    before = lines_of(log)
+    records = answer_items(*nano, read_items(questions), log, max_batch=1, max_tokens=2)
+    assert lines_of(log)[: len(before)] == before
+    assert len(lines_of(log)) == 1 + len(records)
+
+
 KILLED = """
 import sys
 import fastvlm_mlx as fv
@@ -253,22 +284,25 @@ answer_items(model, processor, read_items(Path(sys.argv[1])), sys.argv[2], max_b
 """
 
 
-def test_a_killed_run_goes_on_and_repeats_nothing(nano, data, tmp_path):
-    log = tmp_path / "log.jsonl"
-    command = [sys.executable, "-c", KILLED, str(data), str(log)]
+def test_a_killed_run_goes_on_and_repeats_nothing(nano, tmp_path):
+    asked = [
+        {"question": f"{question} {n}", "answer": "?"} for n in range(6) for question in QUESTIONS
+    ]
+    rows = [{"image": str(image), "questions": asked} for image in IMAGES]
+    questions, log = write_lines(tmp_path / "questions.jsonl", *rows), tmp_path / "log.jsonl"
+    command = [sys.executable, "-c", KILLED, str(questions), str(log)]
     with subprocess.Popen(command, cwd=Path(fv.__file__).parents[1]) as process:
         while process.poll() is None and len(lines_of(log)) < 3:
             time.sleep(0.005)
         os.kill(process.pid, signal.SIGKILL)
     before = lines_of(log)
-    assert len(before) >= 3
-    records = answer_items(*nano, read_items(data), log, max_batch=1, max_tokens=4)
+    assert process.returncode == -signal.SIGKILL and 3 <= len(before) < 36
+    subprocess.run(command, cwd=Path(fv.__file__).parents[1], check=True)
     after = lines_of(log)
-    assert after[: len(before)] == before and len(after) == 1 + len(records)
-    ids = [json.loads(line)["id"] for line in after[1:]]
-    assert len(set(ids)) == len(ids)
-    unbroken = answer_items(*nano, read_items(data), max_batch=1, max_tokens=4)
-    assert [r.answer.text for r in records] == [r.answer.text for r in unbroken]
+    assert after[: len(before)] == before
+    unbroken = answer_items(*nano, read_items(questions), max_batch=1, max_tokens=4)
+    texts = [(row["id"], row["text"]) for row in map(json.loads, after[1:])]
+    assert sorted(texts) == sorted((r.id, r.answer.text) for r in unbroken)  # each once
 
 
 def lines_of(log):
@@ -377,7 +411,7 @@ def test_figures_are_counted_by_task():
     a, b, both = result.rows
     assert (a.task, a.count, a.figures["yesno"].value) == ("a", 2, 0.5)
     assert (a.unparsed, a.cut_off, b.unparsed) == (1, 1, 0)
-    assert (both.task, both.count) == ("all", 3)
+    assert (both.task, both.count) == ("all tasks", 3)
     assert both.figures["yesno"].value == pytest.approx(2 / 3)
     assert result.ttft() == {"p50": pytest.approx(0.2), "p95": pytest.approx(0.29)}
     assert [each.record.id for each in result.mistakes()] == ["2"]
@@ -411,8 +445,8 @@ class Tags(HTMLParser):
     def handle_starttag(self, tag, attrs):
         self.tags.append((tag, dict(attrs)))
 
-    def handle_data(self, data):
-        self.texts.append(data)
+    def handle_data(self, questions):
+        self.texts.append(questions)
 
 
 def test_the_page_shows_mistakes_and_runs_nothing(tmp_path):
@@ -458,11 +492,11 @@ def test_captions_are_listed_from_the_worst_on():
 # The command
 
 
-def test_the_command_measures_and_goes_on(run, data, tmp_path):
+def test_the_command_measures_and_goes_on(run, questions, tmp_path):
     command = (
         "eval",
         "--data",
-        data,
+        questions,
         "--metric",
         "anls",
         "--out",
@@ -481,15 +515,52 @@ def test_the_command_measures_and_goes_on(run, data, tmp_path):
     assert listed.out.count("not run") == 13
 
 
-def test_bad_input_ends_the_command_with_a_sentence(run, data, tmp_path):
+def test_the_command_compares_two_precisions(run, questions, tmp_path):
+    command = (
+        "eval",
+        "--model",
+        full_nano(tmp_path / "full"),
+        "--data",
+        questions,
+        "--out",
+        tmp_path / "o",
+    )
+    command += ("--max-tokens", 6, "--compare-quantize", 2)
+    found = run(*command)
+    assert found.code == 0 and len(list((tmp_path / "o").glob("*.jsonl"))) == 2
+    assert re.search(r"full-2bit − .*full = [+-]\d.*p = .*paired permutation over 2 im", found.out)
+    both = json.loads(run(*command, "--json").out)
+    assert len(both["models"]) == 2 and both["difference"]["exact"]["images"] == 2
+
+
+def test_questions_with_choices_are_counted_as_such(run, tmp_path):
+    asked = {"image": str(IMAGES[0]), "question": "Which?", "answer": "A"}
+    write_lines(tmp_path / "a.jsonl", asked | {"choices": ["five mushrooms", "six dogs"]})
+    write_lines(tmp_path / "b.jsonl", asked)
+    for name, metric in {"a": "mcq", "b": "exact"}.items():
+        file = tmp_path / f"{name}.jsonl"
+        found = run("eval", "--data", file, "--out", tmp_path / "o", "--max-tokens", 2)
+        assert f"{metric} [95 %]" in found.out
+
+
+def test_bad_input_ends_the_command_with_a_sentence(run, questions, tmp_path):
     for arguments, said in {
         (): "--data",
         ("--preset", "mme"): "no preset 'mme'",
         ("--data", tmp_path / "none.jsonl"): "none.jsonl",
-        ("--data", data, "--metric", "f2"): "no metric 'f2'; there are exact",
-        ("--data", data, "--log", "x", "--compare", "0.5b"): "--log holds the answers of one model",
-        ("--data", data, "--metric", "cider", "--limit", 1): "two or more; there are 1",
+        ("--data", questions, "--metric", "f2"): "no metric 'f2'; there are exact",
+        (
+            "--data",
+            questions,
+            "--log",
+            "x",
+            "--compare",
+            "0.5b",
+        ): "--log holds the answers of one model",
+        ("--data", questions, "--metric", "cider", "--limit", 1): "two or more; there are 1",
         ("--preset", "gqa", "--suffix", "x"): "leave out --suffix",
+        ("--data", questions, "--compare-quantize", 4): "bundled model is quantized already",
+        ("--data", questions, "--compare-adapter", "./none", "--log", "x"): "of one model",
     }.items():
         found = run("eval", *arguments)
         assert found.code == 2 and said in found.err and "Traceback" not in found.err

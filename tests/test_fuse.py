@@ -400,10 +400,18 @@ def test_the_command(run, adapter, base, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "command", ["generate", "chat", "caption {} --out {}/x.jsonl", "watch --folder {}"]
+    "command",
+    [
+        "generate",
+        "chat",
+        "caption {} --out {}/x.jsonl",
+        "watch --folder {}",
+        "eval --data {}/q.jsonl",
+    ],
 )
 def test_every_command_takes_an_adapter(run, tmp_path, command):
     shutil.copy(PANDA, tmp_path)
+    (tmp_path / "q.jsonl").write_text('{"question": "?", "answer": "?"}')
     arguments = command.format(tmp_path, tmp_path).split()
     done = run(*arguments, "--adapter", "./none")
     assert done.code == 2 and "./none" in done.err and "Traceback" not in done.err

@@ -35,9 +35,15 @@ SLOW = {"mlx_lm", "transformers", "huggingface_hub", "tokenizers", "jinja2", "PI
 OPTIONAL = {"torch", "coremltools", "matplotlib", "pillow_heif", "llguidance"}
 OPTIONAL |= {"fastapi", "pydantic", "starlette", "uvicorn", "prometheus_client"}  # of the server
 OPTIONAL |= {"av", "mss", "pyarrow", "datasets", "wandb", "tensorboardX"}
+OPTIONAL |= {"sacrebleu", "lmms_eval", "vlmeval"}
 HEAVY = SLOW | OPTIONAL | {"rich", "tqdm", "typer"}
-# The command imports the server only when it is to serve.
-HEAVY_ALLOWED = {"cli/": {"typer"}, "serve/": {"fastapi", "pydantic", "starlette"}}
+# The command imports the server only when it is to serve; a plug-in, only what has asked for it.
+HEAVY_ALLOWED = {
+    "cli/": {"typer"},
+    "serve/": {"fastapi", "pydantic", "starlette"},
+    "evaluate/lmms_eval.py": {"lmms_eval"},
+    "evaluate/vlmevalkit.py": {"vlmeval"},
+}
 
 DEVICE_QUESTIONS = {"on_cpu", "on_metal"}
 DEVICE_ASKED = {

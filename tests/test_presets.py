@@ -90,8 +90,8 @@ ROWS = {
     ],
     "realworldqa": [
         {
-            "question": "Which way?\nA. Left\nB. Right\nPlease answer directly with only the letter "
-            "of the correct option and nothing else.",
+            "question": "Which way?\nA. Left\nB. Right\nPlease answer directly with only the "
+            "letter of the correct option and nothing else.",
             "answer": "B",
             "image": RED,
         },

@@ -58,7 +58,12 @@ Report = Annotated[
 ]
 Questions = Annotated[
     Path | None,
-    typer.Option("--eval", help="With --report: a .jsonl of image, question, answer and task."),
+    typer.Option(
+        "--eval", help="With --report: a .jsonl of questions, as `fastvlm eval` takes them."
+    ),
+]
+ReportMetric = Annotated[
+    str, typer.Option(help="How --eval counts answers; `fastvlm eval --help` lists the metrics.")
 ]
 UploadRepo = Annotated[
     str | None, typer.Option(help="Also upload the folder to this repository, user/name.")
@@ -85,6 +90,7 @@ def convert(
     ] = False,
     report: Report = False,
     questions: Questions = None,
+    metric: ReportMetric = "exact",
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
     upload_repo: UploadRepo = None,
 ) -> None:
@@ -119,8 +125,8 @@ def convert(
             name = f"{quantize} bits" if (quantize or "").isdigit() else quantize or "asked for"
             compared = None if chosen is None else {name: chosen}
             folders = {f"{name}, calibrated": written} if written and calibrate else {}
-            rows = _report_rows(source, revision, compared, folders, questions)
-            _print_report(rows, as_json)
+            rows = _report_rows(source, revision, compared, folders, questions, metric)
+            _print_report(rows, metric, as_json)
     if target is None:
         return
     typer.echo(f"Wrote {target}.")
@@ -163,6 +169,7 @@ def _report_rows(
     compared: dict[str, Any] | None,
     folders: Mapping[str, Path],
     questions: Path | None,
+    metric: str,
 ) -> list[Row]:
     """The rows of a precision report; each is named on standard error once it is measured."""
     from ..evaluate.precision import COMPARED, precision_report
@@ -171,17 +178,20 @@ def _report_rows(
     compared = COMPARED if compared is None else compared
     count = 1 + len(compared) + len(folders)
     for row in precision_report(
-        source, compared, folders=folders, questions=questions, revision=revision
+        source, compared, folders=folders, questions=questions, metric=metric, revision=revision
     ):
         rows.append(row)
         typer.echo(f"{len(rows)} of {count}: {row.name}", err=True)
     return rows
 
 
-def _print_report(rows: list[Row], as_json: bool) -> None:
+def _print_report(rows: list[Row], metric: str, as_json: bool) -> None:
     """Print a precision report as a table or as JSON."""
     from rich.console import Console
     from rich.table import Table
+
+    from ..evaluate.metrics import METRICS
+    from ..evaluate.table import said
 
     if as_json:
         typer.echo(json.dumps([asdict(row) for row in rows]))
@@ -191,7 +201,7 @@ def _print_report(rows: list[Row], as_json: bool) -> None:
         "Precision", "Size, MB", "Bits per weight", "Feature error", "Logit error", "Same tokens"
     )
     for task in tasks:
-        table.add_column(f"{task} right")
+        table.add_column(f"{task}: {metric} [95 %]")
     for row in rows:
         table.add_row(
             row.name,
@@ -200,6 +210,6 @@ def _print_report(rows: list[Row], as_json: bool) -> None:
             f"{row.feature_error:.4f}",
             f"{row.logit_error:.4f}",
             f"{row.agreement:.1%}",
-            *(f"{row.accuracy[task]:.1%}" for task in tasks),
+            *(said(row.accuracy[task], percent=METRICS[metric].percent) for task in tasks),
         )
-    Console(width=max(100, 100 + 12 * len(tasks))).print(table)
+    Console(width=100 + 24 * len(tasks)).print(table)

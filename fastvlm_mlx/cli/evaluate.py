@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..evaluate.metrics import METRICS
 from ..generation.options import Options
 from ..generation.scheduler import MAX_BATCH
-from .arguments import Bits, Dtype, Model, Revision, option_flags
+from .arguments import Adapter, Bits, Dtype, Model, Revision, option_flags
 from .printing import print_nano_note
 
 if TYPE_CHECKING:
     from ..evaluate.items import Items
     from ..evaluate.presets import Preset
     from ..evaluate.results import Result
-    from ..evaluate.statistics import Difference
 
 FOLDER = Path("fastvlm-eval")
 EXAMPLE = (
@@ -30,74 +29,92 @@ EXAMPLE = (
     "docs/evaluate.md says what each metric counts."
 )
 
+Data = Annotated[
+    Path | None,
+    typer.Option(
+        help="A .jsonl of questions; with --preset, a Parquet file or a folder of them instead "
+        "of the Hub's."
+    ),
+]
+PresetName = Annotated[str | None, typer.Option(help="A published benchmark; --list names them.")]
+MetricName = Annotated[
+    str | None,
+    typer.Option(
+        help=f"{', '.join(METRICS)}. The default is the preset's; otherwise mcq if all questions "
+        "have choices, and exact if not."
+    ),
+]
+Compare = Annotated[
+    str | None, typer.Option(help="A second model, named as for --model, to test against.")
+]
+CompareBits = Annotated[
+    int | None,
+    typer.Option(
+        help="Quantize the second model to so many bits; without --compare it is the first."
+    ),
+]
+CompareAdapter = Annotated[
+    str | None,
+    typer.Option(
+        help="An adapter on the second model, as for --adapter; without --compare that is the "
+        "first without its own."
+    ),
+]
+Suffix = Annotated[
+    str,
+    typer.Option(help='What every question of --data ends with, such as "Answer in a word."'),
+]
+Limit = Annotated[int | None, typer.Option(min=1, help="Ask only the first so many.")]
+Out = Annotated[Path, typer.Option(help="The folder for answers, figures and pages of mistakes.")]
+LogFile = Annotated[
+    Path | None,
+    typer.Option(
+        help="The file of answers that a run goes on from, instead of one in --out that is "
+        "named after the data, the model and its options."
+    ),
+]
+Html = Annotated[bool, typer.Option(help="Write the page of mistakes.")]
+MaxBatch = Annotated[
+    int, typer.Option(help="Answers decoded together; 1 times them as for one person.")
+]
+MaxTokens = Annotated[
+    int | None,
+    typer.Option(
+        help="Maximum number of tokens of an answer. The default is "
+        f"{Options.max_tokens}, or the preset's."
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print everything as one JSON object.")]
+ListPresets = Annotated[
+    bool,
+    typer.Option(
+        "--list", help="List the presets, with published figures and what --out has measured."
+    ),
+]
+
 
 @option_flags("system", "conv_mode", "image_size", "temperature", "top_p", "seed", "stop")
 def evaluate(
     model: Model = None,
-    data: Annotated[
-        Path | None,
-        typer.Option(
-            help="A .jsonl of questions; with --preset, a Parquet file or a folder of them instead "
-            "of the Hub's."
-        ),
-    ] = None,
-    preset: Annotated[
-        str | None, typer.Option(help="A published benchmark; --list names them.")
-    ] = None,
-    metric: Annotated[
-        str | None,
-        typer.Option(
-            help="exact, caseless, vqa, textvqa, anls, relaxed, mcq, open, yesno, contains, "
-            "formula, cer, bleu or cider. The default is exact, or the preset's."
-        ),
-    ] = None,
-    compare: Annotated[
-        str | None, typer.Option(help="A second model, named as for --model, to test against.")
-    ] = None,
-    compare_quantize: Annotated[
-        int | None,
-        typer.Option(
-            help="Quantize the second model to so many bits; without --compare it is the first."
-        ),
-    ] = None,
-    suffix: Annotated[
-        str,
-        typer.Option(help='What every question of --data ends with, such as "Answer in a word."'),
-    ] = "",
-    limit: Annotated[int | None, typer.Option(min=1, help="Ask only the first so many.")] = None,
-    out: Annotated[
-        Path, typer.Option(help="The folder for answers, figures and pages of mistakes.")
-    ] = FOLDER,
-    log: Annotated[
-        Path | None,
-        typer.Option(
-            help="The file of answers that a run goes on from, instead of one in --out that is "
-            "named after the data, the model and its options."
-        ),
-    ] = None,
-    html: Annotated[bool, typer.Option(help="Write the page of mistakes.")] = True,
-    max_batch: Annotated[
-        int, typer.Option(help="Answers decoded together; 1 times them as for one person.")
-    ] = MAX_BATCH,
-    max_tokens: Annotated[
-        int | None,
-        typer.Option(
-            help="Maximum number of tokens of an answer. The default is "
-            f"{Options.max_tokens}, or the preset's."
-        ),
-    ] = None,
+    adapter: Adapter = None,
+    data: Data = None,
+    preset: PresetName = None,
+    metric: MetricName = None,
+    compare: Compare = None,
+    compare_quantize: CompareBits = None,
+    compare_adapter: CompareAdapter = None,
+    suffix: Suffix = "",
+    limit: Limit = None,
+    out: Out = FOLDER,
+    log: LogFile = None,
+    html: Html = True,
+    max_batch: MaxBatch = MAX_BATCH,
+    max_tokens: MaxTokens = None,
     revision: Revision = None,
     dtype: Dtype = None,
     quantize: Bits = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print everything as one JSON object.")
-    ] = False,
-    list_presets: Annotated[
-        bool,
-        typer.Option(
-            "--list", help="List the presets, with published figures and what --out has measured."
-        ),
-    ] = False,
+    as_json: AsJson = False,
+    list_presets: ListPresets = False,
     **options: Any,
 ) -> None:
     """Measure how well a model answers questions about images, with 95 % intervals.
@@ -106,38 +123,31 @@ def evaluate(
 
     fastvlm eval --model 0.5b --preset chartqa --limit 200
 
-    fastvlm eval --model 0.5b --data questions.jsonl --compare-quantize 4
+    fastvlm eval --model 0.5b --data questions.jsonl --compare-adapter run/adapter
 
     An interrupted run goes on where it was when the same command is given again.
     """
-    from ..evaluate.results import compare as find_differences
-    from ..evaluate.table import difference_lines, result_lines, result_table
-
     if list_presets:
         _list_presets(out)
         return
     chosen, name, items = _questions(data, preset, suffix, limit)
-    metric = metric or (chosen.metric if chosen else "exact")
-    _check(metric, items, compare is not None or compare_quantize is not None, log)
+    metric = metric or (chosen.metric if chosen else _usual_metric(items))
+    second = {"quantize": compare_quantize, "adapter": compare_adapter}
+    two = compare is not None or any(value is not None for value in second.values())
+    _check(metric, items, two, log)
+    if compare_quantize is not None:
+        _check_full_precision(compare or model)
     if max_tokens is None:
         max_tokens = chosen.max_tokens if chosen else Options.max_tokens
     options |= {"max_tokens": max_tokens, "stop": tuple(options["stop"])}
     asked = _Asked(name, items, metric, chosen, out, log, html, max_batch, options)
-    loading = {"revision": revision, "dtype": dtype}
-    results = [asked.ask(model, loading | {"quantize": quantize})]
-    if compare is not None or compare_quantize is not None:
-        other = loading | {"quantize": compare_quantize}
+    loading: dict[str, Any] = {"revision": revision, "dtype": dtype}
+    results = [asked.ask(model, loading | {"quantize": quantize, "adapter": adapter})]
+    if two:
         if compare is not None:
-            other["revision"] = None
-        results.append(asked.ask(compare or model, other))
-    differences = find_differences(*results) if len(results) == 2 else {}
-    if as_json:
-        _print_json(results, differences)
-    else:
-        for result in results:
-            _print(result_table(result), result_lines(result))
-        if differences:
-            _print(None, difference_lines(*results, differences))
+            loading["revision"] = None
+        results.append(asked.ask(compare or model, loading | second))
+    _report(results, as_json)
     if model is None:
         print_nano_note()
     if any(result.failed for result in results):
@@ -161,6 +171,10 @@ def _questions(
     return None, data.stem, first_items(read_items(data, suffix=suffix), limit)
 
 
+def _usual_metric(items: Items) -> str:
+    return "mcq" if all(item.choices for item in items) else "exact"
+
+
 def _check(metric: str, items: Items, two: bool, log: Path | None) -> None:
     """Say what can't become of an evaluation before a model is loaded."""
     from ..evaluate.metrics import score_answers
@@ -170,6 +184,19 @@ def _check(metric: str, items: Items, two: bool, log: Path | None) -> None:
         score_answers(metric, ["a"], [["a"]])  # says why
     if two and log is not None:
         raise ValueError("--log holds the answers of one model; leave it out to compare two.")
+
+
+def _check_full_precision(name: str | None) -> None:
+    """Refuse to quantize a second model before the first one has answered everything."""
+    from ..config import load_config
+    from ..hub.resolve import resolve
+
+    folder = resolve(name)
+    if (folder / "config.json").is_file() and load_config(folder).quantization:
+        raise ValueError(
+            f"{name or 'The bundled model'} is quantized already; --compare-quantize takes a "
+            "full-precision model."
+        )
 
 
 @dataclass
@@ -193,8 +220,9 @@ class _Asked:
         from ..evaluate.evaluate import files_of, write_reports
 
         model, processor = load(name, **loading)
-        label = Path(name).name if name else "nano"
+        label = "/".join(Path(name).parts[-2:]) if name else "nano"
         label += f"-{loading['quantize']}bit" if loading["quantize"] else ""
+        label += f"+{Path(loading['adapter']).name}" if loading["adapter"] else ""
         files = files_of(self.out, self.name, label, model, processor, **self.options)
         log = self.log or files.log
         try:
@@ -220,6 +248,24 @@ class _Asked:
         return result
 
 
+def _report(results: list[Result], as_json: bool) -> None:
+    """Print what was measured, and how the second model differs from the first."""
+    from ..evaluate.results import as_json as in_json
+    from ..evaluate.results import compare
+    from ..evaluate.table import difference_lines, result_lines, result_table
+
+    differences = compare(results[0], results[1]) if len(results) > 1 else {}
+    if as_json:
+        found = [in_json(result) for result in results]
+        said = {name: asdict(difference) for name, difference in differences.items()}
+        both = {"models": found, "difference": said}
+        typer.echo(json.dumps(both if len(results) > 1 else found[0]))
+        return
+    for result in results:
+        _print(result_table(result), result_lines(result))
+    _print(None, difference_lines(results[0], results[-1], differences))
+
+
 def _print(table: Any, lines: list[str]) -> None:
     from rich.console import Console
 
@@ -227,14 +273,6 @@ def _print(table: Any, lines: list[str]) -> None:
         Console(width=None if sys.stdout.isatty() else 160).print(table)
     for line in lines:
         typer.echo(line)
-
-
-def _print_json(results: list[Result], differences: Mapping[str, Difference]) -> None:
-    from ..evaluate.results import as_json
-
-    found = [as_json(result) for result in results]
-    said = {name: asdict(difference) for name, difference in differences.items()}
-    typer.echo(json.dumps(found[0] if len(found) == 1 else {"models": found, "difference": said}))
 
 
 def _list_presets(out: Path) -> None:

@@ -25,9 +25,11 @@ STYLE = """
 body { margin: 0 auto; max-width: 76rem; padding: 1.5rem; background: var(--ground);
   color: var(--text); font: 15px/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
+.wide { overflow-x: auto; }
 table { border-collapse: collapse; background: var(--card); }
 th, td { border: 1px solid var(--line); padding: .35rem .7rem; text-align: left; }
-main { display: grid; grid-template-columns: repeat(auto-fill, minmax(21rem, 1fr)); gap: 1rem; }
+main { display: grid; gap: 1rem;
+  grid-template-columns: repeat(auto-fill, minmax(min(21rem, 100%), 1fr)); }
 article { background: var(--card); border: 1px solid var(--line); border-radius: 8px;
   padding: .8rem; overflow-wrap: anywhere; }
 article img { max-width: 100%; border-radius: 4px; margin: 0 .4rem .4rem 0; }
@@ -49,8 +51,9 @@ def mistakes_page(result: Result, items: Items) -> str:
     mistakes = result.mistakes()
     shown = mistakes[:MOST]
     pictures = thumbnails(items, {each.record.id for each in shown})
-    count = f"{len(mistakes)} of {len(result.scored)} answers"
+    count, heading = f"{len(mistakes)} of {len(result.scored)} answers", "Mistakes"
     if not METRICS[result.metric].percent:
+        heading = "Lowest scores"
         count = f"The {len(shown)} lowest of {len(mistakes)} answers"
     elif len(shown) < len(mistakes):
         count += f", of which the first {len(shown)} are shown"
@@ -70,7 +73,7 @@ def mistakes_page(result: Result, items: Items) -> str:
 <h1>{title}</h1>
 {_table(result)}
 {notes}
-<h2>Mistakes</h2>
+<h2>{heading}</h2>
 <p>{escape(count)}.</p>
 <main>
 {cards}
@@ -97,7 +100,8 @@ def _table(result: Result) -> str:
     cells = ("".join(f"<td>{escape(str(value))}</td>" for value in line) for line in lines)
     body = "".join(f"<tr>{line}</tr>" for line in cells)
     heads = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
-    return f"<table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table>"
+    table = f"<table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table>"
+    return f'<div class="wide">{table}</div>'
 
 
 def _card(scored: Scored, pictures: Sequence[str]) -> str:

@@ -7,22 +7,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-
 from ..checkpoint.files import Weights
 from ..checkpoint.load import load_model, load_processor
 from ..checkpoint.quantize import Quantize, quantize_checkpoint
 from ..checkpoint.read import read_checkpoint
-from ..generation.generate import generate, stream_generate
-from ..generation.inputs import read_inputs
-from ..generation.options import Options
-from ..hub.resolve import NANO, resolve
+from ..hub.resolve import resolve
 from ..model.fastvlm import FastVLM
 from ..processor import Processor
-from .questions import DEFAULT_QUESTION, accuracy, read_questions
+from .items import Items, read_items
+from .metrics import figures_of
+from .results import score_records
+from .run import answer_items
+from .samples import SAMPLES, relative_error, sample_outputs, token_agreement
+from .statistics import Interval
 
-SAMPLES = tuple(sorted((NANO / "images").glob("*.png")))
-ANSWER_TOKENS = 32
+QUESTION_TOKENS = 64
 # Settings that a report compares when none are given.
 COMPARED: dict[str, Quantize] = {
     "8 bits, all": {"bits": 8, "vision": 8},
@@ -53,7 +52,7 @@ class Row:
             the source's standard deviation.
         logit_error: the same for the logits of the first answer token.
         agreement: share of the source's greedy answer tokens that are the same, place by place.
-        accuracy: share of right answers by task, if questions were given.
+        accuracy: by task, if questions were given: the metric's figure with its interval.
     """
 
     name: str
@@ -62,16 +61,7 @@ class Row:
     feature_error: float = 0.0
     logit_error: float = 0.0
     agreement: float = 1.0
-    accuracy: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass
-class Outputs:
-    """What a model computes for the sample images; see `sample_outputs`."""
-
-    features: list[mx.array]
-    logits: list[mx.array]
-    tokens: list[list[int]]
+    accuracy: dict[str, Interval] = field(default_factory=dict)
 
 
 def precision_report(
@@ -81,6 +71,7 @@ def precision_report(
     folders: Mapping[str, Path] | None = None,
     images: Sequence[Any] = SAMPLES,
     questions: Path | None = None,
+    metric: str = "exact",
     revision: str | None = None,
 ) -> Iterator[Row]:
     """Compare a model with itself at other precisions.
@@ -90,8 +81,8 @@ def precision_report(
         compared: settings by name; a wide choice by default.
         folders: more quantized models by name, as `convert` writes them.
         images: on which features, logits and answers are compared.
-        questions: a .jsonl file of {"image", "question", "answer", "task"}; an answer is right if
-            it equals the given one to the letter.
+        questions: a .jsonl file of questions; see `read_items`.
+        metric: by which their answers are scored.
         revision: branch, tag or commit on the Hub.
 
     Yields:
@@ -103,7 +94,7 @@ def precision_report(
     """
     folder = resolve(source, revision=revision)
     processor = load_processor(folder)
-    asked = read_questions(questions) if questions else []
+    asked = read_items(questions) if questions else []
     config, tensors = read_checkpoint(folder)
     if config.quantization:
         raise ValueError(f"{folder} is quantized already; report on its full-precision source.")
@@ -112,9 +103,7 @@ def precision_report(
     model = load_model(folder)
     exact = sample_outputs(model, processor, images)
     name = str(tensors["language_model.model.norm.weight"].dtype).removeprefix("mlx.core.")
-    yield Row(
-        name, size, 8 * size / count, accuracy=accuracy(asked, answers(model, processor, asked))
-    )
+    yield Row(name, size, 8 * size / count, accuracy=accuracy(model, processor, asked, metric))
     del model
 
     def row(name: str, packed: Weights, model: FastVLM) -> Row:
@@ -128,7 +117,7 @@ def precision_report(
             relative_error(found.features, exact.features),
             relative_error(found.logits, exact.logits),
             token_agreement(found.tokens, exact.tokens),
-            accuracy(asked, answers(model, processor, asked)),
+            accuracy(model, processor, asked, metric),
         )
 
     for name, quantize in (COMPARED if compared is None else compared).items():
@@ -139,42 +128,19 @@ def precision_report(
         yield row(name, packed, load_model(written))
 
 
-def sample_outputs(model: FastVLM, processor: Processor, images: Sequence[Any]) -> Outputs:
-    """Visual tokens, first logits and greedy answers on sample images."""
-    outputs = Outputs([], [], [])
-    for image in images:
-        inputs = read_inputs(model, processor, DEFAULT_QUESTION, image, Options())
-        logits = model.language_model(None, None, inputs.embeddings)[:, -1].astype(mx.float32)
-        mx.eval(logits)
-        responses = stream_generate(
-            model, processor, DEFAULT_QUESTION, image=image, max_tokens=ANSWER_TOKENS
-        )
-        outputs.features.append(inputs.visual_tokens[0].astype(mx.float32))
-        outputs.logits.append(logits)
-        outputs.tokens.append([response.token for response in responses])
-    return outputs
+def accuracy(
+    model: FastVLM, processor: Processor, items: Items, metric: str
+) -> dict[str, Interval]:
+    """The figure of a model's greedy answers, by task.
 
-
-def relative_error(found: Sequence[mx.array], exact: Sequence[mx.array]) -> float:
-    """Root mean square of the difference, over the standard deviation of the exact values."""
-    difference = mx.concatenate([(f - e).flatten() for f, e in zip(found, exact, strict=True)])
-    spread = mx.std(mx.concatenate([e.flatten() for e in exact]))
-    return float(mx.sqrt(mx.mean(difference * difference)) / spread)
-
-
-def token_agreement(found: Sequence[list[int]], exact: Sequence[list[int]]) -> float:
-    """Share of the exact tokens that are found in the same place."""
-    same = sum(
-        a == b
-        for tokens, wanted in zip(found, exact, strict=True)
-        for a, b in zip(tokens, wanted, strict=False)
-    )
-    return same / sum(len(wanted) for wanted in exact)
-
-
-def answers(model: FastVLM, processor: Processor, questions: Sequence[dict[str, str]]) -> list[str]:
-    """The model's greedy answer to each question."""
-    return [
-        generate(model, processor, row["question"], image=row["image"], max_tokens=64)
-        for row in questions
-    ]
+    Raises:
+        ValueError: a question can't be asked; the message names it.
+    """
+    if not len(items):
+        return {}
+    records = answer_items(model, processor, items, max_tokens=QUESTION_TOKENS)
+    result = score_records("questions", "model", metric, records)
+    for id, error in result.failed.items():
+        raise ValueError(f"Question {id} can't be asked: {error}.")
+    main = next(iter(figures_of(metric)))
+    return {row.task: row.figures[main] for row in result.rows[: len(result.tasks)]}

@@ -1,9 +1,8 @@
-"""Questions about images: read from a file, and the share of them that is answered right."""
+"""Questions about images, read from a file."""
 
 from __future__ import annotations
 
 import json
-from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -35,11 +34,3 @@ def read_questions(file: Path, fields: Sequence[str] = FIELDS) -> list[dict[str,
                 f"{file}, line {number} is not an object with the texts {', '.join(fields)}."
             ) from None
     return rows
-
-
-def accuracy(questions: Sequence[dict[str, str]], answers: Sequence[str]) -> dict[str, float]:
-    """The share of right answers by task; right is what equals the given answer to the letter."""
-    right: dict[str, list[bool]] = defaultdict(list)
-    for row, answer in zip(questions, answers, strict=True):
-        right[row["task"]].append(answer.strip() == row["answer"].strip())
-    return {task: sum(found) / len(found) for task, found in right.items()}

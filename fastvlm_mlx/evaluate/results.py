@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from ..checks import brief
-from .items import ALL, check_metrics
+from .items import check_metrics
 from .metrics import METRICS, Score, figures_of, find_metric, mean_score, score_answers
 from .run import Record
 from .statistics import Difference, Interval, difference, interval, percentiles
 
 VERSION = 1
+ALL_TASKS = "all tasks"
 
 
 @dataclass(frozen=True)
@@ -74,15 +75,20 @@ class Result:
     failed: dict[str, str] = field(default_factory=dict)
     published: Mapping[str, float] = field(default_factory=dict)
 
+    @property
+    def tasks(self) -> list[str]:
+        """The tasks that the items name."""
+        return list(dict.fromkeys(each.record.task for each in self.scored))
+
     @cached_property
     def rows(self) -> list[Row]:
         """A row per task, and one of all answers if there are several tasks."""
-        tasks = list(dict.fromkeys(each.record.task for each in self.scored))
+        tasks = self.tasks
         rows = [
             self._row(task, [each for each in self.scored if each.record.task == task])
             for task in tasks
         ]
-        return rows if len(tasks) <= 1 else [*rows, self._row(ALL, self.scored)]
+        return rows if len(tasks) <= 1 else [*rows, self._row(ALL_TASKS, self.scored)]
 
     def _row(self, task: str, scored: Sequence[Scored]) -> Row:
         scores = [each.score for each in scored]

@@ -110,7 +110,14 @@ class _Run:
     def ask(self, items: Iterator[Item]) -> None:
         """Keep a batch supplied until all items have an answer or an error."""
         cache = PromptCache(self.model)
-        batch = Batch(self.model, self.processor, max_batch=self.max_batch, cache=cache)
+        alone = 1 if self.max_batch == 1 else None  # timed as for one person
+        batch = Batch(
+            self.model,
+            self.processor,
+            max_batch=self.max_batch,
+            encode_batch=alone,
+            cache=cache,
+        )
         while True:
             while batch.wants_more and (item := next(items, None)) is not None:
                 self._enter(batch, item)

@@ -13,14 +13,11 @@ from .statistics import Difference, Interval
 
 def said(found: Interval, *, percent: bool) -> str:
     """A figure and its interval, as a person reads it."""
-    value = _number(found.value, percent)
+    scale, digits, unit = (100, 1, " %") if percent else (1, 2, "")
+    value = f"{scale * found.value:.{digits}f}{unit}"
     if found.low is None or found.high is None:
         return value
-    return f"{value} [{_number(found.low, percent)}, {_number(found.high, percent)}]"
-
-
-def _number(value: float, percent: bool) -> str:
-    return f"{100 * value:.1f} %" if percent else f"{value:.2f}"
+    return f"{value} [{scale * found.low:.{digits}f}, {scale * found.high:.{digits}f}]"
 
 
 def result_table(result: Result) -> Any:

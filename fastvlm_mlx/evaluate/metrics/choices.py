@@ -70,10 +70,13 @@ def parse_choice(answer: str, choices: Sequence[str] = ()) -> str | None:
     """
     letters = ascii_uppercase[: len(choices)] or LETTERS
     text = MARKUP.sub(" ", unicodedata.normalize("NFKC", answer))
+    first_line = text.strip().partition("\n")[0]
+    if found := _alone(first_line, letters, choices):
+        return found
     text = " ".join(text.split())
     if _names_several(re.fullmatch(JOINED_LAST, text), letters):
         return None
-    for find in (_alone, _text_of_one, _label, _named, _last, _only):
+    for find in (_text_of_one, _label, _named, _last, _only):
         found = find(text, letters, choices)
         if found is not None:
             return found
@@ -81,7 +84,7 @@ def parse_choice(answer: str, choices: Sequence[str] = ()) -> str | None:
 
 
 def _alone(text: str, letters: str, choices: Sequence[str]) -> str | None:
-    """A letter and nothing else."""
+    """A letter and nothing else, at least on the first line."""
     return _known(re.fullmatch(r"\W*([A-Za-z])\W*", text), letters)
 
 
