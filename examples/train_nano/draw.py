@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from random import Random
 
-from . import brush, charts, pairs, scenes, shapes, texts
+from . import brush, charts, fonts, pairs, scenes, shapes, texts
 from .rows import Row, Scene, choose_rows
 
 ROWS_OF_A_SCENE = 10
@@ -20,6 +21,11 @@ SCENES: dict[str, Callable[[Random, int, bool], Scene]] = {
     "print": texts.printed,
     "charts": charts.charts,
     "pairs": pairs.pairs,
+}
+# Scenes for evaluation only.
+UNSEEN_FONTS: dict[str, Callable[[Random, int, bool], Scene]] = {
+    "handwriting_fonts": partial(texts.handwriting, families=fonts.HANDWRITING_HELD_OUT),
+    "print_fonts": partial(texts.printed, families=fonts.PRINT_HELD_OUT),
 }
 # How often each is drawn. Today's tasks have most, since they must not get worse.
 MIX = {"emoji": 16, "counting": 22, "handwriting": 28, "kinds": 7, "places": 7, "shapes": 8}
@@ -64,7 +70,7 @@ def draw(
     """
     rng = Random(f"{'evaluation' if evaluation else 'training'} {seed} {index}")
     task = task or rng.choices(list(mix), list(mix.values()))[0]
-    scene = SCENES[task](rng, size, evaluation)
+    scene = (SCENES | UNSEEN_FONTS)[task](rng, size, evaluation)
     rows = choose_rows(scene, rng, ROWS_OF_A_SCENE)
     if noise and rng.random() < NOISY:
         deviation = rng.uniform(0, brush.MOST_NOISE)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from random import Random
 
 from . import brush
-from .brush import Thing
 from .rows import Ask, Scene
 from .scenes import several
 from .words import ALL, COUNTED, a, counted, held_out, plural, sentence
@@ -23,12 +22,12 @@ def pairs(rng: Random, size: int, evaluation: bool) -> Scene:
         other = any_other(rng, one)
     groups = [several(rng, [name] * number) for name, number in (one, other)]
     pictures = []
-    for things in groups:
+    for group in groups:
         picture = brush.canvas(brush.any_background(rng), size)
-        for thing in things:
+        for thing in group:
             brush.draw_thing(picture, thing)
         pictures.append(picture)
-    things: list[Thing] = [thing for group in groups for thing in group]
+    things = [thing for group in groups for thing in group]
     return Scene("pairs", pictures, pair_asks(rng, one, other), things)
 
 

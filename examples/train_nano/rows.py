@@ -59,7 +59,7 @@ def _varied(asks: list[Ask], rng: Random) -> list[Ask]:
     """Shuffled, without repetition, and each task in turn."""
     unique = list({ask.question: ask for ask in rng.sample(asks, len(asks))}.values())
     seen: dict[str, int] = {}
-    order = []
+    order: list[tuple[float, int]] = []
     for ask in unique:
         seen[ask.task] = seen.get(ask.task, 0) + 1
         order.append((seen[ask.task] / (3 if ask.task == scene_task(unique) else 1), len(order)))
@@ -74,8 +74,11 @@ def scene_task(asks: list[Ask]) -> str:
 
 def conversation(asks: list[Ask], rng: Random) -> Row:
     """Two to four questions in turn, each after the first as one would ask it then."""
-    different = list({ask.question: ask for ask in asks}.values())
-    chosen = rng.sample(different, min(rng.randint(2, LONGEST_CONVERSATION), len(different)))
+    different = list({ask.question: ask for ask in rng.sample(asks, len(asks))}.values())
+    if rng.random() < 0.7:  # stay with one subject
+        subject = different[0].group
+        different.sort(key=lambda ask: not subject or ask.group != subject)
+    chosen = different[: rng.randint(2, LONGEST_CONVERSATION)]
     turns, group = [], ""
     for ask in chosen:
         if ask.then and ask.group == group and rng.random() < 0.75:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import string
+from collections.abc import Callable, Sequence
 from random import Random
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,7 @@ READ_QUESTIONS = ["What is written here?", "Read the handwriting.", "Read the te
 READ_QUESTIONS += ["What does the note say?"]
 
 
-def until(choose, rng: Random, evaluation: bool) -> str:
+def until(choose: Callable[[Random], str], rng: Random, evaluation: bool) -> str:
     """A string that is held out, or one that is not."""
     while held_out(text := choose(rng)) != evaluation:
         pass
@@ -49,7 +50,12 @@ def print_string(rng: Random) -> str:
     return rng.choice(forms).format(rng.randint(0, 99), rng.randint(0, 59))
 
 
-def handwriting(rng: Random, size: int | brush.Shape, evaluation: bool = False) -> Scene:
+def handwriting(
+    rng: Random,
+    size: int | brush.Shape,
+    evaluation: bool = False,
+    families: Sequence[str] = fonts.HANDWRITING,
+) -> Scene:
     """A short note."""
     text = until(note_string, rng, evaluation)
     ground = brush.paper(rng)
@@ -57,18 +63,23 @@ def handwriting(rng: Random, size: int | brush.Shape, evaluation: bool = False) 
     picture = brush.canvas(ground, size)
     if rng.random() < 0.4:
         rule(picture, rng, ground.top)
-    write(rng, picture, text, rng.choice(fonts.HANDWRITING), ink)
+    write(rng, picture, text, rng.choice(families), ink)
     asks = read_asks(rng, "handwriting", text, "note") + about_asks(rng, text)
     return Scene("handwriting", [picture], asks + background_asks(ground.name), text=text)
 
 
-def printed(rng: Random, size: int | brush.Shape, evaluation: bool = False) -> Scene:
+def printed(
+    rng: Random,
+    size: int | brush.Shape,
+    evaluation: bool = False,
+    families: Sequence[str] = fonts.PRINT,
+) -> Scene:
     """A printed word or number, plain or on a sign."""
     text = until(print_string, rng, evaluation)
     noun = rng.choice(["sign", "label"])
     ink_name, ground = ink_and_ground(rng)
     picture = brush.canvas(ground, size)
-    write(rng, picture, text, rng.choice(fonts.PRINT), brush.named_color(rng, ink_name))
+    write(rng, picture, text, rng.choice(families), brush.named_color(rng, ink_name))
     asks = read_asks(rng, "print", text, noun) + about_asks(rng, text)
     then = ("What color is it?", f"The text is {ink_name}.")
     asks.append(Ask("colors", "What color is the text?", then[1], "it", then))
