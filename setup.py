@@ -46,6 +46,8 @@ setup(
         "video": ["av", "mss"],
         # Reads and writes tables of captions in Parquet.
         "parquet": ["pyarrow"],
+        # Reads training data from the Hugging Face Hub, and what the library saved.
+        "datasets": ["datasets"],
         # Draws the plots of `python -m benchmarks report`.
         "benchmark": ["matplotlib"],
         "test": ["pytest", "hypothesis", "jsonschema"],

@@ -17,6 +17,7 @@ except ImportError as error:
 from .checkpoint.load import load, load_model
 from .config import CheckpointError, FastVLMConfig
 from .convert import convert
+from .fuse import fuse
 from .generation.batch import batch_generate
 from .generation.chat import Chat
 from .generation.generate import generate, stream_generate
@@ -40,6 +41,7 @@ __all__ = [
     "__version__",
     "batch_generate",
     "convert",
+    "fuse",
     "generate",
     "load",
     "load_image",

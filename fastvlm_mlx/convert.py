@@ -10,12 +10,13 @@ from typing import Any
 
 import mlx.core as mx
 
+from .checkpoint.adapt import FUSED_ADAPTERS
 from .checkpoint.card import license_of, model_card
 from .checkpoint.files import Weights, check_finite, save_checkpoint, write_json
 from .checkpoint.layouts import apple_export, llava, mlx_vlm, transformers
 from .checkpoint.layouts.coreml.program import PACKAGE, import_coremltools
 from .checkpoint.layouts.coreml.writer import write_vision_package
-from .checkpoint.load import cast, resolve_dtype
+from .checkpoint.load import cast, processor_folder, resolve_dtype
 from .checkpoint.names import quantized_linears
 from .checkpoint.processor_files import (
     config_json,
@@ -86,26 +87,30 @@ def convert(
         ValueError: an option is unknown, options don't go together, or the layout can't hold the
             source.
     """
-    _check_options(layout, dtype, quantize, calibrate)
+    check_options(layout, dtype, quantize, calibrate)
     target = Path(target).expanduser()
     check_apart(target, source)
     check_target(target, overwrite=overwrite)
     folder = resolve(source, revision=revision)
     check_apart(target, folder)
     _check_range(folder, "float16" if layout == APPLE else dtype, layout)
-    checkpoint = _read(folder, layout, dtype, quantize, shown=progress)
+    check_exporter(layout)
+    config, weights = read_checkpoint(folder)
+    checkpoint = prepare(
+        processor_folder(folder), config, weights, layout, dtype, quantize, shown=progress
+    )
     with atomic_folder(target, overwrite=overwrite) as temporary:
         if quantize is not None and calibrate is not None:
             tuned = tune(folder, quantize, Path(calibrate), progress=progress)
             checkpoint.weights |= {n: cast(t, checkpoint.dtype) for n, t in tuned.items()}
         card = _card(checkpoint, target.name, source, calibrated=calibrate is not None)
         (temporary / "README.md").write_text(card, encoding="utf-8")
-        _write(checkpoint, temporary, layout, precision, shown=progress)
+        write(checkpoint, temporary, layout, precision, shown=progress)
     return target
 
 
 @dataclass
-class _Checkpoint:
+class Checkpoint:
     """A source, read, cast and quantized as the target is to be.
 
     Attributes:
@@ -127,7 +132,8 @@ class _Checkpoint:
         return str(self.dtype).removeprefix("mlx.core.")
 
 
-def _check_options(layout: str, dtype: str | None, quantize: Any, calibrate: Any) -> None:
+def check_options(layout: str, dtype: str | None, quantize: Any, calibrate: Any = None) -> None:
+    """Raise a ValueError if options are unknown or don't go together."""
     if layout not in WRITTEN:
         raise ValueError(f"layout must be one of {', '.join(WRITTEN)}, found {shown(layout)}.")
     if calibrate is not None and quantize is None:
@@ -142,12 +148,23 @@ def _check_options(layout: str, dtype: str | None, quantize: Any, calibrate: Any
         raise ValueError(f"The {APPLE} layout holds no quantized encoder; leave out vision.")
 
 
-def _read(
-    folder: Path, layout: str, dtype: str | None, quantize: Quantize | None, *, shown: bool
-) -> _Checkpoint:
+def check_exporter(layout: str) -> None:
+    """Raise a CheckpointError if the layout needs a library that is not there."""
     if layout == APPLE:
         import_coremltools(f"write {PACKAGE}")
-    config, weights = read_checkpoint(folder)
+
+
+def prepare(
+    folder: Path,
+    config: FastVLMConfig,
+    weights: Weights,
+    layout: str,
+    dtype: str | None,
+    quantize: Quantize | None,
+    *,
+    shown: bool,
+) -> Checkpoint:
+    """What `write` takes, of a model's configuration and tensors; errors as `convert`."""
     encoder: Weights = {}
     if layout == APPLE:
         _check_exportable(folder, config, weights)
@@ -166,7 +183,7 @@ def _read(
             f"{folder} is quantized, and the {layout} layout holds no quantized weights, which are "
             "not expanded again; convert a full-precision source."
         )
-    return _Checkpoint(folder, config, weights, encoder, chosen)
+    return Checkpoint(folder, config, weights, encoder, chosen)
 
 
 def _check_range(folder: Path, dtype: str | None, layout: str) -> None:
@@ -199,7 +216,7 @@ def _check_exportable(folder: Path, config: FastVLMConfig, weights: Weights) -> 
 
 
 def _card(
-    checkpoint: _Checkpoint, name: str, source: str | os.PathLike[str], *, calibrated: bool
+    checkpoint: Checkpoint, name: str, source: str | os.PathLike[str], *, calibrated: bool
 ) -> str:
     return model_card(
         name,
@@ -211,8 +228,8 @@ def _card(
     )
 
 
-def _write(
-    checkpoint: _Checkpoint, target: Path, layout: str, precision: str, *, shown: bool
+def write(
+    checkpoint: Checkpoint, target: Path, layout: str, precision: str, *, shown: bool
 ) -> None:
     """Write all files but the card; empties the checkpoint's weights."""
     write_processor(checkpoint.folder, target, checkpoint.config.vision.image_size)
@@ -231,11 +248,13 @@ def _write(
         save_checkpoint(checkpoint.weights, target, progress=bar.update)
 
 
-def _config(checkpoint: _Checkpoint, target: Path, layout: str) -> dict[str, Any]:
+def _config(checkpoint: Checkpoint, target: Path, layout: str) -> dict[str, Any]:
     """config.json in a layout; writes the token `<image>` where the layout has one."""
     folder, config, dtype = checkpoint.folder, checkpoint.config, checkpoint.dtype_name
     if layout == "transformers":
-        return transformers.config_json(config, dtype, write_image_token(folder, target))
+        written = transformers.config_json(config, dtype, write_image_token(folder, target))
+        marks = {FUSED_ADAPTERS: config.source.get(FUSED_ADAPTERS)}
+        return written | {name: mark for name, mark in marks.items() if mark}
     if layout != APPLE:
         return config_json(config, dtype, config.quantization)
     image_token_index = write_image_token(folder, target)

@@ -23,6 +23,7 @@ ORDER = (
     "generation",
     "bench evaluate train serve live caption",
     "convert",
+    "fuse",
     "__init__",
     "cli __main__",
 )
@@ -32,7 +33,7 @@ LEVELS = {room: level for level, rooms in enumerate(ORDER) for room in rooms.spl
 SLOW = {"mlx_lm", "transformers", "huggingface_hub", "tokenizers", "jinja2", "PIL", "numpy"}
 OPTIONAL = {"torch", "coremltools", "matplotlib", "pillow_heif", "llguidance"}
 OPTIONAL |= {"fastapi", "pydantic", "starlette", "uvicorn", "prometheus_client"}  # of the server
-OPTIONAL |= {"av", "mss", "pyarrow"}
+OPTIONAL |= {"av", "mss", "pyarrow", "datasets"}
 HEAVY = SLOW | OPTIONAL | {"rich", "tqdm", "typer"}
 # The command imports the server only when it is to serve.
 HEAVY_ALLOWED = {"cli/": {"typer"}, "serve/": {"fastapi", "pydantic", "starlette"}}

@@ -11,6 +11,8 @@ from typing import Any
 from ..hub import registry
 from ..hub.resolve import HUB_ID
 from .quantize import part_of
+from .record import Record
+from .record import paragraphs as record_paragraphs
 
 PART_NAMES = {
     "vision": "vision encoder",
@@ -27,6 +29,7 @@ TRAINED = {
     False: "nothing was trained",
     True: "the scales of quantized layers were tuned to give the original's answers",
 }
+FINE_TUNED = "it was trained further"
 USAGE = """\
 ```bash
 pip install fastvlm-mlx
@@ -49,6 +52,8 @@ def model_card(
     layers: Mapping[str, Mapping[str, Any]] | None = None,
     license: Mapping[str, str] | None = None,
     calibrated: bool = False,
+    is_trained: bool = False,
+    record: Record | None = None,
 ) -> str:
     """The README.md of a converted folder.
 
@@ -61,28 +66,80 @@ def model_card(
             the mlx-vlm layout, as `quantize.plan` and `names.quantized_linears` give them.
         license: as `license_of` gives it.
         calibrated: whether scales were tuned (`train.calibrate`).
+        is_trained: whether the source was trained further, as an adapter says.
+        record: of that training, if it is known.
     """
     from huggingface_hub.utils import yaml_dump
 
     license = license or {}
     base_model, origin = _origin(source)
-    derivative = DERIVATIVE.format(trained=TRAINED[calibrated])
+    derivative = DERIVATIVE.format(trained=FINE_TUNED if is_trained else TRAINED[calibrated])
+    kind = "FastVLM, fine-tuned with" if is_trained else "FastVLM converted to MLX with"
     metadata = {
         "library_name": "mlx",
         "pipeline_tag": "image-text-to-text",
         **({"base_model": base_model} if base_model else {}),
+        **({"base_model_relation": "finetune"} if base_model and is_trained else {}),
         **license,
         "tags": ["mlx", "fastvlm"],
     }
     paragraphs = [
         f"---\n{yaml_dump(metadata, sort_keys=False)}---",
         f"# {name}",
-        "FastVLM converted to MLX with [fastvlm-mlx](https://pypi.org/project/fastvlm-mlx/).",
-        f"- Converted from: {origin}\n- Precision: {_precision(layers or {}, dtype)}\n"
+        f"{kind} [fastvlm-mlx](https://pypi.org/project/fastvlm-mlx/).",
+        f"- {'Base' if is_trained else 'Converted from'}: {origin}\n"
+        f"- Precision: {_precision(layers or {}, dtype)}\n"
         f"- Licence: {_license_line(license)}",
         *_quantization(layers or {}, dtype),
+        *(record_paragraphs(record) if record is not None else ()),
         USAGE,
         *([f"{registry.ATTRIBUTION} {derivative}"] if license == registry.LICENSE else []),
+    ]
+    return "\n\n".join(paragraphs) + "\n"
+
+
+ADAPTER_USAGE = """\
+```bash
+pip install fastvlm-mlx
+fastvlm generate --model {base} --adapter <this folder or repo> --image photo.jpg
+```
+
+```python
+import fastvlm_mlx as fv
+
+model, processor = fv.load("{base}", adapter="<this folder or repo>")
+```
+
+`fastvlm fuse` writes it and its base as one model, in any layout. PEFT loads it, too, and LLaVA's
+own loader."""
+
+
+def adapter_card(name: str, base: str, record: Record | None = None) -> str:
+    """The README.md of an adapter's folder.
+
+    Args:
+        name: the title.
+        base: the folder or Hub id of the model that it is for.
+        record: of its training.
+    """
+    from huggingface_hub.utils import yaml_dump
+
+    base_model, origin = _origin(base)
+    license = license_of(Path(base), base) if base_model is None else license_of(Path(), base)
+    metadata = {
+        "library_name": "peft",
+        "pipeline_tag": "image-text-to-text",
+        **({"base_model": base_model, "base_model_relation": "adapter"} if base_model else {}),
+        **license,
+        "tags": ["mlx", "fastvlm", "lora"],
+    }
+    paragraphs = [
+        f"---\n{yaml_dump(metadata, sort_keys=False)}---",
+        f"# {name}",
+        "An adapter of FastVLM, trained with [fastvlm-mlx](https://pypi.org/project/fastvlm-mlx/).",
+        f"- Base: {origin}\n- Licence: {_license_line(license)}",
+        *(record_paragraphs(record) if record is not None else ()),
+        ADAPTER_USAGE.format(base=base_model or Path(base).name),
     ]
     return "\n\n".join(paragraphs) + "\n"
 

@@ -19,11 +19,13 @@ from ..hub.resolve import resolve
 from ..model.fastvlm import FastVLM
 from ..processor import Processor
 from ..text.tokenizer import Tokenizer
+from .adapt import attach
 from .files import NAN_SCALE, Weights
+from .layouts import adapters
 from .layouts.mlx_vlm import dtype_of
-from .names import fuse, fused_rows, quantized_linears, stored_name, unfused_layers
+from .names import fuse, fused_rows, quantized_linears, stored_name, unfuse, unfused_layers
 from .quantize import Quantize, quantize_checkpoint
-from .read import read_checkpoint
+from .read import read_adapted
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 THOUGHT = "<think>"  # in the chat template of a language model that reasons aloud
@@ -36,6 +38,7 @@ def load(
     revision: str | None = None,
     dtype: mx.Dtype | str | None = None,
     quantize: Quantize | None = None,
+    adapter: str | os.PathLike[str] | None = None,
 ) -> tuple[FastVLM, Processor]:
     """Load a model and the processor of its images and prompts.
 
@@ -44,16 +47,27 @@ def load(
             fly; by default the bundled nano model.
         revision: branch, tag or commit on the Hub.
         dtype, quantize: as for `load_model`.
+        adapter: a folder or a Hub id of LoRA, DoRA or other parts that were trained on top of
+            `source`, here or with PEFT or LLaVA.
 
     Raises:
         FileNotFoundError: there is no such folder or repository.
-        CheckpointError: it is not a whole FastVLM.
+        CheckpointError: it is not a whole FastVLM, or the adapter is another model's.
         OSError: the download failed.
         ValueError: as for `load_model`.
     """
     folder = resolve(source, revision=revision)
-    processor = load_processor(folder)
-    return load_model(folder, dtype=dtype, quantize=quantize), processor
+    processor = load_processor(processor_folder(folder))
+    trained = None if adapter is None else resolve(adapter)
+    return load_model(folder, dtype=dtype, quantize=quantize, adapter=trained), processor
+
+
+def processor_folder(folder: Path) -> Path:
+    """Where a model's tokenizer is: in its folder, or for an adapter without one in its base's."""
+    if (folder / "tokenizer_config.json").is_file() or not adapters.is_adapter(folder):
+        return folder
+    name, revision = adapters.base_of(folder)
+    return resolve(name, revision=revision)
 
 
 def load_processor(folder: str | Path) -> Processor:
@@ -106,7 +120,11 @@ def _check_token_ids(folder: Path, tokenizer: Tokenizer, config: FastVLMConfig) 
 
 
 def load_model(
-    folder: str | Path, *, dtype: mx.Dtype | str | None = None, quantize: Quantize | None = None
+    folder: str | Path,
+    *,
+    dtype: mx.Dtype | str | None = None,
+    quantize: Quantize | None = None,
+    adapter: str | Path | None = None,
 ) -> FastVLM:
     """Read a model from a folder in any known layout; the folder needs no tokenizer.
 
@@ -119,41 +137,116 @@ def load_model(
             and M2, whose GPUs lack it (unless a weight is beyond float16's range).
         quantize: bits per weight, a mode or preset by name, or a mapping; see
             `quantize.parse_quantize`.
+        adapter: a folder of what was trained on top of it. It is merged into weights in float, and
+            its LoRA is kept beside those that are quantized.
 
     Raises:
         FileNotFoundError: there is no such folder.
-        CheckpointError: a file, a field or a tensor is missing, surplus or wrong.
+        CheckpointError: a file, a field or a tensor is missing, surplus or wrong, or the adapter is
+            another model's.
         ValueError: `dtype` or `quantize` is unknown, `dtype` can't hold a weight, or the checkpoint
             is already quantized.
     """
+    return _load_model(folder, dtype, quantize, adapter, for_training=False)
+
+
+def load_for_training(
+    folder: str | Path, *, dtype: mx.Dtype | str | None = None, quantize: Quantize | None = None
+) -> FastVLM:
+    """As `load_model`, but with the same modules on every device, and in training mode.
+
+    Each projection of the decoder stands apart under its published name (`q_proj`, `gate_proj`),
+    and each bias beside its own layer. Quantized layers stay quantized. After `eval()` it answers
+    as what `load_model` gives, up to rounding; `inference_weights` is the way back.
+
+    Args:
+        folder: as for `load_model`; parallel branches are folded, see `model.vision_training`.
+        dtype: of the weights that are not quantized; by default float32 on the CPU and otherwise
+            the checkpoint's own.
+        quantize: as for `load_model`.
+
+    Raises:
+        the errors of `load_model`.
+    """
+    model = _load_model(folder, dtype, quantize, for_training=True)
+    model.train()
+    return model
+
+
+def inference_weights(model: FastVLM) -> Weights:
+    """The weights of a trained model in the mlx-vlm layout, as `files.save_checkpoint` writes them
+    and `convert` turns them into other layouts.
+
+    Raises:
+        ValueError: an adapter is not fused yet.
+    """
+    weights = unfuse(model, folded=_has_quantized_encoder(model))
+    adapter = next((name for name in weights if re.search(r"\.(lora_[ab]|m)$", name)), None)
+    if adapter is not None:
+        raise ValueError(f"{adapter} belongs to an adapter; fuse the adapters first.")
+    return weights
+
+
+def _has_quantized_encoder(model: FastVLM) -> bool:
+    return any(
+        name.endswith(".scales") for name, _ in tree_flatten(model.vision_tower.parameters())
+    )
+
+
+def _load_model(
+    folder: str | Path,
+    dtype: mx.Dtype | str | None,
+    quantize: Quantize | None,
+    adapter: str | Path | None = None,
+    *,
+    for_training: bool,
+) -> FastVLM:
     ops.check_process()
     folder = Path(folder).expanduser()
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no model folder {folder}.")
-    config, weights = read_checkpoint(folder)
+    trained = None if adapter is None else Path(adapter).expanduser()
+    if trained is not None and not trained.is_dir():
+        raise FileNotFoundError(f"There is no folder {trained} of an adapter.")
+    config, weights, beside = read_adapted(folder, trained)
+    if beside and for_training:
+        raise CheckpointError(
+            f"{folder} is an adapter of a quantized model; load its base, and then the adapter."
+        )
     stored = dtype_of(weights)
-    target = ops.fast_dtype(stored) if dtype is None else resolve_dtype(dtype)
+    target = resolve_dtype(dtype) if dtype is not None else _dtype_for(stored, for_training)
     if quantize is not None or target == mx.float32:
         weights = {name: cast(tensor, target) for name, tensor in weights.items()}
     if quantize is not None:
         weights, quantization, _ = quantize_checkpoint(weights, config, quantize)
         config = replace(config, quantization=quantization)
     model = FastVLM(config)
+    if for_training:
+        model.unfuse()
     quantize_like(model, weights)
-    parameters = fuse(weights, config)
+    packed = {name: weights[name] for name in weights if name.rpartition(".")[0] in beside}
+    parameters = fuse(weights, config, apart=for_training)
     model.load_weights([(k, _row_by_row(cast(v, target))) for k, v in parameters.items()])
     parameters.clear()
-    model.vision_tower.fold_biases()
+    if not for_training:
+        model.vision_tower.fold_biases()
+    attach(model, beside, packed, target)
     _evaluate(model)
     ops.note_computation()
     if target == mx.float16 != stored and (name := _infinite(model)):
         if dtype is None:
-            return load_model(folder, dtype=stored, quantize=quantize)
+            return _load_model(folder, stored, quantize, adapter, for_training=for_training)
         raise ValueError(
             f"{name} has numbers beyond float16's largest, 65504: use dtype bfloat16 or float32."
         )
     model.eval()
     return model
+
+
+def _dtype_for(stored: mx.Dtype, for_training: bool) -> mx.Dtype:
+    """The dtype to compute in; small gradients vanish in float16, which is fast where bfloat16 is
+    not."""
+    return stored if for_training and not ops.on_cpu() else ops.fast_dtype(stored)
 
 
 def _row_by_row(kernel: mx.array) -> mx.array:
@@ -188,6 +281,8 @@ def quantize_like(model: FastVLM, weights: Weights) -> None:
     for path in unfused_layers(weights, config):
         _, i, block, whole = path.split(".")
         module = model.language_model.layers[int(i)][block]
+        if whole not in module:  # unfused already, as for training
+            continue
         fused = module[whole]
         width = fused.weight.shape[1]
         rows = fused_rows(config)[f"{block}.{whole}"]

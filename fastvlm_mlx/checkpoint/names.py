@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
@@ -42,8 +42,14 @@ def quantized_linears(
                 raise CheckpointError(f"config.json, {linear}: {error}") from None
 
 
-def fuse(weights: Weights, config: FastVLMConfig) -> Weights:
-    """A checkpoint in the mlx-vlm layout → the parameters of `FastVLM`; empties `weights`."""
+def fuse(weights: Weights, config: FastVLMConfig, *, apart: bool = False) -> Weights:
+    """A checkpoint in the mlx-vlm layout → the parameters of `FastVLM`; empties `weights`.
+
+    Args:
+        weights: the checkpoint.
+        config: of the model.
+        apart: leave the decoder's projections apart, as after `FastVLM.unfuse`.
+    """
     parameters: Weights = {}
     if not is_folded(weights):
         encoder = fold.fold_encoder(lambda name: weights.pop(ENCODER + name), config.vision)
@@ -54,7 +60,7 @@ def fuse(weights: Weights, config: FastVLMConfig) -> Weights:
         for key in _keys_of(weights, source):
             parameters[f"{LAYERS}{i}.{key}"] = weights.pop(f"{source}.{key}")
     unfused = unfused_layers(weights, config)
-    for i in range(config.text.num_hidden_layers):
+    for i in range(0 if apart else config.text.num_hidden_layers):
         for whole in FUSED:
             layer = f"layers.{i}.{whole}"
             parameters |= _fuse_layer(weights, i, whole, is_fused=layer not in unfused)
@@ -157,6 +163,31 @@ def stored_name(path: str, config: FastVLMConfig) -> str:
         if found:
             return before + parts[int(side.removeprefix(".layers.") or 0)]
     return path
+
+
+def memory_name(layer: str, config: FastVLMConfig, modules: Container[str]) -> tuple[str, int]:
+    """(path, first row) in memory of a layer of a checkpoint, which may be part of a fused one.
+
+    Args:
+        layer: in the mlx-vlm layout; of the encoder, folded.
+        config: the model's.
+        modules: the paths that the model has.
+    """
+    if layer.startswith(VISION_TOWER):
+        return layer, 0
+    for i in range(config.projector_depth):
+        if layer == _projector_name(config, i):
+            return f"{LAYERS}{i}", 0
+    path = layer.replace(DECODER, "language_model.", 1)
+    for whole, parts in FUSED.items():
+        for n, part in enumerate(parts):
+            before = path.removesuffix(part)
+            if before == path or path in modules:
+                continue
+            apart = f"{before}{whole}.layers.{n}"
+            first = sum(fused_rows(config)[whole][:n])
+            return (apart, 0) if apart in modules else (before + whole, first)
+    return path, 0
 
 
 def _projector_name(config: FastVLMConfig, layer: int) -> str:

@@ -8,12 +8,14 @@ from types import ModuleType
 
 import mlx.core as mx
 
-from ..config import CheckpointError, FastVLMConfig, load_config, read_json
+from ..config import CheckpointError, FastVLMConfig, load_config
 from ..hub.resolve import resolve
 from ..model.fastvlm import FastVLM
 from . import fold
-from .files import MAX_NAMED, Weights, read_file, read_tensors
+from .adapt import apply, check_base, read_adapter, with_mark
+from .files import MAX_NAMED, Weights, read_tensors
 from .layouts import adapters, apple_export, llava, mlx_vlm, transformers
+from .layouts.adapters import LowRank
 from .layouts.mlx_vlm import HEAD, LM_HEAD, is_folded
 from .names import quantized_linears, unfuse
 from .quantize import LayerSettings
@@ -25,19 +27,53 @@ def read_checkpoint(folder: Path) -> tuple[FastVLMConfig, Weights]:
     """The configuration and the tensors of a folder, in the mlx-vlm layout, checked.
 
     Raises:
-        CheckpointError: a file, a field or a tensor is missing, surplus or wrong.
+        CheckpointError: a file, a field or a tensor is missing, surplus or wrong; or the folder is
+            an adapter of a quantized model, which stays beside its weights.
     """
-    base = folder
+    config, weights, beside = read_adapted(folder)
+    if beside:
+        raise CheckpointError(
+            f"{folder} is an adapter of a quantized model; `fastvlm fuse` writes both as one."
+        )
+    return config, weights
+
+
+def read_adapted(
+    folder: Path, adapter: Path | None = None
+) -> tuple[FastVLMConfig, Weights, dict[str, LowRank]]:
+    """As `read_checkpoint`, with an adapter on top, and the LoRA of layers that are quantized.
+
+    Args:
+        folder: of the base, or of an adapter that names its base.
+        adapter: on top of a base.
+
+    Raises:
+        CheckpointError: as `read_checkpoint`; or the adapter is that of another model.
+    """
+    base, config = folder, None
     if adapters.is_adapter(folder):
+        if adapter is not None:
+            raise CheckpointError(f"{folder} is an adapter itself; give its base, or only it.")
         name, revision = adapters.base_of(folder)
-        base = resolve(name, revision=revision)
-    config = load_config(folder if (folder / "config.json").is_file() else base)
+        base, adapter = resolve(name, revision=revision), folder
+        config = load_config(folder) if (folder / "config.json").is_file() else None
+    if adapter is not None and not adapters.is_adapter(adapter):
+        raise CheckpointError(
+            f"{adapter} is no adapter: it has neither {adapters.ADAPTER[0]} nor "
+            f"{adapters.TRAINED[0]}."
+        )
+    own = load_config(base)
+    config = own if config is None else replace(config, quantization=own.quantization)
     weights, layout = read_layout(base)
-    if base is not folder:
-        weights = _with_trained_parts(weights, folder)
+    beside: dict[str, LowRank] = {}
+    if adapter is not None:
+        read = read_adapter(adapter)
+        check_base(read, weights, own, adapter, base)
+        config = with_mark(config, own, adapter, base)
+        weights, beside = apply(weights, read, own)
     config = trust_tensors(config, weights)
     check_tensors(weights, config, layout, folder)
-    return config, weights
+    return config, weights, beside
 
 
 def read_layout(folder: Path) -> tuple[Weights, ModuleType]:
@@ -69,16 +105,6 @@ def read_layout(folder: Path) -> tuple[Weights, ModuleType]:
             name = _name_in_files(error.name, weights, layout)
             raise CheckpointError(f"{folder}: {name} {error.problem}.") from None
     return weights, layout
-
-
-def _with_trained_parts(base: Weights, folder: Path) -> Weights:
-    """The tensors of a base model with what a training folder holds."""
-    if any(name.endswith(".scales") for name in base):
-        raise CheckpointError(f"{folder} needs its base in full precision, not a quantized one.")
-    parts = [folder / name for name in (*adapters.ADAPTER, *adapters.TRAINED)]
-    files = {file.name: read_file(file) for file in parts if file.is_file()}
-    settings = folder / "adapter_config.json"
-    return adapters.apply(base, files, read_json(settings) if settings.is_file() else {})
 
 
 def _name_in_files(name: str, weights: Weights, layout: ModuleType) -> str:

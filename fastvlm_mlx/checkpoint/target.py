@@ -12,13 +12,17 @@ from pathlib import Path
 
 from ..checks import is_empty, is_litter
 from ..config import MODEL_TYPES, TRANSFORMERS_TYPE, CheckpointError, read_json
+from .layouts import adapters
 from .layouts.coreml.program import PACKAGE
 from .processor_files import COPIED
+from .record import PLOT
 
 CONFIG = "config.json"
 WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 WRITTEN = {*COPIED, CONFIG, PACKAGE, "README.md", "model.safetensors.index.json"}
 WRITTEN |= {"preprocessor_config.json", "processor_config.json"}
+ADAPTERS = {adapters.ADAPTER[0], *adapters.TRAINED[:2]}
+WRITTEN |= {*ADAPTERS, adapters.SETTINGS, PLOT}
 NEW, OLD = ".converting", ".replaced"  # ends of the names of temporary folders
 SWAP, HERE = 2, -100  # RENAME_EXCHANGE on Linux, RENAME_SWAP on macOS; AT_FDCWD
 
@@ -68,6 +72,8 @@ def _irreplaceable(folder: Path) -> str | None:
     foreign = [name for name in names if not _is_written(folder / name)]
     if foreign:
         return f"holds {foreign[0]}, which is no part of a converted model"
+    if ADAPTERS & set(names):
+        return None
     if names and not (CONFIG in names and any(map(WEIGHTS.fullmatch, names))):
         return f"holds {names[0]} but no whole model"
     if names and not _is_fastvlm(folder):

@@ -10,8 +10,8 @@ from ..hub import registry
 from ..hub.resolve import HUB_ID, answer_of
 from ..model.fastvlm import FastVLM
 from .card import license_of, license_text
-from .load import load_processor, quantize_like
-from .read import read_checkpoint
+from .load import load_processor, processor_folder, quantize_like
+from .read import read_adapted
 
 # Hidden files (`.cache`, `.DS_Store`) and unfinished downloads.
 LEFT_OUT = [".*", "*/.*", "*.part", "*.part.version", "*.lock"]
@@ -156,8 +156,8 @@ def check_folder(folder: str | Path) -> None:
     folder = Path(folder).expanduser()
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no model folder {folder}.")
-    load_processor(folder)
-    config, tensors = read_checkpoint(folder)
+    load_processor(processor_folder(folder))
+    config, tensors, _ = read_adapted(folder)
     quantize_like(FastVLM(config), tensors)
 
 

@@ -37,6 +37,13 @@ Model = Annotated[
         "handwriting.",
     ),
 ]
+Adapter = Annotated[
+    str | None,
+    typer.Option(
+        help="Folder or Hub id of LoRA, DoRA or other parts trained on top of --model, here or "
+        "with PEFT or LLaVA."
+    ),
+]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")]
 Dtype = Annotated[
     str | None,

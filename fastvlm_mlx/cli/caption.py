@@ -17,7 +17,7 @@ from ..checkpoint.load import load
 from ..checks import brief
 from ..evaluate.questions import DEFAULT_QUESTION
 from ..generation.scheduler import MAX_BATCH
-from .arguments import Bits, Dtype, Model, Revision, option_flags
+from .arguments import Adapter, Bits, Dtype, Model, Revision, option_flags
 from .printing import print_nano_note
 
 OWN = Job()
@@ -109,6 +109,7 @@ def caption(
     sources: Sources,
     out: Out,
     model: Model = None,
+    adapter: Adapter = None,
     prompt: Prompts = None,
     weight: Weights = None,
     question: Questions = None,
@@ -145,7 +146,7 @@ def caption(
     )
     found = find_sources(sources)
     check_out(out, found, job)  # before a model is downloaded
-    loaded = load(model, revision=revision, dtype=dtype, quantize=quantize)
+    loaded = load(model, revision=revision, dtype=dtype, quantize=quantize, adapter=adapter)
     options["stop"] = tuple(options["stop"])
     try:
         summary = caption_images(

@@ -9,7 +9,7 @@ import typer
 
 from ..checkpoint.load import load
 from ..generation.chat import Chat
-from .arguments import Bits, Dtype, Images, Model, Revision, option_flags
+from .arguments import Adapter, Bits, Dtype, Images, Model, Revision, option_flags
 from .images import NamedImage, named_images
 from .interrupts import forget_interrupt
 from .printing import print_answer, print_error, print_nano_note
@@ -35,6 +35,7 @@ CHAT_HELP = """\
 )
 def chat(
     model: Model = None,
+    adapter: Adapter = None,
     image: Images = None,
     revision: Revision = None,
     dtype: Dtype = None,
@@ -48,7 +49,7 @@ def chat(
     """
     if sys.stdin is None:
         raise ValueError("Standard input is closed: questions are read from there.")
-    loaded = load(model, revision=revision, dtype=dtype, quantize=quantize)
+    loaded = load(model, revision=revision, dtype=dtype, quantize=quantize, adapter=adapter)
     conversation = Chat(*loaded, **options)
     known: list[NamedImage] = []
     pending = [shown for text in image or [] for shown in named_images(text)]

@@ -20,7 +20,7 @@ from ..generation.video import FRAMES
 from ..hub.resolve import NANO
 from ..image.load import dragged_path, dragged_paths
 from ..text.messages import Messages
-from .arguments import Bits, Dtype, Frames, Images, Model, Revision, Video, option_flags
+from .arguments import Adapter, Bits, Dtype, Frames, Images, Model, Revision, Video, option_flags
 from .images import is_bundled
 from .printing import print_answer, print_nano_note, print_timings, warnings_as_notes
 
@@ -30,6 +30,7 @@ SAMPLE_IMAGE = NANO / "images" / "penguins.png"
 @option_flags()
 def generate(
     model: Model = None,
+    adapter: Adapter = None,
     image: Images = None,
     video: Video = None,
     frames: Frames = FRAMES,
@@ -67,7 +68,7 @@ def generate(
     draft_model = options.pop("draft_model")
     chosen = Options(**options | {"stop": tuple(options["stop"])})
     question = _question(prompt, messages)
-    loaded = load(model, revision=revision, dtype=dtype, quantize=quantize)
+    loaded = load(model, revision=revision, dtype=dtype, quantize=quantize, adapter=adapter)
     if draft_model is not None:
         chosen = replace(chosen, draft_model=load(draft_model, dtype=dtype))
     if not image and video is None and prompt is None and messages is None:

@@ -16,12 +16,15 @@ from .chat import chat
 from .convert import convert
 from .doctor import doctor
 from .download import download
+from .fuse import fuse
 from .generate import generate
 from .images import repeat_image_flag
 from .interrupts import interrupts_noted
 from .models import models
 from .printing import errors_as_sentences
 from .serve import EXAMPLE, serve
+from .train import EXAMPLE as TRAINING
+from .train import train
 from .upload import upload
 from .watch import watch
 
@@ -33,10 +36,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (generate, chat, watch, caption, models, download, convert, upload, doctor):
+for command in (generate, chat, watch, caption, models, download, convert, fuse, upload, doctor):
     app.command()(command)
 app.command(epilog=FLOORS)(bench)
 app.command(epilog=EXAMPLE)(serve)
+app.command(epilog=TRAINING)(train)
 
 
 def _print_version(wanted: bool) -> None:

@@ -20,7 +20,7 @@ from ..serve.cache import RequestCache
 from ..serve.disk import MAX_DISK_BYTES
 from ..serve.engine import MAX_BATCH, MAX_QUEUE, Engine
 from ..serve.settings import Place, Settings
-from .arguments import Bits, Dtype, Model, Revision
+from .arguments import Adapter, Bits, Dtype, Model, Revision
 from .printing import print_nano_note
 
 NEEDED = ("fastapi", "uvicorn", "prometheus_client")
@@ -106,6 +106,7 @@ def _with_flags(command: Callable[..., None]) -> Callable[..., None]:
 @_with_flags
 def serve(
     model: Model = None,
+    adapter: Adapter = None,
     revision: Revision = None,
     dtype: Dtype = None,
     quantize: Bits = None,
@@ -123,7 +124,7 @@ def serve(
     name = _name_of(model)
     with listen(place) as listening:  # a port in use is found before the model is loaded
         typer.echo(f"Loading {name} …", err=True)
-        loaded = load(model, revision=revision, dtype=dtype, quantize=quantize)
+        loaded = load(model, revision=revision, dtype=dtype, quantize=quantize, adapter=adapter)
         sizes = {size: given[size] for size in ("max_batch", "max_queue")}
         engine = Engine(*loaded, name=name, cache=_cache(loaded[0], given), **sizes)
         if model is None:

@@ -11,7 +11,9 @@ from .printing import warnings_as_notes
 
 
 def upload(
-    folder: Annotated[Path, typer.Argument(help="A folder that `fastvlm convert` wrote.")],
+    folder: Annotated[
+        Path, typer.Argument(help="A folder that `fastvlm convert`, `fuse` or `train` wrote.")
+    ],
     repo: Annotated[str, typer.Option(help="The repository to push to, user/name.")],
     private: Annotated[bool, typer.Option(help="Make a new repository private.")] = False,
 ) -> None:

@@ -21,7 +21,7 @@ from ..video.folder import FolderSource
 from ..video.open import open_source
 from ..video.screen import ScreenSource
 from ..video.source import Source
-from .arguments import Bits, Dtype, Model, Revision, option_flags
+from .arguments import Adapter, Bits, Dtype, Model, Revision, option_flags
 from .live import LiveLines, PlainLines
 from .printing import print_nano_note
 
@@ -112,6 +112,7 @@ def watch(
     thumbnails: Thumbnails = False,
     srt: Srt = None,
     model: Model = None,
+    adapter: Adapter = None,
     revision: Revision = None,
     dtype: Dtype = None,
     quantize: Bits = None,
@@ -138,7 +139,7 @@ def watch(
         takers = _takers(jsonl, thumbnails, srt, do, webhook, display)
         for taker in takers:
             stack.callback(taker.close)
-        loaded = _load(model, revision, dtype, quantize)
+        loaded = _load(model, adapter, revision, dtype, quantize)
         answers = watch_source(
             chosen,
             prompt,
@@ -157,10 +158,16 @@ def watch(
         _hand_on(answers, display, takers)
 
 
-def _load(model: str | None, revision: str | None, dtype: str | None, bits: int | None) -> Any:
+def _load(
+    model: str | None,
+    adapter: str | None,
+    revision: str | None,
+    dtype: str | None,
+    bits: int | None,
+) -> Any:
     from ..checkpoint.load import load
 
-    loaded = load(model, revision=revision, dtype=dtype, quantize=bits)
+    loaded = load(model, revision=revision, dtype=dtype, quantize=bits, adapter=adapter)
     if model is None:
         print_nano_note()
     return loaded

@@ -21,10 +21,12 @@ from .fetch import (
 from .target import check_free, put_in_place
 
 NANO = Path(__file__).parent.parent / "nano"
+BUNDLED = "nano"  # its name
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 NEEDED = ("*.json", "*.safetensors", "*.jinja", "merges.txt", "*.mlpackage/*")
 LICENSES = ("LICENSE*", "README.md")  # a model card states the licence
 PICKLES = ("*.bin", "*.pth")
+TRAINED = ("non_lora_trainables.bin", "mm_projector.bin")  # of LLaVA's training, beside the rest
 WEIGHTS = (".safetensors", ".bin", ".pth")
 
 
@@ -33,7 +35,7 @@ def resolve(source: str | os.PathLike[str] | None = None, *, revision: str | Non
 
     Args:
         source: a folder, a Hub id (`user/name`), the name of a published model as `registry.find`
-            takes it (`0.5b`), or None for the bundled nano model. Folders come first.
+            takes it (`0.5b`), or `nano` or None for the bundled model. Folders come first.
         revision: branch, tag or commit on the Hub.
 
     Raises:
@@ -43,7 +45,9 @@ def resolve(source: str | os.PathLike[str] | None = None, *, revision: str | Non
         OSError: the download failed.
     """
     path = NANO if source is None else Path(source).expanduser()
-    if source is None or path.is_dir():
+    if os.fspath(path) == BUNDLED and not path.exists():
+        path = NANO
+    if path.is_dir():
         if revision is not None:
             raise ValueError(f"{path} is a folder, which has no revisions; leave out revision.")
         return path
@@ -138,7 +142,7 @@ def _snapshot(info: Any, repo: str, revision: str | None, folder: Path | None = 
     from huggingface_hub import constants, snapshot_download
 
     has_safetensors = any(file.rfilename.endswith(".safetensors") for file in info.siblings)
-    patterns = [*NEEDED, *LICENSES, *(() if has_safetensors else PICKLES)]
+    patterns = [*NEEDED, *LICENSES, *(TRAINED if has_safetensors else PICKLES)]
     with disk_full_said(folder or Path(constants.HF_HUB_CACHE)):
         _fetch_large(info, repo, patterns, folder)
         try:

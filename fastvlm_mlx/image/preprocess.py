@@ -97,14 +97,14 @@ def preprocess_each(
         raise ValueError(f"dtype must be mlx.core.float32 or uint8, not {shown(dtype)}.")
     resize, purpose = choose_resize(image_size, mode, grid_pinpoints)
     purpose = purpose if fast else purpose._replace(reduction=None)
-    work = partial(_read_and_resize, resize=resize, purpose=purpose)
+    work = partial(read_and_resize, resize=resize, purpose=purpose)
     # MLX arrays are computed on the thread that made them.
     mx.eval([image for image in images if isinstance(image, mx.array)])
     found = _ahead(work, images)
     return ((mx.array(p) / 255 if dtype == mx.float32 else mx.array(p), size) for p, size in found)
 
 
-def _read_and_resize(
+def read_and_resize(
     source: ImageSource,
     threads: int,
     resize: Resize,

@@ -31,12 +31,15 @@ class Projector(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         """[..., mm_hidden_size] → [..., hidden_size]."""
         for i, layer in enumerate(self.layers):
-            x = layer(gelu(x) if i else x)
+            x = layer(gelu(x, training=self.training) if i else x)
         return x
 
 
 class FastVLM(nn.Module):
-    """A vision language model (FastVLM paper); `checkpoint.load.load_model` fills it."""
+    """A vision language model (FastVLM paper); `checkpoint.load.load_model` fills it.
+
+    It is made for inference; `train()` turns to the forms that gradients pass through.
+    """
 
     def __init__(self, config: FastVLMConfig):
         super().__init__()
@@ -46,6 +49,7 @@ class FastVLM(nn.Module):
         self.language_model = Qwen2(config.text)
         if config.mm_patch_merge_type == "spatial_unpad":
             self.image_newline = mx.zeros((config.text.hidden_size,))
+        self.eval()
 
     @property
     def layers(self) -> list[Block]:
@@ -119,22 +123,8 @@ class FastVLM(nn.Module):
             pixel_values: [n, S, S, 3] of one image.
             image_size: as `merge_tiles` takes.
         """
-        config, tiles = self.config, len(pixel_values)
-        side = pixel_values.shape[1] // config.vision.patch_size
-        square, merge_type = side * side, config.mm_patch_merge_type
-        has_newline = merge_type == "spatial_unpad"
-        if config.image_aspect_ratio != "anyres" or (merge_type == "flat" and tiles > 1):
-            return tiles * square
-        if tiles == 1 or image_size is None:
-            return square + has_newline
-        across, down = anyres_grid(
-            image_size, config.image_grid_pinpoints, side * config.vision.patch_size
-        )
-        rows, columns = down * side, across * side
-        if has_newline:
-            top, left = unpad_margins((rows, columns), image_size)
-            return square + (rows - 2 * top) * (columns - 2 * left + 1)
-        return square + rows * columns
+        tiles, side = pixel_values.shape[:2]
+        return count_visual_tokens(self.config, tiles, side, image_size)
 
     def merge_tiles(self, tiles: mx.array, image_size: tuple[int, int] | None) -> mx.array:
         """Join the visual tokens of an image's overview and tiles (`llava_arch.py`).
@@ -211,6 +201,53 @@ class FastVLM(nn.Module):
         rows = mx.concatenate(list(visual_tokens)).astype(embeddings.dtype)
         index = mx.cumsum(places.flatten().astype(mx.int32)).reshape(places.shape) - 1
         return mx.where(places[..., None], rows[mx.maximum(index, 0)], embeddings)
+
+    def embed_at(self, input_ids: mx.array, visual_tokens: mx.array, places: mx.array) -> mx.array:
+        """Embed tokens and put visual tokens in places known beforehand.
+
+        Nothing is read on the host, so that it can be a part of a compiled training step.
+
+        Args:
+            input_ids: [B, T] token ids; at a visual token's place any id of the vocabulary.
+            visual_tokens: [V, hidden_size], those of all images.
+            places: int32 [V], the place b T + t of each of them, none twice.
+
+        Returns:
+            [B, T, hidden_size].
+        """
+        embeddings = self.language_model.embed(input_ids)
+        flat = embeddings.flatten(0, 1)
+        flat[places] = visual_tokens.astype(flat.dtype)
+        return flat.reshape(embeddings.shape)
+
+    def unfuse(self) -> None:
+        """Have each projection of the decoder apart, under the names of the published code, as
+        training needs them; `checkpoint.names.unfuse` names the weights of either form alike."""
+        for block in self.layers:
+            block.self_attn.unfuse()
+            block.mlp.unfuse()
+
+
+def count_visual_tokens(
+    config: FastVLMConfig, tiles: int, side: int, image_size: tuple[int, int] | None = None
+) -> int:
+    """How many visual tokens an image of so many squares of `side` pixels has; `image_size` as
+    `FastVLM.merge_tiles` takes it."""
+    side //= config.vision.patch_size
+    square, merge_type = side * side, config.mm_patch_merge_type
+    has_newline = merge_type == "spatial_unpad"
+    if config.image_aspect_ratio != "anyres" or (merge_type == "flat" and tiles > 1):
+        return tiles * square
+    if tiles == 1 or image_size is None:
+        return square + has_newline
+    across, down = anyres_grid(
+        image_size, config.image_grid_pinpoints, side * config.vision.patch_size
+    )
+    rows, columns = down * side, across * side
+    if has_newline:
+        top, left = unpad_margins((rows, columns), image_size)
+        return square + (rows - 2 * top) * (columns - 2 * left + 1)
+    return square + rows * columns
 
 
 def _merge_grid(tiles: mx.array, image_size: tuple[int, int], config: FastVLMConfig) -> mx.array:

@@ -43,7 +43,7 @@ class Attention(nn.Module):
     ) -> mx.array:
         B, T, _ = x.shape
         heads = self.num_heads + 2 * self.num_kv_heads
-        qkv = linear(self.qkv_proj, x).reshape(B, T, heads, -1)
+        qkv = self._project(x).reshape(B, T, heads, -1)
         if "q_norm" in self:
             qkv = self._normalise(qkv)
         if _is_step(cache, T):
@@ -59,6 +59,23 @@ class Attention(nn.Module):
                 keys, values = cache.update_and_fetch(keys, values)
         y = ops.causal_attention(queries, keys, values, cache, self.scale, mask)
         return linear(self.o_proj, y.transpose(0, 2, 1, 3).reshape(B, T, -1), residual)
+
+    def unfuse(self) -> None:
+        """Have the three projections apart, under the names of `Qwen2Attention`."""
+        fused = self.pop("qkv_proj")
+        weight, has_bias = fused.weight, "bias" in fused
+        D = weight.shape[0] // (self.num_heads + 2 * self.num_kv_heads)
+        heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
+        self.q_proj, self.k_proj, self.v_proj = (
+            nn.Linear(weight.shape[1], n * D, bias=has_bias) for n in heads
+        )
+
+    def _project(self, x: mx.array) -> mx.array:
+        """[B, T, C] → queries, keys and values, one after the other."""
+        if "qkv_proj" in self:
+            return linear(self.qkv_proj, x)
+        parts = (self.q_proj, self.k_proj, self.v_proj)
+        return mx.concatenate([linear(part, x) for part in parts], axis=-1)
 
     def _normalise(self, qkv: mx.array) -> mx.array:
         """[B, T, heads, D] with each head of queries and keys normalised (`Qwen3Attention`)."""
@@ -76,8 +93,16 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def __call__(self, x: mx.array, residual: mx.array) -> mx.array:
-        gate, up = ops.split_linear(self.gate_up_proj, x, 2)
-        return linear(self.down_proj, swiglu(gate, up), residual)
+        if "gate_up_proj" in self:
+            gate, up = ops.split_linear(self.gate_up_proj, x, 2)
+        else:
+            gate, up = linear(self.gate_proj, x), linear(self.up_proj, x)
+        return linear(self.down_proj, swiglu(gate, up, training=self.training), residual)
+
+    def unfuse(self) -> None:
+        """Have gate and up apart, under the names of `Qwen2MLP`."""
+        rows, width = self.pop("gate_up_proj").weight.shape
+        self.gate_proj, self.up_proj = (nn.Linear(width, rows // 2, bias=False) for _ in range(2))
 
 
 class Block(nn.Module):
@@ -96,7 +121,10 @@ class Block(nn.Module):
 
 
 class Qwen2(nn.Module):
-    """Token ids or embeddings in, logits out (`Qwen2ForCausalLM`, `Qwen3ForCausalLM`)."""
+    """Token ids or embeddings in, logits out (`Qwen2ForCausalLM`, `Qwen3ForCausalLM`).
+
+    It is made for inference; `train()` turns to the forms that gradients pass through.
+    """
 
     def __init__(self, config: TextConfig):
         super().__init__()
@@ -106,6 +134,7 @@ class Qwen2(nn.Module):
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.eval()
 
     def __call__(
         self,
@@ -134,12 +163,29 @@ class Qwen2(nn.Module):
         input_ids: mx.array | None,
         cache: Sequence[LayerCache] | None = None,
         input_embeddings: mx.array | None = None,
+        segments: mx.array | None = None,
     ) -> mx.array:
-        """What the output layer reads, [B, T, hidden_size]; arguments as for a call."""
+        """What the output layer reads.
+
+        Args:
+            input_ids, cache, input_embeddings: as for a call.
+            segments: int32 [B, T], for sequences packed in one row, without a cache: a token sees
+                only earlier ones of its own segment, and positions start anew with each segment.
+                One segment is a run of one number; padding is a segment like the others.
+
+        Returns:
+            [B, T, hidden_size].
+        """
         x = self.embed(input_ids) if input_embeddings is None else input_embeddings
         caches = [None] * len(self.layers) if cache is None else cache
-        mask = ops.spread_mask(_make_mask(x.shape[1], caches[0]), self.config.num_attention_heads)
-        rope = _make_rope(self.config, x, caches[0])
+        mask: Mask
+        if segments is not None:
+            mask, positions = _in_segments(segments)
+            rope = RoPE.at(positions[:, None], self.config.head_dim, self.config.rope_theta)
+        else:
+            mask = _make_mask(x.shape[1], caches[0])
+            mask = ops.spread_mask(mask, self.config.num_attention_heads)
+            rope = _make_rope(self.config, x, caches[0])
         for layer, layer_cache in zip(self.layers, caches, strict=True):
             x = layer(x, mask, layer_cache, rope)
         return self.norm(x)
@@ -170,6 +216,17 @@ def _make_rope(config: TextConfig, x: mx.array, cache: LayerCache | None) -> RoP
         lengths = cache.lengths if isinstance(cache, BatchLayer) else [cache.offset] * B
         offset = mx.array([n for end in lengths for n in [end] * turned + [0] * kv_heads])
     return RoPE(x, T, config.head_dim, config.rope_theta, offset)
+
+
+def _in_segments(segments: mx.array) -> tuple[mx.array, mx.array]:
+    """(mask [B, 1, T, T], position [B, T] of each token in its segment)."""
+    places = mx.arange(segments.shape[1])
+    starts = mx.concatenate(
+        [mx.ones_like(segments[:, :1]), segments[:, 1:] != segments[:, :-1]], axis=1
+    )
+    first = mx.cummax(mx.where(starts, places, 0), axis=1)  # the place where a token's run starts
+    mask = (first[:, :, None] == first[:, None]) & (places[:, None] >= places)
+    return mask[:, None], places - first
 
 
 def _make_mask(length: int, cache: LayerCache | None) -> Mask:

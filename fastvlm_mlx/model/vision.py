@@ -56,7 +56,7 @@ class ConvFFN(nn.Module):
             self.fc1.bias = (self.fc1.bias + weight @ bias).astype(self.fc1.bias.dtype)
 
     def expand(self, x: mx.array) -> mx.array:
-        return gelu(self.fc1(x))
+        return gelu(self.fc1(x), training=self.training)
 
 
 class RepMixerBlock(nn.Module):
@@ -90,7 +90,8 @@ class Attention(nn.Module):
     def attend(self, x: mx.array) -> mx.array:
         """What `proj` is given."""
         B, H, W, C = x.shape
-        x = ops.attention(self.qkv(x).reshape(B, H * W, 3 * self.num_heads, -1), self.scale)
+        qkv = self.qkv(x).reshape(B, H * W, 3 * self.num_heads, -1)
+        x = ops.attention(qkv, self.scale, training=self.training)
         return x.reshape(B, H, W, C)
 
 
@@ -121,15 +122,18 @@ class Stem(nn.Module):
         self.pointwise = nn.Linear(dim, dim)
 
     def __call__(self, x: mx.array) -> mx.array:
+        if self.training:
+            return self._run(x)
         # In bands, since these would otherwise be the largest arrays of all.
-        return ops.in_row_bands(self._run, x, STEM_STRIDE, self.pointwise.bias.size)
+        return ops.in_row_bands(self._run, x, STEM_STRIDE, len(self.conv.weight))
 
     def _run(self, x: mx.array) -> mx.array:
-        return gelu(self.pointwise(self.depthwise.gelu(self._conv_gelu(x))))
+        x = self.depthwise.gelu(self._conv_gelu(x))
+        return gelu(self.pointwise(x), training=self.training)
 
     def _conv_gelu(self, x: mx.array) -> mx.array:
         y = mx.conv2d(x, self.conv.weight, self.conv.stride, self.conv.padding)
-        return gelu(y, self.conv.bias)
+        return gelu(y, self.conv.bias, training=self.training)
 
 
 class Downsample(nn.Module):
@@ -145,7 +149,8 @@ class Downsample(nn.Module):
         self.pointwise = nn.Linear(out_dim, out_dim)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return gelu(self.pointwise(ops.concatenated_gelu(self.convs, x)))
+        x = ops.concatenated_gelu(self.convs, x)
+        return gelu(self.pointwise(x), training=self.training)
 
 
 class Expand(nn.Module):
@@ -163,11 +168,15 @@ class Expand(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         x = ops.interleaved(self.convs, x)
         squeezed = ops.mean_over_positions(x)
-        return ops.gated_gelu(x, self.expand(nn.relu(self.reduce(squeezed))))
+        gate = self.expand(nn.relu(self.reduce(squeezed)))
+        return ops.gated_gelu(x, gate, training=self.training)
 
 
 class FastViTHD(nn.Module):
-    """The encoder: pixel values in, visual features out (FastVLM paper, section 3.2)."""
+    """The encoder: pixel values in, visual features out (FastVLM paper, section 3.2).
+
+    It is made for inference; `train()` turns to the forms that gradients pass through.
+    """
 
     def __init__(self, config: VisionConfig):
         super().__init__()
@@ -175,6 +184,7 @@ class FastViTHD(nn.Module):
         self.stem = Stem(config.embed_dims[0])
         self.network = build_network(config)
         self.conv_exp = Expand(config.embed_dims[-1], config.hidden_size)
+        self.eval()
 
     def __call__(self, pixel_values: mx.array) -> mx.array:
         """Encode images.

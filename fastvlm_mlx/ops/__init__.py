@@ -15,6 +15,7 @@ from .attention import (
 from .conv import DepthwiseConv, concatenated_gelu, in_row_bands, interleaved
 from .device import assume, clear_large_cache, fast_dtype, on_cpu, on_metal, wired, wired_memory
 from .linear import (
+    AdaptedLinear,
     QuantizedEmbedding,
     QuantizedLinear,
     UnfusedLinear,
@@ -31,6 +32,7 @@ from .process import check_process, note_computation
 from .rope import RoPE
 
 __all__ = [
+    "AdaptedLinear",
     "DepthwiseConv",
     "QuantizedEmbedding",
     "QuantizedLinear",

@@ -1,5 +1,8 @@
 """GELU and SwiGLU.
 
+`training` asks for the form that is differentiated step by step: under `mx.grad` compiled functions
+fall apart into single operations, of which MLX's own form has the fewest.
+
 Off the CPU each is one kernel, computed in float32 whatever the arrays are: in float16,
 1 + erf(x) keeps three digits of GELU's negative side, and 2 x overflows. Compiled functions are
 `shapeless`: otherwise MLX would trace and keep them again for each length of a prompt.
@@ -16,28 +19,29 @@ from . import cpu
 from .device import on_cpu
 
 
-def gelu(x: mx.array, bias: mx.array | None = None) -> mx.array:
+def gelu(x: mx.array, bias: mx.array | None = None, *, training: bool = False) -> mx.array:
     """The exact GELU, x times the normal distribution function of x; of x + bias, if there is one.
 
     Args:
         x: [..., C].
         bias: [C].
+        training: whether gradients pass through it.
     """
-    if on_cpu() and x.dtype == mx.float32:
+    if on_cpu() and x.dtype == mx.float32 and not training:
         return cast(mx.array, cpu.gelu(x if bias is None else x + bias))
     return _gelu(x) if bias is None else _biased_gelu(x, bias)
 
 
-def swiglu(gate: mx.array, up: mx.array) -> mx.array:
+def swiglu(gate: mx.array, up: mx.array, *, training: bool = False) -> mx.array:
     """silu(gate) * up."""
-    if on_cpu() and gate.dtype == mx.float32:
+    if on_cpu() and gate.dtype == mx.float32 and not training:
         return cast(mx.array, cpu.swiglu(gate, up))
     return _swiglu(gate, up)
 
 
-def gated_gelu(x: mx.array, gate: mx.array) -> mx.array:
+def gated_gelu(x: mx.array, gate: mx.array, *, training: bool = False) -> mx.array:
     """gelu(sigmoid(gate) * x)."""
-    if on_cpu() and x.dtype == mx.float32:
+    if on_cpu() and x.dtype == mx.float32 and not training:
         return cast(mx.array, cpu.gelu(x * mx.sigmoid(gate)))
     return _gated_gelu(x, gate)
 

@@ -21,7 +21,7 @@ VECTOR_QUERIES, VECTOR_QUERIES_PER_GROUP = 8, 32
 VECTOR_HEAD_DIMS = (64, 96, 128, 256)
 
 
-def attention(qkv: mx.array, scale: float) -> mx.array:
+def attention(qkv: mx.array, scale: float, *, training: bool = False) -> mx.array:
     """Attention of all positions to all.
 
     On Metal, narrower heads are padded with zeros, which change nothing, to the width that its
@@ -30,15 +30,16 @@ def attention(qkv: mx.array, scale: float) -> mx.array:
     Args:
         qkv: queries, keys and values of all heads, [B, N, 3 heads, D].
         scale: of the scores.
+        training: whether gradients pass through it; Metal's kernel has none.
 
     Returns:
         [B, N, heads, D].
     """
     D = qkv.shape[-1]
-    if on_metal() and D < FUSED_HEAD_DIM:
+    if on_metal() and D < FUSED_HEAD_DIM and not training:
         qkv = mx.pad(qkv, [(0, 0), (0, 0), (0, 0), (0, FUSED_HEAD_DIM - D)])
     q, k, v = mx.split(qkv.swapaxes(1, 2), 3, axis=1)
-    if on_cpu() and q.dtype == mx.float32:
+    if on_cpu() and q.dtype == mx.float32 and not training:
         return cpu.attention(q, k, v, scale).swapaxes(1, 2)
     y = mx.fast.scaled_dot_product_attention(q, k, v, scale=scale)
     return y.swapaxes(1, 2)[..., :D]

@@ -8,7 +8,7 @@ from functools import partial
 import mlx.core as mx
 import mlx.nn as nn
 
-from . import cpu
+from . import cpu, cpu_training
 from .activations import gelu, gelu_in_float32
 from .device import on_cpu
 
@@ -35,7 +35,7 @@ class DepthwiseConv(nn.Module):
             then: what follows position by position, a function of the convolution's output and
                 its input (of the same size, so for stride 1 only).
         """
-        if on_cpu():
+        if on_cpu() and not self.training:
             bias = self.bias if "bias" in self else mx.zeros(len(self.weight), self.weight.dtype)
             return cpu.depthwise_conv(x, self.weight, bias, self.stride, then)
         y = self.without_bias(x)
@@ -44,10 +44,14 @@ class DepthwiseConv(nn.Module):
 
     def gelu(self, x: mx.array) -> mx.array:
         """The GELU of what a call gives."""
-        return gelu(self(x)) if on_cpu() else gelu(self.without_bias(x), self.bias)
+        if on_cpu():
+            return gelu(self(x), training=self.training)
+        return gelu(self.without_bias(x), self.bias)
 
     def without_bias(self, x: mx.array) -> mx.array:
         """What a call gives, less the bias."""
+        if on_cpu() and self.training:
+            return cpu_training.depthwise_conv(x, self.weight, self.stride)
         channels, kernel = self.weight.shape[:2]
         return mx.conv2d(x, self.weight, self.stride, kernel // 2, groups=channels)
 
@@ -60,7 +64,8 @@ class DepthwiseConv(nn.Module):
 def concatenated_gelu(convs: Sequence[DepthwiseConv], x: mx.array) -> mx.array:
     """The GELU of several convolutions of x, one after the other: [B, H, W, convs * C]."""
     if on_cpu():
-        return gelu(mx.concatenate([conv(x) for conv in convs], axis=-1))
+        outputs = mx.concatenate([conv(x) for conv in convs], axis=-1)
+        return gelu(outputs, training=convs[0].training)
     return _join(convs, x, -2, _join_gelu)
 
 

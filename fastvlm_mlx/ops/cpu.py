@@ -106,7 +106,7 @@ def _swiglu(gate: mx.array, up: mx.array) -> mx.array:
     return (0.5 * gate + 0.5 * size - size * small / (1 + small)) * up
 
 
-# --- Norms and rotations in fewer steps ---
+# --- Norms in fewer steps ---
 
 
 def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
@@ -119,35 +119,6 @@ def _normalise(
     x: mx.array, square_sum: mx.array, width: int, weight: mx.array, eps: float
 ) -> mx.array:
     return x * mx.rsqrt(square_sum / width + eps) * weight
-
-
-def rope_tables(
-    x: mx.array, length: int, dims: int, base: float, offset: int | mx.array
-) -> tuple[mx.array, mx.array]:
-    """Cosines and sines as `rotate` takes them, which MLX would compute anew in every layer.
-
-    Args:
-        x, length, dims, base, offset: as `rope.RoPE` takes them.
-    """
-    if isinstance(offset, mx.array) and offset.size > 1:  # one per row: [B, 1] or [B, 1, 1]
-        offset = offset[:, None] if x.shape[0] != offset.size else offset[:, None, None]
-    positions = mx.arange(length, dtype=mx.float32) + offset
-    frequencies = mx.exp(
-        mx.arange(0, -dims // 2, -1, dtype=mx.float32) * (math.log(base) / (dims // 2))
-    )
-    angles = positions[..., None] * frequencies
-    return mx.cos(angles).astype(x.dtype), mx.sin(angles).astype(x.dtype)
-
-
-def rotate(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
-    """Rotate [..., T, D] by the angles of [..., T, D/2] cosines and sines."""
-    a, b = mx.split(x, 2, axis=-1)
-    return mx.concatenate(_rotate(a, b, cos, sin), axis=-1)
-
-
-@partial(mx.compile, shapeless=True)
-def _rotate(a: mx.array, b: mx.array, cos: mx.array, sin: mx.array) -> list[mx.array]:
-    return [a * cos - b * sin, a * sin + b * cos]
 
 
 # --- Work in pieces, so that what a piece needs stays in the processor's cache ---
@@ -221,37 +192,39 @@ def depthwise_conv(
     x: mx.array, weight: mx.array, bias: mx.array, stride: int, then: Pointwise | None
 ) -> mx.array:
     """As `conv.DepthwiseConv`, with `then` computed band by band, too."""
-    channels, kernel = weight.shape[:2]
-    taps = list(mx.split(mx.contiguous(weight.reshape(channels, -1).T), kernel**2))
-    pad = kernel // 2
+    kernel = weight.shape[1]
+    taps, pad = taps_of(weight), kernel // 2
 
     def run(rows: mx.array) -> mx.array:
-        y = _shifted_conv(rows, taps, bias, stride)
+        y = weighted_sum(shifted(rows, kernel, stride), taps, bias)
         return y if then is None else then(y, rows[:, pad:-pad, pad:-pad])
 
     return in_bands(run, x, kernel, stride)
 
 
-def _shifted_conv(x: mx.array, taps: list[mx.array], bias: mx.array, stride: int) -> mx.array:
-    """A depthwise convolution as a sum of shifted slices.
+def taps_of(weight: mx.array) -> list[mx.array]:
+    """The places of a kernel [C, k, k, 1] row by row, [1, C] each."""
+    channels, kernel = weight.shape[:2]
+    return list(mx.split(mx.contiguous(weight.reshape(channels, -1).T), kernel**2))
 
-    Args:
-        x: [B, H, W, C], padded.
-        taps: the kernel's places row by row, [C] each.
-        bias: [C].
-        stride: of rows and columns.
-    """
-    kernel = math.isqrt(len(taps))
+
+def shifted(x: mx.array, kernel: int, stride: int) -> list[mx.array]:
+    """What each place of a kernel meets in a padded [B, H, W, C]."""
     height, width = ((side - kernel) // stride + 1 for side in x.shape[1:3])
-    shifted = []
+    slices = []
     for i in range(kernel):
         strip = x[:, i : i + (height - 1) * stride + 1 : stride]
-        shifted += [strip[:, :, j : j + (width - 1) * stride + 1 : stride] for j in range(kernel)]
+        slices += [strip[:, :, j : j + (width - 1) * stride + 1 : stride] for j in range(kernel)]
+    return slices
+
+
+def weighted_sum(slices: list[mx.array], taps: list[mx.array], start: mx.array) -> mx.array:
+    """start + the sum of slices [B, h, w, C] times taps [1, C]."""
     starts = range(0, len(taps), TAPS)
-    parts = [_sum_products(shifted[i : i + TAPS], taps[i : i + TAPS]) for i in starts]
+    parts = [_sum_products(slices[i : i + TAPS], taps[i : i + TAPS]) for i in starts]
     for i in range(0, len(parts), TAPS):
-        bias = _sum(bias, parts[i : i + TAPS])
-    return bias
+        start = _sum(start, parts[i : i + TAPS])
+    return start
 
 
 @mx.compile

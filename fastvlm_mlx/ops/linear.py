@@ -76,6 +76,36 @@ class UnfusedLinear(nn.Module):
         return mx.concatenate([layer(x) for layer in self.layers], axis=-1)
 
 
+class AdaptedLinear(nn.Module):
+    """A layer that stays as it is, with a low-rank product beside it (LoRA), and with DoRA a factor
+    for each output.
+
+    Args:
+        layer: linear, plain or quantized; with `ratio`, it loses its bias to this one.
+        down: [inputs, rank].
+        up: [rank, outputs].
+        ratio: [outputs], which multiplies all but the bias.
+    """
+
+    def __init__(
+        self, layer: nn.Module, down: mx.array, up: mx.array, ratio: mx.array | None = None
+    ):
+        super().__init__()
+        self.layer, self.down, self.up = layer, down, up
+        if ratio is not None:
+            self.ratio = ratio
+            if "bias" in layer:
+                self.bias = layer.pop("bias")
+        self.freeze()
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """[..., inputs] → [..., outputs]."""
+        y = self.layer(x) + (x @ self.down) @ self.up
+        if "ratio" in self:
+            y = y * self.ratio
+        return y + self.bias if "bias" in self else y
+
+
 class QuantizedLinear(nn.QuantizedLinear):
     """MLX's, with another product for many rows on the CPU."""
 

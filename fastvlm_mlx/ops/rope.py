@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from functools import partial
+
 import mlx.core as mx
 
-from . import cpu
 from .device import on_cpu
 
 
@@ -25,12 +27,40 @@ class RoPE:
         self, x: mx.array, length: int, dims: int, base: float, offset: int | mx.array
     ) -> None:
         self.dims, self.base, self.offset = dims, base, offset
-        self.tables = cpu.rope_tables(x, length, dims, base, offset) if on_cpu() else None
+        self.tables: tuple[mx.array, mx.array] | None = None
+        if on_cpu():  # where MLX would compute the tables anew in every layer
+            if isinstance(offset, mx.array) and offset.size > 1:  # one per row: [B, 1] or [B, 1, 1]
+                offset = offset[:, None] if x.shape[0] != offset.size else offset[:, None, None]
+            cos, sin = _tables(mx.arange(length, dtype=mx.float32) + offset, dims, base)
+            self.tables = cos.astype(x.dtype), sin.astype(x.dtype)
+
+    @classmethod
+    def at(cls, positions: mx.array, dims: int, base: float) -> RoPE:
+        """The rotation at given positions [..., T], with cosines and sines in float32."""
+        rope = cls.__new__(cls)
+        rope.tables = _tables(positions.astype(mx.float32), dims, base)
+        return rope
 
     def __call__(self, x: mx.array) -> mx.array:
         """[..., T, D] → [..., T, D], rotated."""
         if self.tables is not None:
-            return cpu.rotate(x, *self.tables)
+            a, b = mx.split(x, 2, axis=-1)
+            return mx.concatenate(_rotate(a, b, *self.tables), axis=-1)
         return mx.fast.rope(
             x, self.dims, traditional=False, base=self.base, scale=1.0, offset=self.offset
         )
+
+
+def _tables(positions: mx.array, dims: int, base: float) -> tuple[mx.array, mx.array]:
+    """Cosines and sines [..., T, D/2] of the angles at positions [..., T]."""
+    frequencies = mx.exp(
+        mx.arange(0, -dims // 2, -1, dtype=mx.float32) * (math.log(base) / (dims // 2))
+    )
+    angles = positions[..., None] * frequencies
+    return mx.cos(angles), mx.sin(angles)
+
+
+@partial(mx.compile, shapeless=True)
+def _rotate(a: mx.array, b: mx.array, cos: mx.array, sin: mx.array) -> list[mx.array]:
+    dtype = a.dtype
+    return [(a * cos - b * sin).astype(dtype), (a * sin + b * cos).astype(dtype)]

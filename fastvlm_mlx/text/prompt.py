@@ -17,6 +17,7 @@ from .template import GUARD, render_turns
 from .tokenizer import SURROGATES, Tokenizer
 
 OPENED_QUESTION = "<|im_start|>user\n"
+ANSWER_PLACE = "\ud803"  # where an answer stands: a lone surrogate, which no text has
 
 
 def build_prompt(
@@ -51,7 +52,34 @@ def build_prompt(
             user turn for the images to go into, two system prompts, or `system` or `conv_mode` for
             a text that is templated already.
     """
-    images = len(num_visual_tokens)
+    text = render_prompt(
+        tokenizer, messages, images=len(num_visual_tokens), system=system, conv_mode=conv_mode
+    )
+    return encode_prompt(tokenizer, text, num_visual_tokens, image_token_index)
+
+
+def render_prompt(
+    tokenizer: Tokenizer,
+    messages: Messages,
+    *,
+    images: int,
+    system: str | None = None,
+    conv_mode: str | None = None,
+    add_generation_prompt: bool = True,
+    answers: bool = True,
+) -> str:
+    """The text of a chat as `encode_prompt` reads it: with IMAGE_PLACE where each image stands, and
+    no whole control token but the template's own.
+
+    Args:
+        tokenizer, messages, system, conv_mode: as in `build_prompt`.
+        images: how many there are.
+        add_generation_prompt: whether to open the assistant's turn at the end.
+        answers: whether to write the assistant's turns; otherwise each is an ANSWER_PLACE.
+
+    Raises:
+        ValueError: as `build_prompt`.
+    """
     turns, slots = read_messages(messages)
     if is_templated(messages):
         if system is not None or conv_mode is not None:
@@ -64,9 +92,22 @@ def build_prompt(
         turns = _add_system(turns, system)
         turns = turns if slots else _place_first(turns, images)
         turns = [{**turn, "content": _guard(tokenizer, turn["content"])} for turn in turns]
-        text = render_turns(tokenizer, turns, conv_mode=conv_mode)
+        if not answers:
+            turns = [_without_answer(turn) for turn in turns]
+        text = render_turns(tokenizer, turns, add_generation_prompt, conv_mode)
+    check_number(text.count(IMAGE_PLACE), images)
+    return text
+
+
+def encode_prompt(
+    tokenizer: Tokenizer,
+    text: str,
+    num_visual_tokens: Sequence[int],
+    image_token_index: int = IMAGE_TOKEN_INDEX,
+) -> list[int]:
+    """Token ids of a text of `render_prompt`'s, or of a part of one that begins and ends at a
+    control token; arguments as in `build_prompt`."""
     first, *others = text.split(IMAGE_PLACE)
-    check_number(len(others), images)
     ids = tokenizer.encode(first, allow_special=True)
     for count, text in zip(num_visual_tokens, others, strict=True):
         ids += [image_token_index] * count + tokenizer.encode(text, allow_special=True)
@@ -90,6 +131,10 @@ def _place_first(turns: list[Turn], images: int) -> list[Turn]:
     if images:
         raise ValueError("There is no user message for the images to go into.")
     return turns
+
+
+def _without_answer(turn: Turn) -> Turn:
+    return {**turn, "content": ANSWER_PLACE} if turn["role"] == "assistant" else turn
 
 
 def _place_in_text(text: str, images: int) -> str:

@@ -1,27 +1,34 @@
-"""Folders of LLaVA training that hold only what was trained on top of a base model.
+"""Folders of what was trained on top of a base model, as PEFT and LLaVA write them.
 
-LoRA training leaves `adapter_model.*` and `non_lora_trainables.bin`; training only the projector
-leaves `mm_projector.bin`. All are applied to the base's tensors, in the mlx-vlm layout.
+LoRA and DoRA leave `adapter_model.*` with what else was trained, and LLaVA's scripts put the latter
+into `non_lora_trainables.*`; training only the projector leaves `mm_projector.*`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, cast
 
 import mlx.core as mx
 
 from ...checks import brief, is_number, reason, shown
 from ...config import CheckpointError, read_json
 from ..files import Weights
-from . import llava
+from . import llava, transformers
 
+SETTINGS = "adapter_config.json"
 ADAPTER = ("adapter_model.safetensors", "adapter_model.bin")
-TRAINED = ("non_lora_trainables.bin", "mm_projector.bin")
+WHOLE = "non_lora_trainables"
+TRAINED = (f"{WHOLE}.safetensors", f"{WHOLE}.bin", "mm_projector.safetensors", "mm_projector.bin")
+MAGNITUDE = "lora_magnitude_vector"
+FOLDED = "folded"  # in `Adapter.about`, if the base's encoder was
 # Settings of peft with which a layer is more than its base and a scaled B A.
 UNSUPPORTED = (
-    "use_dora",
     "fan_in_fan_out",
     "lora_bias",
     "layer_replication",
@@ -37,6 +44,55 @@ UNSUPPORTED = (
 CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # before training starts
 
 
+@dataclass(frozen=True)
+class LowRank:
+    """What was trained on top of a linear layer: scale · up · down, added to its weight.
+
+    Attributes:
+        down: [rank, inputs].
+        up: [outputs, rank].
+        scale: of their product.
+        magnitude: with DoRA, the length that each row of the sum is given, [outputs].
+    """
+
+    down: mx.array
+    up: mx.array
+    scale: float
+    magnitude: mx.array | None = None
+
+    def added_to(self, weight: mx.array) -> mx.array:
+        """The weight [outputs, …, inputs] with it, in float32."""
+        delta = self.scale * (self.up.astype(mx.float32) @ self.down.astype(mx.float32))
+        found = weight.astype(mx.float32) + delta.reshape(weight.shape)
+        if self.magnitude is None:
+            return found
+        ratio = self.ratio(weight.flatten(1))
+        return found * ratio.reshape(-1, *[1] * (weight.ndim - 1))
+
+    def ratio(self, weight: mx.array) -> mx.array:
+        """What DoRA multiplies each output with, [outputs], for a weight [outputs, inputs]."""
+        assert self.magnitude is not None
+        up, down = (matrix.astype(mx.float32) for matrix in (self.up, self.down))
+        lengths = mx.linalg.norm(weight.astype(mx.float32) + self.scale * (up @ down), axis=1)
+        return self.magnitude.astype(mx.float32) / lengths
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What an adapter's folder holds, in the names of the mlx-vlm layout.
+
+    Attributes:
+        low_rank: LoRA or DoRA of each layer, by the layer's name, without `.weight`.
+        whole: tensors that replace the base's.
+        about: what the files say of their base, if this library wrote them; see
+            `checkpoint.adapt.marks_of`.
+    """
+
+    low_rank: dict[str, LowRank]
+    whole: Weights
+    about: dict[str, str] = field(default_factory=dict)
+
+
 def is_adapter(folder: Path) -> bool:
     """Whether a folder holds trained parts and no whole model."""
     whole = any(folder.glob("model*.safetensors")) or any(folder.glob("pytorch_model*.bin"))
@@ -49,48 +105,81 @@ def base_of(folder: Path) -> tuple[str, str | None]:
     Raises:
         CheckpointError: it names none, or the revision is no text.
     """
-    for file, field in (
-        ("adapter_config.json", "base_model_name_or_path"),
+    for file, name_field in (
+        (SETTINGS, "base_model_name_or_path"),
         ("config.json", "_name_or_path"),
     ):
-        if (folder / file).is_file() and (name := read_json(folder / file).get(field)):
+        if (folder / file).is_file() and (name := read_json(folder / file).get(name_field)):
             return str(name), _revision(folder / file, str(name))
     raise CheckpointError(
         f"{folder} holds only trained parts and names no base model: "
-        "set base_model_name_or_path in adapter_config.json."
+        f"set base_model_name_or_path in {SETTINGS}."
     )
+
+
+def read_about(folder: Path) -> dict[str, str]:
+    """What an adapter's files say of their base; nothing where another trainer wrote them."""
+    for name in (ADAPTER[0], TRAINED[0]):
+        if (folder / name).is_file():
+            _, found = cast(Any, mx.load(str(folder / name), return_metadata=True))
+            return {str(key): str(value) for key, value in found.items()}
+    return {}
+
+
+def identity_of(folder: Path) -> str:
+    """What tells one adapter from all others, wherever it lies."""
+    found = hashlib.sha256()
+    for name in (*ADAPTER, *TRAINED):
+        if (folder / name).is_file():
+            found.update((folder / name).read_bytes())
+    return found.hexdigest()
 
 
 def _revision(settings: Path, base: str) -> str | None:
     """The revision of the base in adapter_config.json; a folder has none."""
     found = read_json(settings).get("revision") or None
-    if settings.name != "adapter_config.json" or Path(base).expanduser().is_dir():
+    if settings.name != SETTINGS or Path(base).expanduser().is_dir():
         return None
     if found is not None and not isinstance(found, str):
         raise CheckpointError(f"{settings}: revision must be a text, found {shown(found)}.")
     return found
 
 
-def apply(base: Weights, files: dict[str, Weights], settings: dict[str, Any]) -> Weights:
-    """The base with its trained parts.
+def parse(files: dict[str, Weights], settings: dict[str, Any]) -> Adapter:
+    """What the files of an adapter hold.
 
     Args:
-        base: in the mlx-vlm layout, not quantized.
         files: the tensors of each file of the folder, by its name.
-        settings: adapter_config.json; only LoRA reads it.
+        settings: adapter_config.json; only LoRA and DoRA read it.
 
     Raises:
-        CheckpointError: a part fits no layer of the base, or is of an unknown kind.
+        CheckpointError: a tensor is no part of an adapter, half of a pair is missing, or the
+            settings ask for what is not supported.
     """
-    weights = dict(base)
+    whole: Weights = {}
     for name in TRAINED:
         trained = {plain_name(key): tensor for key, tensor in files.get(name, {}).items()}
-        weights |= llava.to_mlx(trained)
-    if any(name in files for name in ADAPTER):
-        _check_settings(settings, [name for tensors in files.values() for name in tensors])
-    for name in ADAPTER:
-        _add_lora(weights, files.get(name, {}), settings)
-    return weights
+        whole |= layout_of(trained).to_mlx(trained)
+    adapted = {key: tensor for name in ADAPTER for key, tensor in files.get(name, {}).items()}
+    if not any(name in files for name in ADAPTER):
+        return Adapter({}, whole)
+    check_settings(settings, [key for tensors in files.values() for key in tensors])
+    low_rank: dict[str, LowRank] = {}
+    for name, tensor in adapted.items():
+        if "lora_B" in name and name.replace("lora_B", "lora_A") in adapted:
+            continue  # read with its other half
+        if MAGNITUDE in name:
+            continue
+        if "lora_A" in name:
+            layer, found = _pair(name, adapted, settings)
+            low_rank[layer] = found
+        elif _is_saved_whole(name, settings):
+            plain = plain_name(re.sub(r"\.modules_to_save(\.default)?\.|\.base_layer\.", ".", name))
+            whole |= layout_of([plain]).to_mlx({plain: tensor})
+        else:
+            raise CheckpointError(f"The adapter holds {brief(name)}, which is no LoRA matrix.")
+    _check_magnitudes(adapted, settings)
+    return Adapter(low_rank, whole)
 
 
 def plain_name(name: str) -> str:
@@ -99,39 +188,56 @@ def plain_name(name: str) -> str:
     return re.sub(r"^model\.(?=model\.|lm_head\.)", "", name)
 
 
-def _add_lora(weights: Weights, tensors: Weights, settings: dict[str, Any]) -> None:
-    for name, tensor in tensors.items():
-        if "lora_B" in name and name.replace("lora_B", "lora_A") in tensors:
-            continue  # added with its other half
-        if "lora_A" in name:
-            _add_pair(weights, name, tensors, settings)
-        elif _is_saved_whole(name, settings):
-            plain = re.sub(r"\.modules_to_save(\.default)?\.|\.base_layer\.", ".", name)
-            weights |= _fitting(llava.to_mlx({plain_name(plain): tensor}), weights, name)
-        else:
-            raise CheckpointError(f"The adapter holds {brief(name)}, which is no LoRA matrix.")
+def layout_of(names: Iterable[str]) -> ModuleType:
+    """The layout whose names a base's modules have: LLaVA's, or that of transformers."""
+    marks = ("model.language_model.", "model.multi_modal_projector.", transformers.ENCODER)
+    return transformers if any(name.startswith(marks) for name in names) else llava
 
 
-def _check_settings(settings: dict[str, Any], names: list[str]) -> None:
-    """Raise a CheckpointError if adapter_config.json asks for more than plain LoRA, or for modules
-    of which no tensor is among `names`."""
+def check_settings(settings: dict[str, Any], names: list[str]) -> None:
+    """Raise a CheckpointError if adapter_config.json asks for more than LoRA and DoRA, or for
+    modules of which no tensor is among `names`."""
     kind = settings.get("peft_type", "LORA")
     if kind != "LORA":
-        raise CheckpointError(f"adapter_config.json: peft_type must be LORA, found {shown(kind)}.")
+        raise CheckpointError(f"{SETTINGS}: peft_type must be LORA, found {shown(kind)}.")
     init = str(settings.get("init_lora_weights"))
     asked = [name for name in UNSUPPORTED if settings.get(name)]
     asked += [f"init_lora_weights={init}"] if init.lower().startswith(CHANGE_THE_BASE) else []
     if asked:
         raise CheckpointError(
-            f"adapter_config.json asks for {brief(', '.join(asked))}, which is not supported; "
+            f"{SETTINGS} asks for {brief(', '.join(asked))}, which is not supported; "
             "merge the adapter with peft (merge_and_unload) and convert the result."
         )
     for module in settings.get("modules_to_save") or ():
         if not any(f".{module}." in f".{name}" for name in names):
             raise CheckpointError(
                 f"The adapter does not hold {brief(str(module))}, which is one of the "
-                "modules_to_save of adapter_config.json."
+                f"modules_to_save of {SETTINGS}."
             )
+
+
+def _check_magnitudes(tensors: Weights, settings: dict[str, Any]) -> None:
+    """Raise a CheckpointError if DoRA would be read as LoRA, or LoRA as DoRA."""
+    uses_dora = bool(settings.get("use_dora"))
+    found = next((name for name in tensors if MAGNITUDE in name), None)
+    if found is not None and not uses_dora:
+        raise CheckpointError(
+            f"The adapter holds {brief(found)}, which is of DoRA, and {SETTINGS} does not say "
+            "use_dora: as LoRA it would be another model; set use_dora to true."
+        )
+    for name in tensors:
+        module = re.sub(r"\.lora_A(\.\w+)?\.weight$", "", name)
+        if uses_dora and module != name and _magnitude(module, tensors) is None:
+            raise CheckpointError(
+                f"{SETTINGS} says use_dora, and the adapter has no {MAGNITUDE} of {brief(module)}."
+            )
+
+
+def _magnitude(module: str, tensors: Weights) -> mx.array | None:
+    """The lengths of a module's rows; each version of peft has another name for them."""
+    ends = ("", ".weight", ".default", ".default.weight")
+    names = (f"{module}.{MAGNITUDE}{end}" for end in ends)
+    return next((tensors[name].flatten() for name in names if name in tensors), None)
 
 
 def _is_saved_whole(name: str, settings: dict[str, Any]) -> bool:
@@ -142,23 +248,26 @@ def _is_saved_whole(name: str, settings: dict[str, Any]) -> bool:
     return any(f".{module}." in f".{name}" for module in modules) and "lora_" not in name
 
 
-def _add_pair(weights: Weights, name: str, tensors: Weights, settings: dict[str, Any]) -> None:
-    """Add B A, scaled, to the layer that the matrix A called `name` belongs to."""
+def _pair(name: str, tensors: Weights, settings: dict[str, Any]) -> tuple[str, LowRank]:
+    """(layer, LoRA) that the matrix A called `name` belongs to."""
     down, up = tensors[name], tensors.get(name.replace("lora_A", "lora_B"))
     module = re.sub(r"\.lora_A(\.\w+)?\.weight$", "", name)
-    target = llava.to_mlx_name(f"{plain_name(module)}.weight")
-    if up is None or target not in weights:
-        raise CheckpointError(f"The adapter's {brief(name)} fits no layer of the base model.")
-    weight = weights[target]
-    rank = down.shape[0] if down.ndim else 0
-    if (up.shape, down.shape) != ((weight.shape[0], rank), (rank, *weight.shape[1:])):
+    if up is None:
         raise CheckpointError(
-            f"The adapter's {brief(name)} is {down.shape} and its lora_B {up.shape}, "
-            f"which does not fit the base's {weight.shape}."
+            f"The adapter's {brief(name)} has no lora_B beside it and fits no layer."
         )
-    scale = _scale(re.sub(r"^base_model\.model\.", "", module), rank, settings)
-    delta = scale * (up.astype(mx.float32) @ down.astype(mx.float32))
-    weights[target] = weight + delta.astype(weight.dtype)
+    plain = f"{plain_name(module)}.weight"
+    layer = next(iter(layout_of([plain]).to_mlx({plain: mx.zeros(1)}))).removesuffix(".weight")
+    if down.ndim == up.ndim == 4 and down.shape[2:] == up.shape[2:] == (1, 1):
+        down, up = down.flatten(1), up.flatten(1)  # of a 1x1 convolution
+    for matrix in (down, up):
+        if matrix.ndim != 2:
+            raise CheckpointError(
+                f"The adapter's {brief(name)} or its lora_B is {matrix.shape}, where a matrix is "
+                "expected."
+            )
+    scale = _scale(re.sub(r"^base_model\.model\.", "", module), len(down), settings)
+    return layer, LowRank(down, up, scale, _magnitude(module, tensors))
 
 
 def _scale(module: str, rank: int, settings: dict[str, Any]) -> float:
@@ -170,8 +279,7 @@ def _scale(module: str, rank: int, settings: dict[str, Any]) -> float:
     expected = _setting(module, "r", "rank_pattern", settings)
     if expected != rank:
         raise CheckpointError(
-            f"adapter_config.json gives {module} the rank {shown(expected)}; "
-            f"its matrices have {rank}."
+            f"{SETTINGS} gives {module} the rank {shown(expected)}; its matrices have {rank}."
         )
     alpha = _setting(module, "lora_alpha", "alpha_pattern", settings)
     return float(alpha / (rank**0.5 if settings.get("use_rslora") else rank))
@@ -184,20 +292,12 @@ def _setting(module: str, name: str, patterns: str, settings: dict[str, Any]) ->
         fitting = [own[key] for key in own if re.match(rf"(.*\.)?({key})$", module)]
     except (TypeError, re.error) as error:
         raise CheckpointError(
-            f"adapter_config.json: {patterns} must be an object of numbers by regular expressions "
+            f"{SETTINGS}: {patterns} must be an object of numbers by regular expressions "
             f"({reason(error)})."
         ) from None
     value: Any = fitting[0] if fitting else settings.get(name)
     if not is_number(value):
         raise CheckpointError(
-            f"adapter_config.json: {name} of {module} must be a number, found {brief(repr(value))}."
+            f"{SETTINGS}: {name} of {module} must be a number, found {brief(repr(value))}."
         )
     return float(value)
-
-
-def _fitting(found: Weights, base: Weights, name: str) -> Weights:
-    """Tensors that replace some of the base's."""
-    for target, tensor in found.items():
-        if target not in base or base[target].shape != tensor.shape:
-            raise CheckpointError(f"The adapter's {brief(name)} fits no layer of the base model.")
-    return found

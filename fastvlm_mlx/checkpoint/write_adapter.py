@@ -1,0 +1,289 @@
+"""An adapter → a folder that this library, PEFT and LLaVA load."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import zipfile
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import mlx.core as mx
+
+from ..config import CheckpointError, FastVLMConfig
+from .adapt import marks_of
+from .card import adapter_card
+from .files import Weights, check_finite, write_json
+from .layouts import adapters, llava, transformers
+from .layouts.adapters import Adapter, LowRank
+from .layouts.mlx_vlm import PROJECTOR, VISION_TOWER
+from .processor_files import config_json
+from .record import copy_record, read_record
+from .target import atomic_folder
+
+PEFT = "base_model.model."
+NAMES: dict[str, ModuleType] = {"llava": llava, "transformers": transformers}
+
+
+def write_adapter(
+    adapter: Adapter,
+    target: Path,
+    base: str,
+    weights: Weights,
+    config: FastVLMConfig,
+    *,
+    layout: str = "llava",
+    overwrite: bool = False,
+) -> Path:
+    """Write an adapter's folder, which appears only when it is whole.
+
+    LoRA and DoRA go into PEFT's `adapter_model.safetensors`, and with them the modules that were
+    trained in full, as `modules_to_save`. What PEFT can't hold, and everything where there is no
+    LoRA, goes into `non_lora_trainables`.
+
+    Args:
+        adapter: in the names of the mlx-vlm layout.
+        target: the folder.
+        base: a folder or Hub id, which the folder names.
+        weights, config: of the base, in the mlx-vlm layout.
+        layout: whose names the modules get, "llava" or "transformers": the base's in PyTorch.
+        overwrite: replace a folder with an adapter or a model.
+
+    Raises:
+        CheckpointError: a tensor holds NaN or infinity.
+        FileExistsError, OSError: as `target.check_target`, or a file can't be written.
+        ValueError: the layout is unknown, or has no names for the encoder's parts.
+    """
+    if layout not in NAMES:
+        raise ValueError(f"layout must be one of {', '.join(NAMES)}, found {layout!r}.")
+    encoder = [n for n in (*adapter.low_rank, *adapter.whole) if n.startswith(VISION_TOWER)]
+    if layout == "transformers" and encoder:
+        raise ValueError(f"{encoder[0]} was trained: write the adapter in the names of llava.")
+    about = marks_of(weights, config) | adapter.about | {"base": base, "format": "pt"}
+    in_peft, beside = _divided(adapter)
+    with atomic_folder(target, overwrite=overwrite) as folder:
+        if adapter.low_rank:
+            tensors, settings = peft_files(adapter, in_peft, weights, NAMES[layout])
+            settings["base_model_name_or_path"] = base
+            write_json(folder / adapters.SETTINGS, settings)
+            _save(folder / adapters.ADAPTER[0], tensors, about)
+        if beside or not adapter.low_rank:
+            _save(folder / adapters.TRAINED[0], NAMES[layout].from_mlx(beside), about)
+        if layout == "llava":
+            written = config_json(config, config.dtype or "float32", {}) | {"_name_or_path": base}
+            names = (*adapter.low_rank, *adapter.whole)
+            written["tune_mm_mlp_adapter"] = any(
+                name.startswith(PROJECTOR.rstrip(".")) for name in names
+            )
+            write_json(folder / "config.json", written)
+            # What LLaVA's loader reads, and would otherwise look for on the Hub
+            write_torch(folder / adapters.TRAINED[1], llava.from_mlx(beside))
+        record = read_record(target)
+        copy_record(record, folder)
+        card = adapter_card(target.name, base, record)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+    return target
+
+
+def _divided(adapter: Adapter) -> tuple[Weights, Weights]:
+    """The tensors trained in full that PEFT can hold, as modules, and the others."""
+    if not adapter.low_rank:
+        return {}, adapter.whole
+    others = {
+        name: tensor
+        for name, tensor in adapter.whole.items()
+        if name.startswith(VISION_TOWER) or "." not in name
+    }
+    return {name: t for name, t in adapter.whole.items() if name not in others}, others
+
+
+def peft_files(
+    adapter: Adapter, whole: Weights, weights: Weights, layout: ModuleType
+) -> tuple[Weights, dict[str, Any]]:
+    """The tensors of adapter_model.safetensors and the fields of adapter_config.json.
+
+    Args:
+        adapter: with LoRA or DoRA.
+        whole: of its other tensors, those of `modules_to_save`.
+        weights: of the base.
+        layout: has the names.
+    """
+    names = _module_names(adapter.low_rank, layout)
+    low_rank = adapter.low_rank
+    if uses_dora := any(each.magnitude is not None for each in low_rank.values()):
+        low_rank = {name: _as_dora(each, weights, name) for name, each in low_rank.items()}
+    tensors: Weights = {}
+    for layer, each in low_rank.items():
+        is_kernel = f"{layer}.weight" in weights and weights[f"{layer}.weight"].ndim == 4
+        matrices = {"lora_A.weight": each.down, "lora_B.weight": each.up}
+        if is_kernel:
+            matrices = {key: matrix[:, :, None, None] for key, matrix in matrices.items()}
+        if each.magnitude is not None:
+            shape = (1, -1, 1, 1) if is_kernel else (-1,)
+            matrices[adapters.MAGNITUDE] = each.magnitude.reshape(shape)
+        tensors |= {f"{PEFT}{names[layer]}.{key}": value for key, value in matrices.items()}
+    saved = layout.from_mlx(whole)
+    tensors |= {PEFT + name: tensor for name, tensor in saved.items()}
+    return tensors, _settings(low_rank, names, saved, weights, layout, uses_dora=uses_dora)
+
+
+def _module_names(layers: Iterable[str], layout: ModuleType) -> dict[str, str]:
+    """What a layout calls each layer."""
+    found = {}
+    for layer in layers:
+        (name,) = layout.from_mlx({f"{layer}.weight": mx.zeros(1)})
+        found[layer] = str(name).removesuffix(".weight")
+    return found
+
+
+def _as_dora(low_rank: LowRank, weights: Weights, layer: str) -> LowRank:
+    """LoRA as the DoRA that is the same: with the lengths that the rows have already."""
+    if low_rank.magnitude is not None:
+        return low_rank
+    if f"{layer}.scales" in weights:
+        raise CheckpointError(
+            f"{layer} has LoRA where other layers have DoRA, and is quantized: one adapter holds "
+            "one kind of both."
+        )
+    summed = low_rank.added_to(weights[f"{layer}.weight"]).flatten(1)
+    return LowRank(low_rank.down, low_rank.up, low_rank.scale, mx.linalg.norm(summed, axis=1))
+
+
+def _settings(
+    low_rank: Mapping[str, LowRank],
+    names: Mapping[str, str],
+    saved: Weights,
+    weights: Weights,
+    layout: ModuleType,
+    *,
+    uses_dora: bool,
+) -> dict[str, Any]:
+    """adapter_config.json but the base's name."""
+    kinds = {
+        names[n]: (len(each.down), each.scale * len(each.down)) for n, each in low_rank.items()
+    }
+    (rank, alpha), _ = Counter(kinds.values()).most_common(1)[0]
+    modules = {name.rpartition(".")[0] for name in layout.from_mlx(dict(weights))}
+    projector = {f"{layout_projector(layout)}"} if _holds_projector(saved, layout) else set()
+    others = {name.rpartition(".")[0] for name in saved if not _is_projectors(name, layout)}
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "use_rslora": False,
+        "use_dora": uses_dora,
+        "rank_pattern": {name: r for name, (r, _) in kinds.items() if r != rank},
+        "alpha_pattern": {name: a for name, (_, a) in kinds.items() if a != alpha},
+        "target_modules": shortened(set(kinds), modules),
+        "modules_to_save": sorted(projector | others) or None,
+    }
+
+
+def layout_projector(layout: ModuleType) -> str:
+    """The name of the projector's module."""
+    return "mm_projector" if layout is llava else "multi_modal_projector"
+
+
+def _is_projectors(name: str, layout: ModuleType) -> bool:
+    return f".{layout_projector(layout)}." in name
+
+
+def _holds_projector(saved: Weights, layout: ModuleType) -> bool:
+    return any(_is_projectors(name, layout) for name in saved)
+
+
+def shortened(wanted: set[str], modules: set[str]) -> list[str]:
+    """Module names for PEFT's `target_modules`, which match the ends of names: a last part such as
+    `q_proj` where all modules of that name are wanted, and whole names otherwise."""
+    found = set()
+    for name in wanted:
+        last = name.rpartition(".")[2]
+        same = {module for module in modules if module.rpartition(".")[2] == last}
+        found.add(last if same <= wanted else name)
+    return sorted(found)
+
+
+def _save(file: Path, tensors: Weights, about: Mapping[str, str]) -> None:
+    mx.eval(tensors)
+    for name, tensor in tensors.items():
+        check_finite(name, tensor)
+    try:
+        mx.save_safetensors(str(file), tensors, metadata=dict(about))
+    except RuntimeError as error:  # as MLX reports a full disk
+        raise OSError(f"{file} can't be written: {error}") from None
+
+
+STORAGES = {mx.float32: "FloatStorage", mx.float16: "HalfStorage", mx.bfloat16: "BFloat16Storage"}
+STORAGES |= {mx.int64: "LongStorage"}
+
+
+def write_torch(file: Path, tensors: Weights) -> None:
+    """Write tensors as `torch.save` would, without torch.
+
+    The file is a zip archive of a pickle, which names the functions that rebuild each tensor, and
+    of each tensor's bytes.
+    """
+    pickled = io.BytesIO()
+    pickled.write(pickle.PROTO + b"\x02" + pickle.EMPTY_DICT + pickle.MARK)
+    for key, (name, tensor) in enumerate(tensors.items()):
+        pickled.write(_text(name) + _rebuilt(str(key), tensor))
+    pickled.write(pickle.SETITEMS + pickle.STOP)
+    try:
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+            _add(archive, "data.pkl", pickled.getvalue())
+            _add(archive, "byteorder", b"little")
+            for key, tensor in enumerate(tensors.values()):
+                _add(archive, f"data/{key}", bytes(memoryview(_as_bytes(tensor))))
+            _add(archive, "version", b"3\n")
+    except OSError as error:
+        raise OSError(f"{file} can't be written: {error.strerror or error}") from None
+
+
+def _add(archive: zipfile.ZipFile, name: str, content: bytes) -> None:
+    archive.writestr(zipfile.ZipInfo(f"archive/{name}"), content)  # of 1980, so always the same
+
+
+def _as_bytes(tensor: mx.array) -> mx.array:
+    return mx.contiguous(tensor).flatten().view(mx.uint8)
+
+
+def _rebuilt(key: str, tensor: mx.array) -> bytes:
+    """The call of `torch._utils._rebuild_tensor_v2` that makes a tensor of a storage."""
+    storage = pickle.GLOBAL + f"torch\n{STORAGES[tensor.dtype]}\n".encode()
+    place = _tuple(_text("storage"), storage, _text(key), _text("cpu"), _number(tensor.size))
+    strides, step = [], 1
+    for side in reversed(tensor.shape):
+        strides, step = [step, *strides], step * side
+    hooks = pickle.GLOBAL + b"collections\nOrderedDict\n" + pickle.EMPTY_TUPLE + pickle.REDUCE
+    arguments = _tuple(
+        place + pickle.BINPERSID,
+        _number(0),
+        _tuple(*map(_number, tensor.shape)),
+        _tuple(*map(_number, strides)),
+        pickle.NEWFALSE,
+        hooks,
+    )
+    return pickle.GLOBAL + b"torch._utils\n_rebuild_tensor_v2\n" + arguments + pickle.REDUCE
+
+
+def _tuple(*items: bytes) -> bytes:
+    return pickle.MARK + b"".join(items) + pickle.TUPLE
+
+
+def _text(text: str) -> bytes:
+    encoded = text.encode()
+    return pickle.BINUNICODE + len(encoded).to_bytes(4, "little") + encoded
+
+
+def _number(number: int) -> bytes:
+    encoded = number.to_bytes(8, "little", signed=True)
+    return pickle.LONG1 + b"\x08" + encoded

@@ -1,0 +1,247 @@
+"""Visual features on disk, so that a frozen encoder sees each image once.
+
+An entry is found by what it was computed from: the pixels, how they were made, and the encoder's
+weights. So nothing stale is ever read, whatever happens to files and options meanwhile.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from hashlib import blake2b
+from io import BytesIO
+from pathlib import Path
+from threading import Lock
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from ..checks import check_whole_number, reason, shown
+
+if TYPE_CHECKING:
+    import numpy as np
+
+LOG = logging.getLogger(__name__)
+MAX_BYTES = 32 * 2**30
+MOST_WAITING = 16  # entries that wait to be written
+ENCODED_AT_ONCE = 8  # images
+OURS = re.compile(r"[0-9a-f]{32}\.safetensors")
+UNFINISHED = re.compile(OURS.pattern + r"\.\d+\.tmp")
+ABANDONED = 3600  # seconds after which nobody goes on writing an unfinished file
+
+Encode = Callable[[mx.array], mx.array]
+
+
+class FeatureCache:
+    """Visual features of images, kept in files of a folder.
+
+    What other runs left and this one has not used is deleted where there is no room, the longest
+    unused first. Beyond that, images are encoded again each time: to drop what this epoch has used
+    for what it uses next would leave nothing for the following one.
+
+    Args:
+        folder: made if there is none; several processes may share it.
+        encode: pixel values uint8 [B, S, S, 3] → visual features [B, n, C].
+        weights: a digest of the encoder's weights, as `digest_weights` gives it.
+        mode: how images become squares, as in `preprocess`.
+        max_bytes: of all entries together.
+
+    Attributes:
+        encoded: how many squares were encoded.
+        found: how many images were found.
+
+    Raises:
+        ValueError: `max_bytes` is not a whole number from 1.
+        OSError: the folder can't be made, read or written.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        encode: Encode,
+        weights: str,
+        *,
+        mode: str = "pad",
+        max_bytes: int = MAX_BYTES,
+    ):
+        check_whole_number("max_bytes", max_bytes)
+        self.folder = Path(folder).expanduser()
+        self.max_bytes = max_bytes
+        self.encoded = self.found = 0
+        self._encode, self._weights, self._mode = encode, weights, mode
+        self._lock = Lock()
+        self._is_full = False
+        try:
+            self._sizes = self._look()
+        except OSError as error:
+            where = shown(os.fspath(self.folder))
+            raise type(error)(f"Features can't be kept in {where}: {reason(error)}.") from None
+        self._total = sum(self._sizes.values())
+        self._old = deque(self._sizes)  # of earlier runs, the longest unused first
+        self._used: set[str] = set()
+        self._writer = ThreadPoolExecutor(1, "fastvlm-features")
+        self._waiting: deque[Future[None]] = deque()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all entries."""
+        return self._total
+
+    def key(self, pixels: np.ndarray) -> str:
+        """The name of an image's entry, given its pixel values uint8 [n, S, S, 3]."""
+        made = f"{self._weights} {self._mode} {pixels.shape} {pixels.dtype}".encode()
+        return blake2b(pixels.tobytes(), digest_size=16, person=_short(made)).hexdigest()
+
+    def read(self, key: str) -> bytes | None:
+        """The file of an entry, if there is a whole one; for threads."""
+        try:
+            data = self._path(key).read_bytes()
+        except OSError:
+            return None
+        with self._lock:
+            self._used.add(key)
+        if not _is_whole(data, key):
+            return None
+        self.found += 1
+        return data
+
+    def compute(self, pixels: Sequence[np.ndarray]) -> list[mx.array]:
+        """The features [n, places, C] of images, given the pixel values [n, S, S, 3] of each."""
+        import numpy as np
+
+        squares = np.concatenate(pixels)
+        parts = [
+            self._encode(mx.array(squares[at : at + ENCODED_AT_ONCE]))
+            for at in range(0, len(squares), ENCODED_AT_ONCE)
+        ]
+        features = mx.concatenate(parts)
+        mx.eval(features)
+        self.encoded += len(squares)
+        ends = np.cumsum([len(each) for each in pixels]).tolist()
+        return [features[end - len(each) : end] for each, end in zip(pixels, ends, strict=True)]
+
+    def write(self, key: str, features: mx.array) -> None:
+        """Keep an entry; it is written in the background."""
+        if self._is_full:
+            return
+        data = _to_bytes(features, key)
+        while len(self._waiting) >= MOST_WAITING:
+            self._waiting.popleft().result()
+        self._waiting.append(self._writer.submit(self._write, key, data))
+
+    def flush(self) -> None:
+        """Wait until all is written."""
+        while self._waiting:
+            self._waiting.popleft().result()
+
+    def _path(self, key: str) -> Path:
+        return self.folder / f"{key}.safetensors"
+
+    def _look(self) -> dict[str, int]:
+        """The sizes of the entries that are there, the longest unused first; unfinished files that
+        nobody finishes are deleted."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(self.folder, os.W_OK):
+            raise PermissionError("it can't be written to")
+        found, before = [], time.time() - ABANDONED
+        for entry in os.scandir(self.folder):
+            if OURS.fullmatch(entry.name) and entry.is_file():
+                found.append((entry.stat().st_mtime, entry.name[:32], entry.stat().st_size))
+            elif UNFINISHED.fullmatch(entry.name) and entry.stat().st_mtime < before:
+                os.unlink(entry.path)
+        return {name: size for _, name, size in sorted(found)}
+
+    def _write(self, key: str, data: bytes) -> None:
+        path = self._path(key)
+        unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        if not self._make_room(key, len(data)):
+            self._stop(f"{self.max_bytes:,} bytes are full")
+            return
+        try:
+            unfinished.write_bytes(data)
+            os.replace(unfinished, path)
+        except OSError as error:
+            unfinished.unlink(missing_ok=True)
+            self._stop(reason(error))
+            return
+        with self._lock:
+            self._used.add(key)
+            self._total += len(data) - self._sizes.get(key, 0)
+            self._sizes[key] = len(data)
+
+    def _make_room(self, key: str, size: int) -> bool:
+        """Delete entries of earlier runs until another fits; False if it can't."""
+        size -= self._sizes.get(key, 0)
+        while self._total + size > self.max_bytes and self._old:
+            name = self._old.popleft()
+            if name not in self._used and name in self._sizes:
+                self._path(name).unlink(missing_ok=True)
+                self._total -= self._sizes.pop(name)
+        return self._total + size <= self.max_bytes
+
+    def _stop(self, why: str) -> None:
+        """Keep no more; training goes on without."""
+        if not self._is_full:
+            LOG.warning(
+                "No more visual features are kept in %s (%s): the others are computed each time.",
+                shown(os.fspath(self.folder)),
+                why,
+            )
+        self._is_full = True
+
+
+def digest_weights(module: nn.Module) -> str:
+    """A digest of the names, shapes, types and values of a module's parameters."""
+    digest = blake2b(digest_size=16)
+    parameters: dict[str, mx.array] = dict(tree_flatten(module.parameters()))
+    for name, value in sorted(parameters.items()):
+        digest.update(f"{name} {value.shape} {value.dtype}".encode())
+        digest.update(_bytes_of(value))
+    return digest.hexdigest()
+
+
+def from_bytes(data: bytes) -> mx.array:
+    """The features in the file of an entry."""
+    loaded: Any = mx.load(BytesIO(data), format="safetensors")
+    features: mx.array = loaded["features"]
+    return features
+
+
+def _short(text: bytes) -> bytes:
+    return blake2b(text, digest_size=16).digest()
+
+
+def _bytes_of(array: mx.array) -> memoryview:
+    import numpy as np
+
+    return np.asarray(array.reshape(-1).view(mx.uint8)).data
+
+
+def _to_bytes(features: mx.array, key: str) -> bytes:
+    file = BytesIO()
+    digest = blake2b(_bytes_of(features), digest_size=16).hexdigest()
+    mx.save_safetensors(file, {"features": features}, {"key": key, "digest": digest})
+    return file.getvalue()
+
+
+def _is_whole(data: bytes, key: str) -> bool:
+    """Whether a file holds what it was written with: threads ask this before MLX reads it."""
+    try:
+        start = 8 + int.from_bytes(data[:8], "little")
+        metadata = json.loads(data[8:start])["__metadata__"]
+    except (ValueError, KeyError, TypeError):
+        return False
+    digest = blake2b(memoryview(data)[start:], digest_size=16).hexdigest()
+    return (
+        isinstance(metadata, dict)
+        and metadata.get("key") == key
+        and metadata.get("digest") == digest
+    )
