@@ -16,12 +16,12 @@ from ..checks import brief
 from ..model.fastvlm import FastVLM
 from .interrupts import stop_asked
 from .log import LOG, Log, Progress
-from .loss import arrays_of, loss
+from .loss import Arrays, arrays_of, loss
 from .optimizer import Optimizer, schedule_factor
 from .score import Scored
 from .settings import FROZEN, TrainOptions
 from .state import Checkpoint, Checkpoints, Position, random_state
-from .step import Step, Sums, add, checkpoint_activations
+from .step import Loss, Step, Sums, add, checkpoint_activations
 
 MOST_ZEROS = 3  # steps with a loss of 0 before the run stops
 MOST_NAMED = 8  # rows in an error
@@ -81,6 +81,8 @@ class Trainer:
         is_writer: whether this process writes to `out`.
         introduction: what is said first.
         progress: show it.
+        arrays_of, loss: what a step computes on of a batch, and its loss; an example of others is
+            `examples/train_nano`.
     """
 
     model: FastVLM
@@ -95,6 +97,8 @@ class Trainer:
     is_writer: bool = True
     introduction: Sequence[str] = ()
     progress: bool = True
+    arrays_of: Callable[[Any], Arrays] = arrays_of
+    loss: Loss = loss
 
     def __post_init__(self) -> None:
         options = self.options
@@ -105,7 +109,9 @@ class Trainer:
             checkpoint_activations(self.model.language_model.layers)
             if options.vision != FROZEN:
                 checkpoint_activations(list(self.model.vision_tower.network))
-        self.step = Step(self.model, self.optimizer, options.clip, compiled=options.compiled)
+        self.step = Step(
+            self.model, self.optimizer, options.clip, compiled=options.compiled, loss=self.loss
+        )
         self.total = options.steps or steps_of(self.data, options)
 
     def parameters(self) -> dict[str, mx.array]:
@@ -173,7 +179,7 @@ class Trainer:
     def _take_step(self, window: Sequence[Any]) -> float:
         sums, losses = None, []
         for batch in window:
-            found = self.step.compute(arrays_of(batch))
+            found = self.step.compute(self.arrays_of(batch))
             losses.append(found.loss)
             sums = add(sums, found)
             mx.eval(sums)
@@ -259,7 +265,7 @@ class Trainer:
     def _evaluate(self) -> bool:
         assert self.held_out is not None
         position = self.position
-        value = evaluate(self.model, self.held_out, self.reduce)
+        value = evaluate(self.model, self.held_out, self.reduce, self.arrays_of, self.loss)
         scored = Scored({}, [])
         if self.score is not None and self.is_writer:
             scored = self.score(self.model)
@@ -295,7 +301,11 @@ class Trainer:
 
 
 def evaluate(
-    model: FastVLM, data: Data, reduce: Callable[[Sums], Sums] = lambda sums: sums
+    model: FastVLM,
+    data: Data,
+    reduce: Callable[[Sums], Sums] = lambda sums: sums,
+    arrays_of: Callable[[Any], Arrays] = arrays_of,
+    loss: Loss = loss,
 ) -> float:
     """The loss per supervised token over all batches; dropout is off meanwhile."""
     model.eval()

@@ -14,6 +14,8 @@ from ..model.fastvlm import FastVLM
 from .loss import Arrays, loss
 from .optimizer import Optimizer, clip
 
+Loss = Callable[[FastVLM, Arrays], tuple[mx.array, mx.array]]
+
 
 class Sums(NamedTuple):
     """What one batch or several give: sums over their supervised tokens.
@@ -37,17 +39,24 @@ class Step:
         optimizer: of its trained parameters.
         largest_norm: to which gradients are clipped; 0 for any.
         compiled: whether both halves are compiled, once per shape of a batch.
+        loss: (sum, count) of a batch's arrays.
 
     Attributes:
         shapes: how often the first half was compiled, or called where nothing is.
     """
 
     def __init__(
-        self, model: FastVLM, optimizer: Optimizer, largest_norm: float, *, compiled: bool = True
+        self,
+        model: FastVLM,
+        optimizer: Optimizer,
+        largest_norm: float,
+        *,
+        compiled: bool = True,
+        loss: Loss = loss,
     ):
         self.shapes = 0
         self._model, self._optimizer, self._largest_norm = model, optimizer, largest_norm
-        self._loss_and_gradients = nn.value_and_grad(model, _loss_first)
+        self._loss_and_gradients = nn.value_and_grad(model, loss)
         self._compute: Callable[..., Sums] = self._sums
         self._change: Callable[..., mx.array] = self._apply
         if compiled:
@@ -92,10 +101,6 @@ def add(sums: Sums | None, found: Sums) -> Sums:
         return found
     gradients = {name: sums.gradients[name] + g for name, g in found.gradients.items()}
     return Sums(sums.loss + found.loss, sums.count + found.count, gradients)
-
-
-def _loss_first(model: FastVLM, arrays: Arrays) -> tuple[mx.array, mx.array]:
-    return loss(model, arrays)
 
 
 def checkpoint_activations(layers: Sequence[nn.Module]) -> None:
