@@ -45,7 +45,11 @@ class Settings:
     @property
     def pictures(self) -> int:
         """Room for so many pictures; scenes of two are twice as many."""
-        return self.scenes * (2 if "pairs" in (self.mix or MIX) else 1)
+        return self.scenes * (2 if self.has_pairs else 1)
+
+    @property
+    def has_pairs(self) -> bool:
+        return "pairs" in (self.mix or MIX)
 
 
 @dataclass(frozen=True)
