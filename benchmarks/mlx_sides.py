@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import tempfile
@@ -43,6 +44,7 @@ class MlxSide:
     next_logits: Callable[[mx.array, Sequence[int]], mx.array]
     generate: Callable[[mx.array, Sequence[int], int], Iterator[int]]
     batch_step: Callable[[int], Callable[[], mx.array]]
+    start_run: Callable[[Path, str], Any]
 
     def about(self) -> dict[str, str]:
         return {"library": version(self.package), "mlx": version("mlx"), "device": device_name()}
@@ -68,6 +70,16 @@ class MlxSide:
 
     def peak_array_bytes(self) -> int:
         return mx.get_peak_memory()
+
+    def train(
+        self, folder: Path, dtype: str, rows: int, batch_size: int, epoch: int, **sizes: int
+    ) -> dict[str, float]:
+        """Seconds of a step of LoRA training; arguments as for `train_sides.Rows`."""
+        vocab_size = json.loads((folder / "config.json").read_text())["vocab_size"]
+        if not hasattr(self, "run"):
+            self.run = self.start_run(folder, dtype)
+        given = train_sides().Rows(rows, vocab_size=vocab_size, **sizes)
+        return {"seconds": self.run.train(given, batch_size, epoch=epoch)}
 
     def launches(
         self, folder: Path, dtype: str, image_size: int, prompt: Sequence[int], graph: str
@@ -173,6 +185,9 @@ class Ours(MlxSide):
             texts = [row["caption"] for row in rows]
         return {"seconds": seconds, "idle": done.idle / (done.idle + done.busy), "texts": texts}
 
+    def start_run(self, folder: Path, dtype: str) -> Any:
+        return train_sides().OurRun(folder, dtype)
+
     def _read(self, pixel_values: mx.array, prompt: Sequence[int]) -> tuple[list[int], mx.array]:
         visual_tokens = self.model.encode_images(pixel_values)
         mx.eval(visual_tokens)
@@ -264,6 +279,9 @@ class MlxVlm(MlxSide):
         seconds = time.perf_counter() - start
         return {"seconds": seconds, "texts": [text.strip() for text in found.texts]}
 
+    def start_run(self, folder: Path, dtype: str) -> Any:
+        return train_sides().MlxVlmRun(self.read_model(folder, dtype))
+
     def _read(
         self, pixel_values: mx.array, prompt: Sequence[int]
     ) -> tuple[mx.array, mx.array, mx.array]:
@@ -289,6 +307,11 @@ def next_submitted(tokens: Iterator[int]) -> tuple[mx.array, ...]:
     finally:
         mx.async_eval = async_eval
     raise RuntimeError("The decoding loop does not call mx.async_eval.")
+
+
+def train_sides() -> ModuleType:
+    """The file beside this one: found by the worker that another Python runs."""
+    return importlib.import_module("train_sides")
 
 
 def import_file(file: str) -> ModuleType:

@@ -23,6 +23,7 @@ from . import (
     requests,
     second_question,
     speculate,
+    train,
 )
 from .worker import DTYPES, EAGER, PEER
 
@@ -43,6 +44,7 @@ MEASUREMENTS: dict[str, ModuleType] = {
         preprocess,
         speculate,
         constrained,
+        train,
     )
 }
 

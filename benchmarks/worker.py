@@ -79,6 +79,8 @@ def answer(library: Side, folder: Path, dtype: str, do: str, **request: Any) -> 
         return {"seconds": seconds_of(library.load, folder, dtype)}
     if do == "caption":
         return library.caption(folder, dtype, **request)  # type: ignore[attr-defined]
+    if do == "train":
+        return library.train(folder, dtype, **request)  # type: ignore[attr-defined]
     if do == "launches":
         return library.launches(folder, dtype, **request)  # type: ignore[attr-defined]
     pixel_values = library.to_device(noise_image(request.pop("image_size")))

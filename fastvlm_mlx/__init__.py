@@ -17,6 +17,7 @@ except ImportError as error:
 from .checkpoint.load import load, load_model
 from .config import CheckpointError, FastVLMConfig
 from .convert import convert
+from .finetune import finetune
 from .fuse import fuse
 from .generation.batch import batch_generate
 from .generation.chat import Chat
@@ -41,6 +42,7 @@ __all__ = [
     "__version__",
     "batch_generate",
     "convert",
+    "finetune",
     "fuse",
     "generate",
     "load",

@@ -31,6 +31,7 @@ TRANSFORMERS_TYPE = "fast_vlm"
 QWEN3_HEAD_DIM = 128  # where config.json does not say (transformers' `Qwen3Config`)
 STEM_STRIDE = 4  # of `vision.Stem`
 MAX_LAYERS = 1000
+FUSED_ADAPTERS = "fused_adapters"  # the field for those that the weights hold already
 
 
 @dataclass(frozen=True)
@@ -317,7 +318,8 @@ def _llava_fields(config: dict[str, Any]) -> dict[str, Any]:
     if side * side != visual_tokens or not side:
         reject("image_seq_length", "a square number", visual_tokens)
     geometry = {"image_size": 64 * side, **(arguments or {})}
-    own = ("torch_dtype", "dtype", "image_token_index", "eos_token_id", "quantization")
+    own = ["torch_dtype", "dtype", "image_token_index", "eos_token_id", "quantization"]
+    own += [FUSED_ADAPTERS]
     decoder = _decoder(text.get("model_type"))
     return {
         **text,

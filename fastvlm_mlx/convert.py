@@ -10,7 +10,6 @@ from typing import Any
 
 import mlx.core as mx
 
-from .checkpoint.adapt import FUSED_ADAPTERS
 from .checkpoint.card import license_of, model_card
 from .checkpoint.files import Weights, check_finite, save_checkpoint, write_json
 from .checkpoint.layouts import apple_export, llava, mlx_vlm, transformers
@@ -252,9 +251,7 @@ def _config(checkpoint: Checkpoint, target: Path, layout: str) -> dict[str, Any]
     """config.json in a layout; writes the token `<image>` where the layout has one."""
     folder, config, dtype = checkpoint.folder, checkpoint.config, checkpoint.dtype_name
     if layout == "transformers":
-        written = transformers.config_json(config, dtype, write_image_token(folder, target))
-        marks = {FUSED_ADAPTERS: config.source.get(FUSED_ADAPTERS)}
-        return written | {name: mark for name, mark in marks.items() if mark}
+        return transformers.config_json(config, dtype, write_image_token(folder, target))
     if layout != APPLE:
         return config_json(config, dtype, config.quantization)
     image_token_index = write_image_token(folder, target)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -19,25 +19,30 @@ from .checkpoint.record import DATA, LOG, OPTIONS, PLOT
 from .checks import is_litter, shown
 from .config import load_config
 from .fuse import fuse
-from .hub.resolve import resolve
+from .hub.resolve import cache_folder, resolve
 from .model.fastvlm import FastVLM
 from .processor import Processor
 from .train import adapters
 from .train.augment import Augment
+from .train.check import Check, check_data
+from .train.examples import Example
 from .train.features import FeatureCache, digest_weights
 from .train.images import ImageReader
 from .train.log import read_log
 from .train.loop import Result, Trainer
+from .train.memory import Memory, estimate, largest_arrays
 from .train.parts import frozen, prepare
 from .train.plot import draw_losses
 from .train.ranks import Ranks
+from .train.rows import find_rows
 from .train.score import scorer
 from .train.sets import Sets, batches_of, held_out_batches, read_sets
 from .train.settings import FULL, TrainOptions
-from .train.state import FOLDER, Checkpoints
+from .train.state import FOLDER, Checkpoints, step_of
 
-ADAPTER, MODEL, FEATURES = "adapter", "model", "features"
-OWN = {ADAPTER, MODEL, FEATURES, FOLDER, OPTIONS, LOG, DATA, PLOT}  # in a run's folder
+ADAPTER, MODEL = "adapter", "model"
+FEATURES = "features"  # in the cache's folder, for all runs
+OWN = {ADAPTER, MODEL, FOLDER, OPTIONS, LOG, DATA, PLOT}  # in a run's folder
 # Options that may change while a run goes on, since no weight depends on them.
 FREE = ("keep", "save_every", "eval_samples", "max_tokens", "cache_features")
 HEAD = 2**16  # bytes of each file of weights that tell models apart
@@ -100,16 +105,12 @@ def finetune(
     processor = load_processor(folder)
     reading = {"images": images, "columns": columns, "subset": subset, "split": split}
     reading |= {} if question is None else {"question": question}
-    sets = read_sets(
-        Path(data) if Path(data).exists() else data,
-        processor,
-        load_config(folder),
-        settings,
-        **reading,
-    )
+    config = load_config(folder)
+    sets = read_sets(_source(data), processor, config, settings, **reading)
     ranks = Ranks()
     run = describe(settings, folder, sets, ranks.size)
     check_same_run(out, run, settings.keep)
+    check_fit(folder, processor, sets, settings, ranks)
     network = load_for_training(folder, dtype=settings.dtype, quantize=settings.quantize)
     mx.random.seed(settings.seed)
     prepared = prepare(network, settings)
@@ -117,13 +118,102 @@ def finetune(
     if ranks.rank == 0:
         write_record(out, settings, folder if model is None else model, data, sets)
     trainer.introduction = prepared.lines()
-    result = trainer.train()
-    trainer.take_best()
+    last = Checkpoints(out, settings.keep).last()
+    ranks.check_same(0 if last is None else step_of(last))
+    try:
+        result = trainer.train()
+    except KeyboardInterrupt:
+        ranks.close()
+        raise
     if ranks.rank == 0:
+        trainer.take_best()
         draw_losses(read_log(out / LOG), out / PLOT)
         written = write_result(network, settings, model, revision, out)
     ranks.close()
     return Finetuned(written if ranks.rank == 0 else out, result)
+
+
+@dataclass
+class Checked:
+    """What `check` found.
+
+    Attributes:
+        data: the rows, good and bad, and two of them as the model sees them.
+        memory: that training will take; None if the rows can't be used.
+        processor: the model's.
+    """
+
+    data: Check
+    memory: Memory | None
+    processor: Processor
+
+
+def check(
+    model: str | os.PathLike[str] | None,
+    data: str | os.PathLike[str],
+    *,
+    images: str | os.PathLike[str] | None = None,
+    revision: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    question: str | None = None,
+    subset: str | None = None,
+    split: str | None = None,
+    **options: Any,
+) -> Checked:
+    """Look at what `finetune` would train on and how much memory it would take; no weight is read.
+
+    Args and errors are those of `finetune`; bad rows are listed and raise nothing.
+    """
+    settings = TrainOptions.of(options)
+    check_dtype(settings.dtype)
+    folder = resolve(model, revision=revision)
+    processor, config = load_processor(folder), load_config(folder)
+    reading = {"images": images, "columns": columns, "subset": subset, "split": split}
+    reading |= {} if question is None else {"question": question}
+    seeing = {
+        "image_size": settings.image_size,
+        "max_length": settings.max_length,
+        "too_long": settings.too_long,
+    }
+    found = check_data(find_rows(_source(data), **reading), processor, config, **seeing)
+    memory = None
+    if found.problem is None:
+        memory = estimate_memory(folder, processor, found.examples.kept, settings)
+    return Checked(found, memory, processor)
+
+
+def estimate_memory(
+    folder: Path, processor: Processor, examples: Sequence[Example], options: TrainOptions
+) -> Memory:
+    """What training on examples takes; the model's tensors have shapes and are not read."""
+    network = load_for_training(
+        folder, dtype=options.dtype, quantize=options.quantize, computed=False
+    )
+    prepare(network, options)
+    side = options.image_size or processor.image_size
+    reader = ImageReader(processor, options.image_size)
+    pack = pack_length(options, processor)
+    batches = batches_of(examples, reader, options, pack_length=pack)
+    arrays = largest_arrays(
+        batches, network, side, is_encoded=keeps_features(options), packed=options.pack
+    )
+    return estimate(network, arrays, options, side)
+
+
+def pack_length(options: TrainOptions, processor: Processor) -> int | None:
+    """Tokens of a row that holds several examples; None if none does."""
+    return (options.max_length or processor.max_length) if options.pack else None
+
+
+def keeps_features(options: TrainOptions) -> bool:
+    """Whether the encoder's features are kept: it is frozen, and images stay as they are."""
+    return options.cache_features and frozen(options, "vision") and not options.augment
+
+
+def _source(data: str | os.PathLike[str]) -> str | Path:
+    """A file or folder as a path, and a name on the Hub as a text."""
+    path = Path(data).expanduser()
+    return path if path.exists() or not isinstance(data, str) else data
 
 
 def make_trainer(
@@ -138,9 +228,9 @@ def make_trainer(
     progress: bool = True,
 ) -> Trainer:
     """A run's trainer, with its batches and what is held out."""
-    reader = image_reader(model, processor, options, out)
+    reader = image_reader(model, processor, options)
     plain = reader if not options.augment else ImageReader(processor, options.image_size)
-    pack = (options.max_length or processor.max_length) if options.pack else None
+    pack = pack_length(options, processor)
     place = {"rank": ranks.rank, "ranks": ranks.size}
     return Trainer(
         model,
@@ -158,16 +248,14 @@ def make_trainer(
         ),
         reduce=ranks.add,
         any_asked=ranks.any,
-        is_writer=ranks.rank == 0,
+        rank=ranks.rank,
         progress=progress,
     )
 
 
-def image_reader(
-    model: FastVLM, processor: Processor, options: TrainOptions, out: Path
-) -> ImageReader:
+def image_reader(model: FastVLM, processor: Processor, options: TrainOptions) -> ImageReader:
     """What reads images: with a frozen encoder, once each."""
-    if options.augment or not frozen(options, "vision") or not options.cache_features:
+    if not keeps_features(options):
         augment = Augment() if options.augment else None
         return ImageReader(processor, options.image_size, augment=augment)
 
@@ -175,7 +263,7 @@ def image_reader(
         return mx.stop_gradient(model.vision_tower(pixels))
 
     weights = digest_weights(model.vision_tower)
-    cache = FeatureCache(out / FEATURES, encode, weights, mode=processor.mode)
+    cache = FeatureCache(cache_folder() / FEATURES, encode, weights, mode=processor.mode)
     return ImageReader(processor, options.image_size, features=cache)
 
 
@@ -213,11 +301,14 @@ def describe(options: TrainOptions, folder: Path, sets: Sets, processes: int) ->
 
 
 def check_dtype(dtype: str | None) -> None:
-    """ValueError for half precision where it is unusable."""
-    if dtype is not None and ops.fast_dtype(resolve_dtype(dtype)) != resolve_dtype(dtype):
+    """ValueError for half precision on a device that is slow at it."""
+    if dtype is None:
+        return
+    wanted = resolve_dtype(dtype)
+    if ops.fast_dtype(wanted, for_training=True) != wanted:
         raise ValueError(
-            f"Training in {dtype} is not usable on this device: leave dtype out, which trains in "
-            f"{str(ops.fast_dtype(resolve_dtype(dtype))).removeprefix('mlx.core.')}."
+            f"Training in {dtype} is too slow to be usable on the CPU: leave dtype out, which "
+            "trains in float32."
         )
 
 
@@ -231,6 +322,17 @@ def check_out(out: Path) -> None:
         raise FileExistsError(
             f"{out} holds {foreign[0]}, which is no part of a training run: name another folder."
         )
+
+
+def check_fit(
+    folder: Path, processor: Processor, sets: Sets, options: TrainOptions, ranks: Ranks
+) -> None:
+    """Raise the errors of `parts.prepare` and of too few rows, before a weight is read."""
+    reader, pack = ImageReader(processor, options.image_size), pack_length(options, processor)
+    place = {"rank": ranks.rank, "ranks": ranks.size}
+    batches_of(sets.training.kept, reader, options, pack_length=pack, **place).count(0)
+    lazy = load_for_training(folder, dtype=options.dtype, quantize=options.quantize, computed=False)
+    prepare(lazy, options)
 
 
 def check_same_run(out: Path, run: dict[str, Any], keep: int) -> None:

@@ -85,6 +85,87 @@ def write_training_form(folder: Path, inputs: Arrays) -> Arrays:
     return outputs_of(model, inputs)
 
 
+def run_peft(folder: Path, inputs: Arrays) -> Arrays:
+    """transformers' model with an adapter that PEFT reads, merged."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForImageTextToText
+
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    model = PeftModel.from_pretrained(model, str(inputs["adapter"])).merge_and_unload()
+    return outputs_of(model.eval(), inputs)
+
+
+def merge_with_peft(folder: Path, inputs: Arrays) -> Arrays:
+    """The tensors of LLaVA's model with an adapter that PEFT reads, merged.
+
+    LLaVA's own loader does the same after it has read non_lora_trainables.bin.
+    """
+    import torch
+    from peft import PeftModel
+
+    model = holder_of(folder)
+    adapter = Path(str(inputs["adapter"]))
+    others = torch.load(adapter / "non_lora_trainables.bin", weights_only=True)
+    model.load_state_dict(others, strict=False)
+    merged = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    return {name: tensor.detach().float() for name, tensor in merged.state_dict().items()}
+
+
+def train_with_peft(folder: Path, inputs: Arrays) -> Arrays:
+    """As `merge_with_peft`, with an adapter drawn at random, which PEFT writes."""
+    import json
+
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    config = LoraConfig(**json.loads(str(inputs["settings"])))
+    model = get_peft_model(holder_of(folder), config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape))
+    adapter = Path(str(inputs["adapter"]))
+    model.save_pretrained(adapter)
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    settings["base_model_name_or_path"] = str(folder)
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    merged = model.merge_and_unload()
+    return {name: tensor.detach().float() for name, tensor in merged.state_dict().items()}
+
+
+def holder_of(folder: Path) -> Any:
+    """Modules under the names of a LLaVA checkpoint, which hold its tensors and compute nothing."""
+    from safetensors.torch import load_file
+    from torch import nn
+
+    def module_of(weight: Any) -> Any:
+        if weight.ndim == 2:
+            return nn.Linear(weight.shape[1], weight.shape[0])
+        if weight.ndim == 4:
+            return nn.Conv2d(weight.shape[1], weight.shape[0], weight.shape[2:])
+        return nn.LayerNorm(len(weight))
+
+    root = nn.Module()
+    root.prepare_inputs_for_generation = None
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        *path, key = name.split(".")
+        place = root
+        for i, part in enumerate(path):
+            if not hasattr(place, part):
+                weight = None if i + 1 < len(path) else tensor
+                is_weight = weight is not None and key == "weight"
+                place.add_module(part, module_of(weight) if is_weight else nn.Module())
+            place = getattr(place, part)
+        setattr(place, key, nn.Parameter(tensor.float(), requires_grad=False))
+    for module in root.modules():
+        bias = getattr(module, "bias", None)
+        if bias is not None and bias.requires_grad:  # its own, which the checkpoint does not have
+            module.bias = None
+    return root
+
+
 def outputs_of(model: Any, inputs: Arrays) -> Arrays:
     import torch
 
@@ -106,6 +187,9 @@ LIBRARIES = {
     "processor": run_processor,
     "transformers": run_transformers,
     "training-form": write_training_form,
+    "peft": run_peft,
+    "peft-merge": merge_with_peft,
+    "peft-train": train_with_peft,
 }
 
 

@@ -30,11 +30,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from sources import full_nano, qwen3_folder, with_tokenizer
+from training import trained
 
 import fastvlm_mlx as fv
 from fastvlm_mlx.checkpoint.load import load_processor
-from fastvlm_mlx.convert import convert
+from fastvlm_mlx.convert import WRITTEN, convert
 from fastvlm_mlx.hub.resolve import NANO
+from fastvlm_mlx.train.adapters import write
 
 WORKER = Path(__file__).with_name("peer_worker.py")
 MLX_VLM = os.environ.get("FASTVLM_PEER_PYTHON", "")
@@ -295,3 +297,35 @@ def test_training_form_of_transformers(small_folder: Path, tmp_path: Path) -> No
     names = mx.load(str(folder / "model.safetensors")).keys()
     assert any(".conv_kxk." in name for name in names) and not any("reparam" in n for n in names)
     check(run_ours(folder, pixel_values, ids), theirs)
+
+
+# Adapters
+
+
+@needs_mlx_vlm
+@needs_transformers
+@pytest.mark.needs("coremltools")
+@pytest.mark.parametrize("quantize", [None, 8])
+def test_a_fused_adapter_gives_the_same_tokens_everywhere(
+    make_checkpoint: Callable[..., Path], tmp_path: Path, quantize: int | None
+) -> None:
+    """LoRA of a plain or a quantized model: here from four layouts, in mlx-vlm and transformers
+    each from its own."""
+    base = with_tokenizer(make_checkpoint(), tmp_path / "base")
+    if quantize is not None:
+        base = convert(base, tmp_path / "packed", quantize=quantize, progress=False)
+    adapter = write(trained(base, decoder="lora"), tmp_path / "adapter", base)
+    pixel_values, ids = random_inputs(256, 250)
+    unfused = run_ours(adapter, pixel_values, ids)  # beside its base
+    assert len(set(unfused["tokens"])) > TOKENS // 2
+    assert run_ours(base, pixel_values, ids)["tokens"] != unfused["tokens"]
+    folders = {layout: tmp_path / layout for layout in WRITTEN}
+    for layout, folder in folders.items():
+        options = {"layout": layout, "dequantize": quantize is not None, "progress": False}
+        fv.fuse(base, adapter, folder, **options)
+        assert run_ours(folder, pixel_values, ids)["tokens"] == unfused["tokens"], layout
+    check_with_mlx_vlm(folders["mlx"], tmp_path, image_size=256)
+    image_size = 64 * int(len(unfused["features"]) ** 0.5)
+    assert image_size == 256
+    theirs = run_transformers("transformers", folders["transformers"], tmp_path, pixel_values, ids)
+    check(unfused, theirs)

@@ -24,6 +24,7 @@ ORDER = (
     "bench evaluate train serve live caption",
     "convert",
     "fuse",
+    "finetune",
     "__init__",
     "cli __main__",
 )

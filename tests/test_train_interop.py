@@ -1,6 +1,6 @@
 """Training against PyTorch and transformers' fast_vlm: loss, gradients and steps of AdamW.
 
-    FASTVLM_TRANSFORMERS_PYTHON=~/torch/bin/python pytest -m interop tests/test_train_interop.py
+FASTVLM_TRANSFORMERS_PYTHON=~/torch/bin/python pytest -m interop tests/test_train_interop.py
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from fastvlm_mlx.train.step import Step
 
 WORKER = Path(__file__).with_name("train_worker.py")
 TRANSFORMERS = os.environ.get("FASTVLM_TRANSFORMERS_PYTHON", "")
-SETTINGS = {"rate": 1e-3, "decay": 0.1, "norm": 1.0, "steps": 10}
+SETTINGS = {"rate": 1e-4, "decay": 0.1, "norm": 1.0, "steps": 10}
 IMAGE, SUPERVISED = "image", "supervised"
 # Rows of several turns: an answer before, between and after images, and a row without images.
 ROWS = [
@@ -151,7 +151,7 @@ def test_loss_gradients_and_steps_are_those_of_transformers(folder: Path, tmp_pa
 
     model = load_for_training(folder, dtype="float32")
     losses = train(model, arrays)
-    assert losses[-1] < 0.9 * losses[0]
+    assert losses[-1] < 0.95 * losses[0]
     np.testing.assert_allclose(losses, theirs["losses"], atol=1e-4)
 
 

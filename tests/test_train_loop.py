@@ -12,11 +12,13 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-from training import (
+from train_runs import (
+    LENGTH,
     InMemory,
     batch,
     distance,
     joined,
+    packed,
     same,
     small_model,
     trainer,
@@ -25,7 +27,7 @@ from training import (
 
 from fastvlm_mlx.train import loop
 from fastvlm_mlx.train.loop import NotFinite, Nothing, evaluate
-from fastvlm_mlx.train.loss import AT_ONCE, arrays_of, bucket, loss
+from fastvlm_mlx.train.loss import AT_ONCE, arrays_of, bucket, hidden_states, loss
 from fastvlm_mlx.train.optimizer import Optimizer
 from fastvlm_mlx.train.parts import prepare
 from fastvlm_mlx.train.settings import TrainOptions
@@ -147,6 +149,28 @@ def test_gradients_are_clipped_once_after_they_are_added_up(tmp_path: Path) -> N
     assert norms[0].item() == pytest.approx(expected, rel=1e-4)
 
 
+# Packing
+
+
+def test_packed_rows_have_the_loss_and_the_gradients_of_unpacked_ones() -> None:
+    found = batch(0, rows=3)
+    apart, one, count = gradients_of(prepared(), [found])
+    together, other, same_count = gradients_of(prepared(), [packed(found)])
+    assert count == same_count
+    assert other == pytest.approx(one, rel=1e-6)
+    assert distance(apart, together) < 2e-5
+
+
+def test_a_packed_row_sees_nothing_of_its_neighbours() -> None:
+    model, found = prepared(), packed(batch(0, rows=3))
+    changed = packed(batch(0, rows=3))
+    changed.input_ids[0, LENGTH + 3] = (changed.input_ids[0, LENGTH + 3] + 1) % 96
+    before, after = (hidden_states(model, arrays_of(each))[0] for each in (found, changed))
+    rest = [*range(LENGTH + 3), *range(2 * LENGTH, 3 * LENGTH)]
+    assert mx.array_equal(before[mx.array(rest)], after[mx.array(rest)]).item()
+    assert not mx.array_equal(before, after).item()
+
+
 # Forms of a step
 
 
@@ -155,7 +179,8 @@ def test_compiled_equals_plain_and_few_shapes_are_compiled(tmp_path: Path) -> No
     data = InMemory([batch(i, supervised=1 + i % 5) for i in range(6)])
     plain = trainer(tmp_path / "a", data, dropout=0.1, epochs=2)
     plain.train()
-    compiled = trainer(tmp_path / "b", data, dropout=0.1, epochs=2, compiled=True)
+    options = {"compiled": True, "gradient_checkpointing": True}
+    compiled = trainer(tmp_path / "b", data, dropout=0.1, epochs=2, **options)
     compiled.train()
     assert compiled.step.shapes == 1
     assert plain.step.shapes == 12
@@ -166,7 +191,7 @@ def test_computing_activations_again_changes_nothing_and_no_other_model() -> Non
     model, other = prepared(), prepared()
     expected, *_ = gradients_of(model, [batch(0)])
     before = type(other.layers[0])
-    checkpoint_activations(model.layers)
+    checkpoint_activations([*model.layers, *model.vision_tower.network])
     found, *_ = gradients_of(model, [batch(0)])
     assert distance(expected, found) < 1e-6
     assert type(other.layers[0]) is before is not type(model.layers[0])
@@ -272,12 +297,13 @@ def test_the_log_has_a_line_for_each_step_with_its_rows(tmp_path: Path) -> None:
 
 
 def test_memory_does_not_grow(tmp_path: Path) -> None:
-    run = trainer(tmp_path, epochs=100)
+    data = InMemory([batch(0, rows=1, images=False)])
+    run = trainer(tmp_path, data, steps=500, projector="frozen", layers=["*.0.mlp.up_proj"])
     used = []
     run._between_steps = lambda asked: used.append(mx.get_active_memory()) or False
     run.train()
-    assert len(used) == 400
-    assert used[-1] <= 1.1 * used[40]
+    assert len(used) == 500
+    assert used[499] <= 1.1 * used[49]
 
 
 def test_quantized_weights_and_their_scales_stay_frozen() -> None:

@@ -10,10 +10,10 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from training import InMemory, batch, same, trainer, weights_of
+from train_runs import InMemory, batch, same, trainer, weights_of
 
 from fastvlm_mlx.train.log import read_log
-from fastvlm_mlx.train.state import Checkpoint, Checkpoints, Position, differing, random_state
+from fastvlm_mlx.train.state import Checkpoint, Checkpoints, Position, differing
 
 RUN = {"epochs": 3, "save_every": 2, "dropout": 0.2, "accumulation": 2, "optimizer": "muon"}
 
@@ -230,15 +230,6 @@ def test_a_full_disk_ends_a_run_with_one_sentence_and_loses_nothing(
     again = trainer(tmp_path / "full", five(), **RUN)
     again.train()
     assert same(weights_of(again), weights_of(unbroken))
-
-
-def test_the_random_state_is_remembered_as_a_seed() -> None:
-    mx.random.seed(7)
-    mx.random.uniform(shape=(5,))
-    seed = random_state()
-    expected = mx.random.uniform(shape=(9,)).tolist()
-    mx.random.seed(seed)
-    assert mx.random.uniform(shape=(9,)).tolist() == expected
 
 
 def test_the_log_of_a_killed_process_is_read_without_its_last_half_line(tmp_path: Path) -> None:

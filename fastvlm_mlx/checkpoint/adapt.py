@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import mlx.core as mx
 from mlx.utils import tree_unflatten
 
 from .. import ops
 from ..checks import brief
-from ..config import CheckpointError, FastVLMConfig, read_json
+from ..config import FUSED_ADAPTERS, CheckpointError, FastVLMConfig, read_json
 from ..model.fastvlm import FastVLM
 from . import encoder_layers
 from .files import Weights, read_file
@@ -21,7 +22,6 @@ from .layouts.mlx_vlm import DECODER, LM_HEAD, PROJECTOR, is_folded
 from .names import memory_name, quantized_linears
 from .quantize import LayerSettings
 
-FUSED_ADAPTERS = "fused_adapters"  # in config.json: those that the weights hold already
 GEOMETRY = ("vocab_size", "hidden_size", "num_hidden_layers")
 MARK = f"{DECODER}norm.weight"  # in float at every precision, and another in every model
 MARKS = 16
@@ -63,7 +63,7 @@ def _check_projector(folder: Path, adapter: Adapter) -> None:
 def marks_of(weights: Weights, config: FastVLMConfig) -> dict[str, str]:
     """By what an adapter knows its base again, at any precision."""
     mark = weights[MARK].astype(mx.float32)
-    values = mark[:: max(1, mark.size // MARKS)].tolist()
+    values = cast("list[float]", mark[:: max(1, mark.size // MARKS)].tolist())
     geometry = {name: str(getattr(config.text, name)) for name in GEOMETRY}
     folded = {FOLDED: "true"} if is_folded(weights) else {}
     return geometry | folded | {"marks": " ".join(f"{value:.5g}" for value in values)}
@@ -252,6 +252,7 @@ def attach(
 
 def dequantized(layer: str, weights: Weights, config: FastVLMConfig) -> mx.array:
     """The weight of a quantized layer in float32, [outputs, inputs]."""
-    packed = [weights.get(f"{layer}.{key}") for key in ("weight", "scales", "biases")]
     settings = dict(quantized_linears(weights, config))[layer]
-    return mx.dequantize(*packed, **settings).astype(mx.float32)
+    packed, scales = (weights[f"{layer}.{key}"] for key in ("weight", "scales"))
+    biases = weights.get(f"{layer}.biases")
+    return mx.dequantize(packed, scales, biases, **settings).astype(mx.float32)

@@ -110,28 +110,31 @@ import fastvlm_mlx as fv
 model, processor = fv.load("{base}", adapter="<this folder or repo>")
 ```
 
-`fastvlm fuse` writes it and its base as one model, in any layout. PEFT loads it, too, and LLaVA's
-own loader."""
+`fastvlm fuse` writes it and its base as one model, in any layout."""
+OTHERS = "PEFT loads it, too, and LLaVA's own loader."
 
 
-def adapter_card(name: str, base: str, record: Record | None = None) -> str:
+def adapter_card(
+    name: str, base: str, record: Record | None = None, *, has_lora: bool = True
+) -> str:
     """The README.md of an adapter's folder.
 
     Args:
         name: the title.
         base: the folder or Hub id of the model that it is for.
         record: of its training.
+        has_lora: whether it is PEFT's.
     """
     from huggingface_hub.utils import yaml_dump
 
     base_model, origin = _origin(base)
     license = license_of(Path(base), base) if base_model is None else license_of(Path(), base)
     metadata = {
-        "library_name": "peft",
+        "library_name": "peft" if has_lora else "mlx",
         "pipeline_tag": "image-text-to-text",
         **({"base_model": base_model, "base_model_relation": "adapter"} if base_model else {}),
         **license,
-        "tags": ["mlx", "fastvlm", "lora"],
+        "tags": ["mlx", "fastvlm", *(["lora"] if has_lora else [])],
     }
     paragraphs = [
         f"---\n{yaml_dump(metadata, sort_keys=False)}---",
@@ -140,6 +143,7 @@ def adapter_card(name: str, base: str, record: Record | None = None) -> str:
         f"- Base: {origin}\n- Licence: {_license_line(license)}",
         *(record_paragraphs(record) if record is not None else ()),
         ADAPTER_USAGE.format(base=base_model or Path(base).name),
+        *([OTHERS] if has_lora else []),
     ]
     return "\n\n".join(paragraphs) + "\n"
 

@@ -151,7 +151,11 @@ def load_model(
 
 
 def load_for_training(
-    folder: str | Path, *, dtype: mx.Dtype | str | None = None, quantize: Quantize | None = None
+    folder: str | Path,
+    *,
+    dtype: mx.Dtype | str | None = None,
+    quantize: Quantize | None = None,
+    computed: bool = True,
 ) -> FastVLM:
     """As `load_model`, but with the same modules on every device, and in training mode.
 
@@ -164,11 +168,13 @@ def load_for_training(
         dtype: of the weights that are not quantized; by default float32 on the CPU and otherwise
             the checkpoint's own.
         quantize: as for `load_model`.
+        computed: read the weights now; otherwise when they are needed, as for a model of which only
+            the shapes are.
 
     Raises:
         the errors of `load_model`.
     """
-    model = _load_model(folder, dtype, quantize, for_training=True)
+    model = _load_model(folder, dtype, quantize, for_training=True, computed=computed)
     model.train()
     return model
 
@@ -200,6 +206,7 @@ def _load_model(
     adapter: str | Path | None = None,
     *,
     for_training: bool,
+    computed: bool = True,
 ) -> FastVLM:
     ops.check_process()
     folder = Path(folder).expanduser()
@@ -208,18 +215,24 @@ def _load_model(
     trained = None if adapter is None else Path(adapter).expanduser()
     if trained is not None and not trained.is_dir():
         raise FileNotFoundError(f"There is no folder {trained} of an adapter.")
-    config, weights, beside = read_adapted(folder, trained)
+    stored = target = mx.float32
+
+    def prepared(config: FastVLMConfig, weights: Weights) -> tuple[FastVLMConfig, Weights]:
+        nonlocal stored, target
+        stored = dtype_of(weights)
+        target = ops.fast_dtype(stored, for_training) if dtype is None else resolve_dtype(dtype)
+        if quantize is not None or target == mx.float32:
+            weights = {name: cast(tensor, target) for name, tensor in weights.items()}
+        if quantize is None:
+            return config, weights
+        weights, quantization, _ = quantize_checkpoint(weights, config, quantize)
+        return replace(config, quantization=quantization), weights
+
+    config, weights, beside = read_adapted(folder, trained, prepared)
     if beside and for_training:
         raise CheckpointError(
             f"{folder} is an adapter of a quantized model; load its base, and then the adapter."
         )
-    stored = dtype_of(weights)
-    target = resolve_dtype(dtype) if dtype is not None else _dtype_for(stored, for_training)
-    if quantize is not None or target == mx.float32:
-        weights = {name: cast(tensor, target) for name, tensor in weights.items()}
-    if quantize is not None:
-        weights, quantization, _ = quantize_checkpoint(weights, config, quantize)
-        config = replace(config, quantization=quantization)
     model = FastVLM(config)
     if for_training:
         model.unfuse()
@@ -231,6 +244,8 @@ def _load_model(
     if not for_training:
         model.vision_tower.fold_biases()
     attach(model, beside, packed, target)
+    if not computed:
+        return model
     _evaluate(model)
     ops.note_computation()
     if target == mx.float16 != stored and (name := _infinite(model)):
@@ -241,12 +256,6 @@ def _load_model(
         )
     model.eval()
     return model
-
-
-def _dtype_for(stored: mx.Dtype, for_training: bool) -> mx.Dtype:
-    """The dtype to compute in; small gradients vanish in float16, which is fast where bfloat16 is
-    not."""
-    return stored if for_training and not ops.on_cpu() else ops.fast_dtype(stored)
 
 
 def _row_by_row(kernel: mx.array) -> mx.array:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import TypeAlias
 
 import mlx.core as mx
 
@@ -38,14 +40,19 @@ def read_checkpoint(folder: Path) -> tuple[FastVLMConfig, Weights]:
     return config, weights
 
 
+Change: TypeAlias = Callable[[FastVLMConfig, Weights], tuple[FastVLMConfig, Weights]]
+"""Of a checkpoint, between reading and filling a model."""
+
+
 def read_adapted(
-    folder: Path, adapter: Path | None = None
+    folder: Path, adapter: Path | None = None, change: Change | None = None
 ) -> tuple[FastVLMConfig, Weights, dict[str, LowRank]]:
     """As `read_checkpoint`, with an adapter on top, and the LoRA of layers that are quantized.
 
     Args:
         folder: of the base, or of an adapter that names its base.
         adapter: on top of a base.
+        change: quantizes the base, before the adapter comes to it.
 
     Raises:
         CheckpointError: as `read_checkpoint`; or the adapter is that of another model.
@@ -65,13 +72,16 @@ def read_adapted(
     own = load_config(base)
     config = own if config is None else replace(config, quantization=own.quantization)
     weights, layout = read_layout(base)
+    config = trust_tensors(config, weights)
+    if change is not None:
+        check_tensors(weights, trust_tensors(own, weights), layout, base)
+        config, weights = change(config, weights)
     beside: dict[str, LowRank] = {}
     if adapter is not None:
         read = read_adapter(adapter)
         check_base(read, weights, own, adapter, base)
         config = with_mark(config, own, adapter, base)
-        weights, beside = apply(weights, read, own)
-    config = trust_tensors(config, weights)
+        weights, beside = apply(weights, read, config)
     check_tensors(weights, config, layout, folder)
     return config, weights, beside
 

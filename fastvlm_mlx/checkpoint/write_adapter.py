@@ -9,11 +9,11 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 
-from ..config import CheckpointError, FastVLMConfig
+from ..config import FastVLMConfig
 from .adapt import marks_of
 from .card import adapter_card
 from .files import Weights, check_finite, write_json
@@ -42,10 +42,10 @@ def write_adapter(
 
     LoRA and DoRA go into PEFT's `adapter_model.safetensors`, and with them the modules that were
     trained in full, as `modules_to_save`. What PEFT can't hold, and everything where there is no
-    LoRA, goes into `non_lora_trainables`.
+    LoRA, goes into `non_lora_trainables`, or `mm_projector` if it is only that.
 
     Args:
-        adapter: in the names of the mlx-vlm layout.
+        adapter: in the names of the mlx-vlm layout; with DoRA of all layers or of none.
         target: the folder.
         base: a folder or Hub id, which the folder names.
         weights, config: of the base, in the mlx-vlm layout.
@@ -64,28 +64,37 @@ def write_adapter(
         raise ValueError(f"{encoder[0]} was trained: write the adapter in the names of llava.")
     about = marks_of(weights, config) | adapter.about | {"base": base, "format": "pt"}
     in_peft, beside = _divided(adapter)
+    is_projector = not adapter.low_rank and all(map(_is_projectors, adapter.whole))
+    stem = adapters.PROJECTOR if is_projector else adapters.WHOLE
     with atomic_folder(target, overwrite=overwrite) as folder:
         if adapter.low_rank:
             tensors, settings = peft_files(adapter, in_peft, weights, NAMES[layout])
             settings["base_model_name_or_path"] = base
             write_json(folder / adapters.SETTINGS, settings)
             _save(folder / adapters.ADAPTER[0], tensors, about)
-        if beside or not adapter.low_rank:
-            _save(folder / adapters.TRAINED[0], NAMES[layout].from_mlx(beside), about)
+        if beside:
+            _save(folder / f"{stem}.safetensors", NAMES[layout].from_mlx(beside), about)
         if layout == "llava":
-            written = config_json(config, config.dtype or "float32", {}) | {"_name_or_path": base}
-            names = (*adapter.low_rank, *adapter.whole)
-            written["tune_mm_mlp_adapter"] = any(
-                name.startswith(PROJECTOR.rstrip(".")) for name in names
-            )
-            write_json(folder / "config.json", written)
+            write_json(folder / "config.json", _llava_config(adapter, base, config))
+        if layout == "llava" and (adapter.low_rank or is_projector):
             # What LLaVA's loader reads, and would otherwise look for on the Hub
-            write_torch(folder / adapters.TRAINED[1], llava.from_mlx(beside))
+            write_torch(folder / f"{stem}.bin", llava.from_mlx(beside))
         record = read_record(target)
         copy_record(record, folder)
-        card = adapter_card(target.name, base, record)
+        card = adapter_card(target.name, base, record, has_lora=bool(adapter.low_rank))
         (folder / "README.md").write_text(card, encoding="utf-8")
     return target
+
+
+def _llava_config(adapter: Adapter, base: str, config: FastVLMConfig) -> dict[str, Any]:
+    """config.json as LLaVA's loader wants it: the base's, with its name."""
+    trained = any(map(_is_projectors, (*adapter.low_rank, *adapter.whole)))
+    written = config_json(config, config.dtype or "float32", {})
+    return written | {"_name_or_path": base, "tune_mm_mlp_adapter": trained}
+
+
+def _is_projectors(name: str) -> bool:
+    return name.startswith(PROJECTOR.rstrip("."))
 
 
 def _divided(adapter: Adapter) -> tuple[Weights, Weights]:
@@ -106,17 +115,14 @@ def peft_files(
     """The tensors of adapter_model.safetensors and the fields of adapter_config.json.
 
     Args:
-        adapter: with LoRA or DoRA.
+        adapter: with LoRA, or with DoRA of all layers.
         whole: of its other tensors, those of `modules_to_save`.
         weights: of the base.
         layout: has the names.
     """
     names = _module_names(adapter.low_rank, layout)
-    low_rank = adapter.low_rank
-    if uses_dora := any(each.magnitude is not None for each in low_rank.values()):
-        low_rank = {name: _as_dora(each, weights, name) for name, each in low_rank.items()}
     tensors: Weights = {}
-    for layer, each in low_rank.items():
+    for layer, each in adapter.low_rank.items():
         is_kernel = f"{layer}.weight" in weights and weights[f"{layer}.weight"].ndim == 4
         matrices = {"lora_A.weight": each.down, "lora_B.weight": each.up}
         if is_kernel:
@@ -127,7 +133,7 @@ def peft_files(
         tensors |= {f"{PEFT}{names[layer]}.{key}": value for key, value in matrices.items()}
     saved = layout.from_mlx(whole)
     tensors |= {PEFT + name: tensor for name, tensor in saved.items()}
-    return tensors, _settings(low_rank, names, saved, weights, layout, uses_dora=uses_dora)
+    return tensors, _settings(adapter.low_rank, names, saved, weights, layout)
 
 
 def _module_names(layers: Iterable[str], layout: ModuleType) -> dict[str, str]:
@@ -139,27 +145,12 @@ def _module_names(layers: Iterable[str], layout: ModuleType) -> dict[str, str]:
     return found
 
 
-def _as_dora(low_rank: LowRank, weights: Weights, layer: str) -> LowRank:
-    """LoRA as the DoRA that is the same: with the lengths that the rows have already."""
-    if low_rank.magnitude is not None:
-        return low_rank
-    if f"{layer}.scales" in weights:
-        raise CheckpointError(
-            f"{layer} has LoRA where other layers have DoRA, and is quantized: one adapter holds "
-            "one kind of both."
-        )
-    summed = low_rank.added_to(weights[f"{layer}.weight"]).flatten(1)
-    return LowRank(low_rank.down, low_rank.up, low_rank.scale, mx.linalg.norm(summed, axis=1))
-
-
 def _settings(
     low_rank: Mapping[str, LowRank],
     names: Mapping[str, str],
     saved: Weights,
     weights: Weights,
     layout: ModuleType,
-    *,
-    uses_dora: bool,
 ) -> dict[str, Any]:
     """adapter_config.json but the base's name."""
     kinds = {
@@ -167,8 +158,9 @@ def _settings(
     }
     (rank, alpha), _ = Counter(kinds.values()).most_common(1)[0]
     modules = {name.rpartition(".")[0] for name in layout.from_mlx(dict(weights))}
-    projector = {f"{layout_projector(layout)}"} if _holds_projector(saved, layout) else set()
-    others = {name.rpartition(".")[0] for name in saved if not _is_projectors(name, layout)}
+    module = "mm_projector" if layout is llava else "multi_modal_projector"
+    projector = {module} if any(f".{module}." in name for name in saved) else set()
+    others = {name.rpartition(".")[0] for name in saved if f".{module}." not in name}
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -180,25 +172,12 @@ def _settings(
         "fan_in_fan_out": False,
         "init_lora_weights": True,
         "use_rslora": False,
-        "use_dora": uses_dora,
+        "use_dora": any(each.magnitude is not None for each in low_rank.values()),
         "rank_pattern": {name: r for name, (r, _) in kinds.items() if r != rank},
         "alpha_pattern": {name: a for name, (_, a) in kinds.items() if a != alpha},
         "target_modules": shortened(set(kinds), modules),
         "modules_to_save": sorted(projector | others) or None,
     }
-
-
-def layout_projector(layout: ModuleType) -> str:
-    """The name of the projector's module."""
-    return "mm_projector" if layout is llava else "multi_modal_projector"
-
-
-def _is_projectors(name: str, layout: ModuleType) -> bool:
-    return f".{layout_projector(layout)}." in name
-
-
-def _holds_projector(saved: Weights, layout: ModuleType) -> bool:
-    return any(_is_projectors(name, layout) for name in saved)
 
 
 def shortened(wanted: set[str], modules: set[str]) -> list[str]:
@@ -242,7 +221,7 @@ def write_torch(file: Path, tensors: Weights) -> None:
             _add(archive, "data.pkl", pickled.getvalue())
             _add(archive, "byteorder", b"little")
             for key, tensor in enumerate(tensors.values()):
-                _add(archive, f"data/{key}", bytes(memoryview(_as_bytes(tensor))))
+                _add(archive, f"data/{key}", _as_bytes(tensor))
             _add(archive, "version", b"3\n")
     except OSError as error:
         raise OSError(f"{file} can't be written: {error.strerror or error}") from None
@@ -252,15 +231,16 @@ def _add(archive: zipfile.ZipFile, name: str, content: bytes) -> None:
     archive.writestr(zipfile.ZipInfo(f"archive/{name}"), content)  # of 1980, so always the same
 
 
-def _as_bytes(tensor: mx.array) -> mx.array:
-    return mx.contiguous(tensor).flatten().view(mx.uint8)
+def _as_bytes(tensor: mx.array) -> bytes:
+    return bytes(cast(Any, mx.contiguous(tensor).flatten().view(mx.uint8)))
 
 
 def _rebuilt(key: str, tensor: mx.array) -> bytes:
     """The call of `torch._utils._rebuild_tensor_v2` that makes a tensor of a storage."""
     storage = pickle.GLOBAL + f"torch\n{STORAGES[tensor.dtype]}\n".encode()
     place = _tuple(_text("storage"), storage, _text(key), _text("cpu"), _number(tensor.size))
-    strides, step = [], 1
+    strides: list[int] = []
+    step = 1
     for side in reversed(tensor.shape):
         strides, step = [step, *strides], step * side
     hooks = pickle.GLOBAL + b"collections\nOrderedDict\n" + pickle.EMPTY_TUPLE + pickle.REDUCE

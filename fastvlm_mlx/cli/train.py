@@ -12,6 +12,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from ..finetune import ADAPTER, finetune
+from ..finetune import check as look
 from ..train.loop import NotFinite, Nothing
 from ..train.settings import TrainOptions, help_of, read_settings
 from .arguments import Model, Revision
@@ -121,8 +122,26 @@ def train(
         "split": split,
     }
     if check:
-        raise NotImplementedError
+        _run(lambda: _check(model, data, revision, reading, given))
+        return
     _run(lambda: _finetune(model, data, out, revision, quiet, reading, given))
+
+
+def _check(
+    model: str | None,
+    data: str,
+    revision: str | None,
+    reading: dict[str, Any],
+    options: dict[str, Any],
+) -> None:
+    from rich.console import Console
+
+    found = look(model, data, revision=revision, **reading, **options)
+    found.data.print(Console(), found.processor.tokenizer)
+    for line in found.memory.lines() if found.memory else []:
+        typer.echo(line)
+    if found.data.problem is not None:
+        raise ValueError(found.data.problem)
 
 
 def _finetune(

@@ -51,7 +51,7 @@ def resolve(source: str | os.PathLike[str] | None = None, *, revision: str | Non
         if revision is not None:
             raise ValueError(f"{path} is a folder, which has no revisions; leave out revision.")
         return path
-    name = os.fspath(source)
+    name = BUNDLED if source is None else os.fspath(source)
     if path.exists():
         raise NotADirectoryError(f"{name} is a file; a model is a folder or a Hub id.")
     if not registry.knows(name) and not HUB_ID.fullmatch(name):

@@ -42,14 +42,17 @@ def assume(device: str) -> Iterator[None]:
         _assumed = before
 
 
-def fast_dtype(stored: mx.Dtype) -> mx.Dtype:
+def fast_dtype(stored: mx.Dtype, for_training: bool = False) -> mx.Dtype:
     """The dtype to compute in, for weights stored in another.
 
     float32 on the CPU, which is slow at half precision, and otherwise as stored; but float16, in
-    which the original runs, for bfloat16 on M1 and M2, whose GPUs have no instructions for it.
+    which the original runs, for bfloat16 on M1 and M2, whose GPUs have no instructions for it. Not
+    so for training: small gradients vanish in float16.
     """
     if on_cpu():
         return mx.float32
+    if for_training:
+        return stored
     return mx.float16 if stored == mx.bfloat16 and _lacks_bfloat16() else stored
 
 

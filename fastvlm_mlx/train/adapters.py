@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,10 @@ from ..checkpoint import encoder_layers, fold, write_adapter
 from ..checkpoint.adapt import apply, check_base, read_adapter
 from ..checkpoint.files import Weights
 from ..checkpoint.layouts import transformers
-from ..checkpoint.layouts.adapters import FOLDED, Adapter, LowRank
-from ..checkpoint.layouts.mlx_vlm import ENCODER, HEAD, VISION_TOWER, is_folded
-from ..checkpoint.names import memory_name, stored_name, unfuse
+from ..checkpoint.layouts.adapters import FOLDED, PLAIN, Adapter, LowRank
+from ..checkpoint.layouts.mlx_vlm import ENCODER, VISION_TOWER, is_folded
+from ..checkpoint.names import memory_name, stored_name
 from ..checkpoint.read import read_checkpoint, read_layout
-from ..config import CheckpointError
 from ..hub.resolve import BUNDLED, NANO, resolve
 from ..model.fastvlm import FastVLM
 
@@ -77,27 +77,47 @@ def adapter_of(model: FastVLM, base: Weights) -> Adapter:
         base: the tensors of its base.
     """
     places = {place.folded: place for place in encoder_layers.places(model.config.vision)}
+    adapted = {path: layer for path, layer in model.named_modules() if is_adapted(layer)}
+    uses_dora = any("m" in layer for layer in adapted.values())
     low_rank: dict[str, LowRank] = {}
-    for path, layer in model.named_modules():
-        if not is_adapted(layer):
-            continue
-        found = LowRank(layer.lora_a.T, layer.lora_b.T, float(layer.scale), layer.get("m"))
+    plain = []
+    for path, layer in adapted.items():
+        found = _low_rank(layer, uses_dora=uses_dora)
         if path in places:
             name = places[path].name
             found = encoder_layers.unfolded(found, places[path], base)
         else:
             name = stored_name(path, model.config)
         low_rank[name] = found
+        if uses_dora and "m" not in layer:
+            plain.append(name)
     whole = _whole(model)
     if not low_rank and not whole:
         raise ValueError("Nothing of the model is trained: there is no adapter to write.")
     about = {FOLDED: "true"} if is_folded(base) else {}
+    if plain:
+        about[PLAIN] = " ".join(plain)
     return Adapter(low_rank, whole, about)
 
 
 def is_adapted(layer: nn.Module) -> bool:
     """Whether a layer is one of mlx_lm's with LoRA or DoRA."""
     return "lora_a" in layer and "lora_b" in layer
+
+
+def _low_rank(layer: Any, *, uses_dora: bool) -> LowRank:
+    """The matrices of a layer; where others have DoRA, LoRA is the DoRA that leaves each row of the
+    sum as long as it is, since an adapter holds one kind of both."""
+    found = LowRank(layer.lora_a.T, layer.lora_b.T, float(layer.scale), layer.get("m"))
+    if not uses_dora or found.magnitude is not None:
+        return found
+    linear = layer.linear
+    weight = linear.weight
+    if isinstance(linear, nn.QuantizedLinear):
+        settings = {key: getattr(linear, key) for key in ("group_size", "bits", "mode")}
+        weight = mx.dequantize(weight, linear.scales, linear.get("biases"), **settings)
+    lengths = mx.linalg.norm(found.added_to(weight), axis=1)
+    return LowRank(found.down, found.up, found.scale, lengths)
 
 
 def _whole(model: FastVLM) -> Weights:
@@ -110,8 +130,9 @@ def _whole(model: FastVLM) -> Weights:
     if any(map(_is_encoders, names)):
         if any(map(_is_encoders, adapted)):
             raise ValueError("The encoder has both LoRA and parameters trained in full.")
-        encoder = {n: t for n, t in unfuse(model).items() if n.startswith(ENCODER)}
-        whole |= {name: tensor for name, tensor in encoder.items() if name != HEAD}
+        parameters = dict(tree_flatten(model.vision_tower.parameters()))
+        encoder = fold.unfold_encoder(lambda name: parameters[name], model.config.vision)
+        whole |= {ENCODER + name: tensor for name, tensor in encoder.items()}
     return whole
 
 
@@ -155,6 +176,8 @@ def apply_adapter(
     apply(weights, adapter, config)  # raises if anything does not fit
     _replace(model, adapter.whole)
     modules = dict(model.named_modules())
+    for layer in adapter.about.get(PLAIN, "").split():
+        adapter.low_rank[layer] = replace(adapter.low_rank[layer], magnitude=None)
     for layer, low_rank in encoder_layers.in_memory(adapter, config.vision, weights).items():
         path, _ = memory_name(layer, config, modules)
         adapted = adapted_layer(modules[path], low_rank, dropout)
@@ -162,23 +185,23 @@ def apply_adapter(
 
 
 def _replace(model: FastVLM, whole: Weights) -> None:
-    """Give a model the tensors that were trained in full."""
-    config = model.config
+    """Give a model the tensors that were trained in full; a quantized layer becomes a plain one."""
+    config, modules = model.config, dict(model.named_modules())
     encoder = {name: tensor for name, tensor in whole.items() if name.startswith(ENCODER)}
-    modules = dict(model.named_modules())
     found: Weights = {}
     for name in whole.keys() - encoder.keys():
         layer, dot, key = name.rpartition(".")
         path, _ = memory_name(layer, config, modules) if layer else ("", 0)
-        if f"{path}{dot}{key}" not in dict(tree_flatten(model.parameters())):
-            raise CheckpointError(f"{name} of the adapter is quantized in the model or not there.")
         found[f"{path}{dot}{key}"] = whole[name]
+        if key == "weight" and "scales" in modules[path]:
+            plain = nn.Linear(*reversed(whole[name].shape), bias="bias" in modules[path])
+            model.update_modules(tree_unflatten([(path, plain)]))
     if encoder:
         folded = fold.fold_encoder(lambda name: encoder[ENCODER + name], config.vision)
         found |= {VISION_TOWER + name: tensor for name, tensor in folded.items()}
-    own = dict(tree_flatten(model.parameters()))
-    cast = {name: tensor.astype(own[name].dtype) for name, tensor in found.items() if name in own}
-    model.update(tree_unflatten(list(cast.items())))
+    dtype = model.language_model.norm.weight.dtype
+    cast = [(name, tensor.astype(dtype)) for name, tensor in found.items()]
+    model.update(tree_unflatten(cast))
 
 
 def adapted_layer(layer: nn.Module, low_rank: LowRank, dropout: float = 0.0) -> Any:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from ..checks import reason
 from ..image.preprocess import MAX_THREADS
 from .examples import Example
 from .images import ImageReader, Images, ReadImage
@@ -117,7 +118,7 @@ class Batches:
             source = example.images[number].source
             return self.reader.read(source, self.order.seed, epoch, example.id, number)
         except (ValueError, OSError) as error:
-            raise ValueError(f"{example.where}: {error}") from None
+            raise ValueError(f"{example.where}: {reason(error)}.") from None
 
     def _collect(self, rows: Sequences, images: list[Future[ReadImage]]) -> Batch:
         found = [image.result() for image in images]

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from ..checks import check_whole_number, shown
+from ..checks import check_whole_number, reason, shown
 from ..config import FastVLMConfig
 from ..image.grid import anyres_grid
 from ..image.load import ImageSource, read_picture
@@ -114,7 +114,7 @@ def build_example(
     try:
         return _build(row, processor, config, image_size, system, conv_mode)
     except (ValueError, OSError) as error:
-        raise ValueError(f"{row.where}: {error}") from None
+        raise ValueError(f"{row.where}: {reason(error)}.") from None
 
 
 def _build(
@@ -272,7 +272,8 @@ def collect_examples(
         try:
             example = build_example(row, processor, config, **options)
         except ValueError as error:
-            found.bad.append(BadRow(row.where, str(error).removeprefix(f"{row.where}: ")))
+            said = str(error).removeprefix(f"{row.where}: ").removesuffix(".")
+            found.bad.append(BadRow(row.where, said))
             continue
         if len(example) > limit:
             said = BadRow(row.where, f"it has {len(example)} tokens, more than {limit}")

@@ -89,6 +89,7 @@ class FeatureCache:
         self._used: set[str] = set()
         self._writer = ThreadPoolExecutor(1, "fastvlm-features")
         self._waiting: deque[Future[None]] = deque()
+        self._unwritten: dict[str, mx.array] = {}
 
     @property
     def nbytes(self) -> int:
@@ -106,12 +107,20 @@ class FeatureCache:
             data = self._path(key).read_bytes()
         except OSError:
             return None
-        with self._lock:
-            self._used.add(key)
         if not _is_whole(data, key):
             return None
-        self.found += 1
+        with self._lock:
+            self._used.add(key)
+            self.found += 1
         return data
+
+    def find(self, key: str) -> mx.array | None:
+        """The features of an entry that may have been made since `read` found none."""
+        with self._lock:
+            features = self._unwritten.get(key)
+        if features is None and (data := self.read(key)) is not None:
+            features = from_bytes(data)
+        return features
 
     def compute(self, pixels: Sequence[np.ndarray]) -> list[mx.array]:
         """The features [n, places, C] of images, given the pixel values [n, S, S, 3] of each."""
@@ -135,6 +144,8 @@ class FeatureCache:
         data = _to_bytes(features, key)
         while len(self._waiting) >= MOST_WAITING:
             self._waiting.popleft().result()
+        with self._lock:
+            self._unwritten[key] = features
         self._waiting.append(self._writer.submit(self._write, key, data))
 
     def flush(self) -> None:
@@ -160,18 +171,26 @@ class FeatureCache:
         return {name: size for _, name, size in sorted(found)}
 
     def _write(self, key: str, data: bytes) -> None:
+        try:
+            if self._make_room(key, len(data)):
+                self._replace(key, data)
+            else:
+                self._stop(f"{self.max_bytes:,} bytes are full")
+        except OSError as error:
+            self._stop(reason(error))
+        finally:
+            with self._lock:
+                self._unwritten.pop(key, None)
+
+    def _replace(self, key: str, data: bytes) -> None:
         path = self._path(key)
         unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        if not self._make_room(key, len(data)):
-            self._stop(f"{self.max_bytes:,} bytes are full")
-            return
         try:
             unfinished.write_bytes(data)
             os.replace(unfinished, path)
-        except OSError as error:
+        except OSError:
             unfinished.unlink(missing_ok=True)
-            self._stop(reason(error))
-            return
+            raise
         with self._lock:
             self._used.add(key)
             self._total += len(data) - self._sizes.get(key, 0)

@@ -12,6 +12,7 @@ from ..checks import reason, shown
 from .row_files import BadRow, Record
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+ROWS_AT_ONCE = 1024
 SAVED = ("state.json", "dataset_dict.json")  # of `save_to_disk`
 
 
@@ -20,20 +21,23 @@ class StoredImage:
     """An image in a data set, read from there when it is asked for, as from a file.
 
     Attributes:
-        column: the data set's column with the image or images.
+        data: the data set, which gives Arrow's tables.
+        column: that holds the image or images.
         row: its row.
-        index: which image of a list, None where the column holds only one.
+        index: which image of a list; None where the column holds one each.
     """
 
-    column: Any
+    data: Any
+    column: str
     row: int
     index: int | None = None
 
     def read(self) -> bytes:
         """The bytes of the image's file."""
-        found = self.column[self.row]
-        data: bytes = (found if self.index is None else found[self.index])["bytes"]
-        return data
+        found = self.data[self.row][self.column][0]
+        found = (found if self.index is None else found[self.index]).as_py()
+        data: bytes | None = found["bytes"]
+        return Path(found["path"]).read_bytes() if data is None else data
 
 
 def is_hub_name(source: str | Path, path: Path) -> bool:
@@ -75,47 +79,38 @@ def read_hub_records(
 
 
 def _records(found: Any, source: str) -> Iterator[Record | BadRow]:
-    found, columns = _undecoded(found)
+    columns = _image_columns(found)
     name = source.rstrip("/").rpartition("/")[2]
-    stored = {column: found.select_columns([column]).with_format(None) for column in columns}
-    for number, row in enumerate(found):
-        for column, dataset in stored.items():
-            row[column] = _kept(_Column(dataset, column), number, row[column])
-        yield Record(row, f"{name}, row {number + 1}", f"{name}-{number + 1}", Path())
+    stored = [_stored(found, column, is_list) for column, is_list in columns.items()]
+    others = found.remove_columns(list(columns))
+    rows = iter(others) if others.column_names else iter([{}] * len(found))
+    for number, row in enumerate(rows, 1):
+        images = {column: next(values) for column, values in zip(columns, stored, strict=True)}
+        yield Record({**row, **images}, f"{name}, row {number}", f"{name}-{number}", Path())
 
 
-@dataclass(frozen=True)
-class _Column:
-    dataset: Any
-    name: str
+def _image_columns(found: Any) -> dict[str, bool]:
+    """The columns that hold images, and whether each holds lists of them."""
+    from datasets import Image
 
-    def __getitem__(self, row: int) -> Any:
-        return self.dataset[row][self.name]
-
-
-def _undecoded(found: Any) -> tuple[Any, list[str]]:
-    """The data set with its images as files, and the columns that hold some."""
-    import datasets
-
-    features, columns = found.features.copy(), []
-    for name, feature in features.items():
-        inner = getattr(feature, "feature", feature[0] if isinstance(feature, list) else None)
-        if isinstance(feature, datasets.Image):
-            features[name] = datasets.Image(decode=False)
-        elif isinstance(inner, datasets.Image):
-            features[name] = [datasets.Image(decode=False)]
-        else:
-            continue
-        columns.append(name)
-    return found.cast(features) if columns else found, columns
+    columns = {}
+    for name, feature in found.features.items():
+        inner = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
+        if isinstance(feature, Image) or isinstance(inner, Image):
+            columns[name] = not isinstance(feature, Image)
+    return columns
 
 
-def _kept(column: _Column, row: int, value: Any) -> Any:
-    """Images as `StoredImage` where their bytes are in the data set, as paths otherwise."""
-    if isinstance(value, list):
-        return [_one(StoredImage(column, row, index), image) for index, image in enumerate(value)]
-    return None if value is None else _one(StoredImage(column, row), value)
+def _stored(found: Any, column: str, is_list: bool) -> Iterator[Any]:
+    """The image or images of each row, None where there is none; nothing is read but how many."""
+    from pyarrow import compute
 
-
-def _one(stored: StoredImage, image: dict[str, Any]) -> Any:
-    return image["path"] if image["bytes"] is None else stored
+    data = found.select_columns([column]).with_format("arrow")
+    row = 0
+    for table in data.iter(ROWS_AT_ONCE):
+        values = table[column]
+        counts = (compute.list_value_length(values) if is_list else values.is_valid()).to_pylist()
+        for count in counts:
+            each = [StoredImage(data, column, row, index) for index in range(count or 0)]
+            yield each if is_list else StoredImage(data, column, row) if count else None
+            row += 1

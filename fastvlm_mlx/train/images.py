@@ -112,6 +112,10 @@ class ImageReader:
             return self._join([mx.array(i.pixels) for i in images if i.pixels is not None]), None
         found = {i.key: from_bytes(i.features) for i in images if i.features is not None}
         missing = {i.key: i.pixels for i in images if i.key not in found and i.pixels is not None}
+        for key in list(missing):
+            if (features := self.features.find(key)) is not None:
+                found[key] = features
+                del missing[key]
         if missing:
             computed = self.features.compute(list(missing.values()))
             for key, features in zip(missing, computed, strict=True):

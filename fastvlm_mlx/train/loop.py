@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,9 +19,10 @@ from .interrupts import stop_asked
 from .log import LOG, Log, Progress
 from .loss import Arrays, arrays_of, loss
 from .optimizer import Optimizer, schedule_factor
+from .parts import train_mode
 from .score import Scored
 from .settings import FROZEN, TrainOptions
-from .state import Checkpoint, Checkpoints, Position, random_state
+from .state import Checkpoint, Checkpoints, Position
 from .step import Loss, Step, Sums, add, checkpoint_activations
 
 MOST_ZEROS = 3  # steps with a loss of 0 before the run stops
@@ -78,7 +80,7 @@ class Trainer:
         score: answers questions that are held out, as `score.scorer` makes it.
         reduce: adds up the sums of all processes.
         any_asked: whether any of them was asked to stop.
-        is_writer: whether this process writes to `out`.
+        rank: of this process among those that train together; the first one writes.
         introduction: what is said first.
         progress: show it.
         arrays_of, loss: what a step computes on of a batch, and its loss; an example of others is
@@ -94,7 +96,7 @@ class Trainer:
     score: Callable[[FastVLM], Scored] | None = None
     reduce: Callable[[Sums], Sums] = lambda sums: sums
     any_asked: Callable[[bool], bool] = bool
-    is_writer: bool = True
+    rank: int = 0
     introduction: Sequence[str] = ()
     progress: bool = True
     arrays_of: Callable[[Any], Arrays] = arrays_of
@@ -102,7 +104,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         options = self.options
-        self.position = Position(random=options.seed)
+        self.position = Position()
         self.checkpoints = Checkpoints(self.out, options.keep)
         self.optimizer = Optimizer(self.parameters(), options)
         if options.gradient_checkpointing:
@@ -113,6 +115,11 @@ class Trainer:
             self.model, self.optimizer, options.clip, compiled=options.compiled, loss=self.loss
         )
         self.total = options.steps or steps_of(self.data, options)
+
+    @property
+    def is_writer(self) -> bool:
+        """Whether this process writes to `out`."""
+        return self.rank == 0
 
     def parameters(self) -> dict[str, mx.array]:
         """The trained parameters by name."""
@@ -150,7 +157,6 @@ class Trainer:
         return result
 
     def _resume(self) -> None:
-        mx.random.seed(self.position.random)
         folder = self.checkpoints.last()
         if folder is None:
             return
@@ -158,7 +164,6 @@ class Trainer:
         self.position = checkpoint.position
         self._take(checkpoint.tensors["weights"])
         self.optimizer.load(checkpoint.tensors["optimizer"])
-        mx.random.seed(self.position.random)
 
     def _take(self, weights: dict[str, mx.array]) -> None:
         self.model.update(tree_unflatten(list(weights.items())))
@@ -177,6 +182,8 @@ class Trainer:
                     return
 
     def _take_step(self, window: Sequence[Any]) -> float:
+        # Of its own for each step and process, so that dropout is the same after a resume.
+        mx.random.seed(seed_of(self.options.seed, self.position.step, self.rank))
         sums, losses = None, []
         for batch in window:
             found = self.step.compute(self.arrays_of(batch))
@@ -220,7 +227,6 @@ class Trainer:
         position.step += 1
         position.batch += len(window)
         position.tokens += count
-        position.random = random_state()
         speeds = self._bar.step(
             position.step,
             value,
@@ -273,7 +279,6 @@ class Trainer:
             position.best, position.best_step, position.worse = value, position.step, 0
         else:
             position.worse += 1
-        position.random = random_state()
         said = "".join(f", {name} {score:.3f}" for name, score in scored.scores.items())
         self._bar.say(f"Step {position.step}: validation loss {value:.4f}{said}.")
         if self._log is not None:
@@ -316,9 +321,15 @@ def evaluate(
             total, count = total + found[0], count + found[1]
             mx.eval(total, count)
     finally:
-        model.train()
+        train_mode(model)
     sums = reduce(Sums(total, count, {}))
     return float(sums.loss.item()) / max(1.0, float(sums.count.item()))
+
+
+def seed_of(*numbers: int) -> int:
+    """A seed that depends on numbers, each of which changes it."""
+    digest = blake2b(" ".join(map(str, numbers)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
 
 
 def saved_tensors(model: FastVLM) -> dict[str, mx.array]:

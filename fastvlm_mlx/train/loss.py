@@ -7,7 +7,6 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 
 from ..model.fastvlm import FastVLM
 from ..model.qwen2 import Qwen2
@@ -24,6 +23,8 @@ def arrays_of(batch: Any) -> Arrays:
     Supervised positions are gathered here, where they are known, and padded to few different
     lengths, so that logits are computed for them only and few shapes are compiled.
     """
+    import numpy as np
+
     weights = np.array(batch.weights).reshape(-1)
     positions = np.flatnonzero(weights)
     length = bucket(len(positions))

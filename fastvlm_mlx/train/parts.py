@@ -72,9 +72,17 @@ def prepare(model: FastVLM, options: TrainOptions) -> Trained:
     for part, mode in modes.items():
         if mode == FULL:
             _unfreeze(model, part)
-    model.train()
+    train_mode(model)
     trained = tree_flatten(model.trainable_parameters())
     return Trained(adapted, [n for n, _ in trained], sum(p.size for _, p in trained), total)
+
+
+def train_mode(model: FastVLM) -> None:
+    """Set a model to training; a frozen encoder, through which no gradient passes, stays as it
+    answers: it is faster so, and its BatchNorms learn nothing."""
+    model.train()
+    if not tree_flatten(model.vision_tower.trainable_parameters()):
+        model.vision_tower.eval()
 
 
 def modes_of(model: FastVLM, options: TrainOptions) -> dict[str, str]:

@@ -11,9 +11,9 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import NoReturn
 
 import mlx.core as mx
 
@@ -61,6 +61,18 @@ class Ranks:
         (found,) = _all_sum([mx.array(float(asked))])
         return bool(found.item())
 
+    def check_same(self, step: int) -> None:
+        """Raise an OSError unless all processes go on from the same step."""
+        if self.size > 1:
+            (steps,) = _all_sum(
+                [mx.array([float(step * (r == self.rank)) for r in range(self.size)])]
+            )
+            if len(set(steps.tolist())) > 1:
+                raise OSError(
+                    "The processes see different checkpoints: put --out on a disk that all of them "
+                    "share."
+                )
+
     def wait(self) -> None:
         """Until all processes have come to this point."""
         self.any(False)
@@ -73,7 +85,14 @@ class Ranks:
 
 
 def _all_sum(values: list[mx.array]) -> list[mx.array]:
-    """Each summed over all processes, in one message."""
+    """Each summed over all processes, in one message; the end of this process if that fails."""
+    try:
+        return _summed(values)
+    except RuntimeError:  # as MLX reports a connection that is closed
+        end_process()
+
+
+def _summed(values: list[mx.array]) -> list[mx.array]:
     with mx.stream(mx.cpu):
         flat = mx.concatenate([value.astype(mx.float32).reshape(-1) for value in values])
         flat = mx.distributed.all_sum(flat)
@@ -171,8 +190,12 @@ def _connect(address: tuple[str, int]) -> socket.socket:
             time.sleep(0.1)
 
 
-def end_process(say: Callable[[str], object] = lambda text: os.write(2, text.encode())) -> None:
-    """End at once: the main thread waits in MLX for a process that is gone."""
+def end_process() -> NoReturn:
+    """End at once with one sentence: the main thread may wait in MLX for a process that is gone."""
+    _ending.acquire()  # only one thread says it
     with suppress(OSError):
-        say(f"Error: {GONE}\n")
+        os.write(2, f"Error: {GONE}\n".encode())
     os._exit(LOST)
+
+
+_ending = threading.Lock()

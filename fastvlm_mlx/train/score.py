@@ -9,6 +9,7 @@ from ..evaluate.metrics.text import anls, cer, exact
 from ..generation.generate import generate
 from ..model.fastvlm import FastVLM
 from ..processor import Processor
+from .parts import train_mode
 from .rows import Question, Row
 
 METRICS = {"exact": exact, "anls": anls, "cer": cer}
@@ -49,7 +50,7 @@ def scorer(
         try:
             return score_answers(model, processor, questions, **options)
         finally:
-            model.train()
+            train_mode(model)
 
     return score
 

@@ -36,7 +36,6 @@ class Position:
         best: the lowest validation loss, and the step it was reached at.
         worse: evaluations since then.
         zeros: steps in a row with a loss of 0.
-        random: MLX's random state, as a seed that leads to it.
     """
 
     step: int = 0
@@ -47,7 +46,6 @@ class Position:
     best_step: int | None = None
     worse: int = 0
     zeros: int = 0
-    random: int = 0
 
 
 @dataclass
@@ -167,6 +165,11 @@ class Checkpoints:
                 shutil.rmtree(dropped, ignore_errors=True)
 
 
+def step_of(folder: Path) -> int:
+    """The step that a checkpoint's folder is named after."""
+    return int(folder.name.removeprefix("step-"))
+
+
 def differing(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
     """What differs between two runs' descriptions, a phrase each."""
     found = []
@@ -218,9 +221,3 @@ def _digest(file: Path) -> str:
         while block := stream.read(BLOCK):
             found.update(block)
     return found.hexdigest()
-
-
-def random_state() -> int:
-    """MLX's random state, as the seed that `mx.random.seed` would lead to it from."""
-    high, low = mx.random.state[0].tolist()
-    return int(high) << 32 | int(low)

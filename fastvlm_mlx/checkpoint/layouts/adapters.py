@@ -23,10 +23,12 @@ from . import llava, transformers
 
 SETTINGS = "adapter_config.json"
 ADAPTER = ("adapter_model.safetensors", "adapter_model.bin")
-WHOLE = "non_lora_trainables"
-TRAINED = (f"{WHOLE}.safetensors", f"{WHOLE}.bin", "mm_projector.safetensors", "mm_projector.bin")
+WHOLE, PROJECTOR = "non_lora_trainables", "mm_projector"
+TRAINED = tuple(f"{name}.{end}" for name in (WHOLE, PROJECTOR) for end in ("safetensors", "bin"))
+BLOCK = 2**20  # bytes read at once
 MAGNITUDE = "lora_magnitude_vector"
-FOLDED = "folded"  # in `Adapter.about`, if the base's encoder was
+# In `Adapter.about`: whether the base's encoder was folded, and the layers with LoRA beside DoRA
+FOLDED, PLAIN = "folded", "plain"
 # Settings of peft with which a layer is more than its base and a scaled B A.
 UNSUPPORTED = (
     "fan_in_fan_out",
@@ -119,8 +121,8 @@ def base_of(folder: Path) -> tuple[str, str | None]:
 
 def read_about(folder: Path) -> dict[str, str]:
     """What an adapter's files say of their base; nothing where another trainer wrote them."""
-    for name in (ADAPTER[0], TRAINED[0]):
-        if (folder / name).is_file():
+    for name in (*ADAPTER, *TRAINED):
+        if name.endswith(".safetensors") and (folder / name).is_file():
             _, found = cast(Any, mx.load(str(folder / name), return_metadata=True))
             return {str(key): str(value) for key, value in found.items()}
     return {}
@@ -129,9 +131,11 @@ def read_about(folder: Path) -> dict[str, str]:
 def identity_of(folder: Path) -> str:
     """What tells one adapter from all others, wherever it lies."""
     found = hashlib.sha256()
-    for name in (*ADAPTER, *TRAINED):
-        if (folder / name).is_file():
-            found.update((folder / name).read_bytes())
+    for file in (folder / name for name in (*ADAPTER, *TRAINED)):
+        if file.is_file():
+            with file.open("rb") as stream:
+                while block := stream.read(BLOCK):
+                    found.update(block)
     return found.hexdigest()
 
 

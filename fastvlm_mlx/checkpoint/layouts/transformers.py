@@ -8,7 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ...config import FastVLMConfig, VisionConfig
+from ...config import FUSED_ADAPTERS, FastVLMConfig, VisionConfig
 from ..files import Weights
 from . import mlx_vlm
 from .llava import UNUSED, channels_first, channels_last
@@ -96,7 +96,9 @@ def config_json(config: FastVLMConfig, dtype: str, image_token_index: int) -> di
             "transformers' FastVLM needs a row for <image> in the vocabulary, and pads images."
         )
     eos = config.eos_token_ids[0] if config.eos_token_ids else None
+    fused = config.source.get(FUSED_ADAPTERS)
     return {
+        **({FUSED_ADAPTERS: fused} if fused else {}),
         "architectures": ["FastVlmForConditionalGeneration"],
         "model_type": "fast_vlm",
         "dtype": dtype,

@@ -1,0 +1,451 @@
+"""Adapters of models trained here: written, loaded, trained further and fused."""
+
+import json
+import shutil
+from itertools import pairwise
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from checkpoints import logits_of, one_sentence
+from mlx.utils import tree_flatten
+from sources import LAYOUTS, full_nano, with_tokenizer
+from training import trained
+
+import fastvlm_mlx as fv
+from fastvlm_mlx.checkpoint.files import read_tensors
+from fastvlm_mlx.checkpoint.layouts import adapters
+from fastvlm_mlx.checkpoint.layouts.adapters import Adapter
+from fastvlm_mlx.checkpoint.load import load_for_training
+from fastvlm_mlx.checkpoint.names import quantized_linears
+from fastvlm_mlx.checkpoint.read import read_adapted, read_checkpoint
+from fastvlm_mlx.checkpoint.write_adapter import shortened, write_adapter, write_torch
+from fastvlm_mlx.fuse import FusedLayer, agreement, expanded, packed_anew
+from fastvlm_mlx.hub.resolve import NANO
+from fastvlm_mlx.train.adapters import apply_adapter, write
+
+MODES = [
+    {part: mode} for part in ("vision", "projector", "decoder") for mode in ("lora", "dora", "full")
+]
+MIXED = [
+    {"decoder": "lora", "projector": "full"},
+    {"decoder": "lora", "vision": "full", "projector": "dora"},
+    {"decoder": "full", "vision": "lora"},
+]
+EVERY_MODE = pytest.mark.parametrize("modes", [*MODES, *MIXED], ids=str)
+PANDA = NANO / "images" / "panda.png"
+
+
+@pytest.fixture
+def base(small_folder, tmp_path) -> Path:
+    """A model in float, with a tokenizer."""
+    return with_tokenizer(small_folder, tmp_path / "base")
+
+
+@pytest.fixture
+def quantized(base, tmp_path) -> Path:
+    """The same in 8 bits, its encoder too."""
+    settings = {"bits": 8, "group_size": 32, "vision": {"bits": 8, "group_size": 32}}
+    return fv.convert(base, tmp_path / "quantized", quantize=settings, progress=False)
+
+
+@pytest.fixture
+def adapter(base, tmp_path) -> Path:
+    """LoRA of the decoder and a projector."""
+    return write(trained(base, decoder="lora", projector="full"), tmp_path / "adapter", base)
+
+
+def is_near(found: fv.FastVLM, wanted: fv.FastVLM, tolerance: float = 1e-4) -> bool:
+    """Whether two models answer alike, up to the rounding of products in another order."""
+    a, b = logits_of(found), logits_of(wanted)
+    scale = mx.abs(b).max()
+    same = mx.array_equal(mx.argmax(a, axis=-1), mx.argmax(b, axis=-1))
+    return bool(same.item()) and (mx.abs(a - b).max() < tolerance * scale).item()
+
+
+@EVERY_MODE
+def test_every_mode_is_loaded_and_fused(base, small, tmp_path, modes):
+    model = trained(base, **modes)
+    model.eval()
+    assert not is_near(model, small)  # it was changed noticeably
+    folder = write(model, tmp_path / "adapter", base)
+    assert is_near(fv.load_model(base, adapter=folder), model)
+    assert is_near(fv.load(folder)[0], model)  # it names its base
+    done = fv.fuse(base, folder, tmp_path / "fused", progress=False)
+    assert done == fv.fuse.__globals__["Fused"](tmp_path / "fused")
+    assert is_near(fv.load_model(done.folder), model)
+
+
+def test_nothing_trained_is_no_adapter(base, tmp_path):
+    with pytest.raises(ValueError, match="Nothing of the model is trained") as error:
+        write(trained(base), tmp_path / "adapter", base)
+    one_sentence(error)
+    assert not (tmp_path / "adapter").exists()
+
+
+@pytest.mark.parametrize("modes", [m for m in MODES if "full" not in m.values()], ids=str)
+def test_adapters_stay_beside_quantized_weights(quantized, tmp_path, modes):
+    model = trained(quantized, **modes)
+    model.eval()
+    folder = write(model, tmp_path / "adapter", quantized)
+    loaded = fv.load_model(quantized, dtype="float32", adapter=folder)
+    assert is_near(loaded, model)
+    # The packed weights are the base's.
+    _, weights, beside = read_adapted(quantized, folder)
+    assert beside
+    _, own = read_checkpoint(quantized)
+    packed = [name for name in own if f"{name.rpartition('.')[0]}.scales" in own]
+    assert packed and all(mx.array_equal(weights[name], own[name]) for name in packed)
+    with pytest.raises(fv.CheckpointError, match="fastvlm fuse"):
+        fv.convert(folder, tmp_path / "converted", progress=False)
+
+
+def test_a_base_that_is_quantized_on_loading_is_quantized_first(base, adapter):
+    """As it was for QLoRA; the adapter keeps its precision."""
+    settings = {"bits": 4, "group_size": 32}
+    model = load_for_training(base, dtype="float32", quantize=settings)
+    apply_adapter(model, adapter, base)
+    model.eval()
+    assert is_near(fv.load_model(base, dtype="float32", quantize=settings, adapter=adapter), model)
+    assert is_near(fv.load_model(adapter, dtype="float32", quantize=settings), model)
+
+
+@EVERY_MODE
+def test_training_goes_on_from_an_adapter(base, tmp_path, modes):
+    model = trained(base, **modes)
+    folder = write(model, tmp_path / "adapter", base)
+    again = load_for_training(base, dtype="float32")
+    apply_adapter(again, folder, base)
+    found, wanted = (dict(tree_flatten(m.parameters())) for m in (again, model))
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        # Divided by a layer scale and multiplied again: a rounding or two.
+        assert mx.allclose(found[name], value, rtol=1e-5, atol=1e-6), name
+    model.eval(), again.eval()
+    assert is_near(again, model)
+
+
+def test_what_an_adapter_holds(adapter, base):
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    assert settings["peft_type"] == "LORA" and not settings["use_dora"]
+    assert settings["base_model_name_or_path"] == str(base)
+    assert settings["modules_to_save"] == ["mm_projector"]
+    ends = "down_proj gate_proj k_proj o_proj q_proj up_proj v_proj"
+    assert settings["target_modules"] == ends.split()
+    assert settings["r"] in (2, 3, 4) and len(settings["rank_pattern"]) in range(8, 11)
+    names = read_tensors(adapter).keys()
+    assert "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight" in names
+    assert "base_model.model.model.mm_projector.2.bias" in names
+    files = {path.name for path in adapter.iterdir()}
+    assert files == {
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "config.json",
+        "non_lora_trainables.bin",
+    }
+
+
+def test_a_projector_alone_is_what_llava_calls_it(base, tmp_path):
+    folder = write(trained(base, projector="full"), tmp_path / "projector", base)
+    files = {path.name for path in folder.iterdir()}
+    assert files == {"README.md", "config.json", "mm_projector.bin", "mm_projector.safetensors"}
+    names = read_tensors(folder).keys()
+    assert names == {f"model.mm_projector.{i}.{key}" for i in (0, 2) for key in ("weight", "bias")}
+    assert "peft" not in (folder / "README.md").read_text().lower()
+
+
+def test_targets_are_as_short_as_they_can_be():
+    modules = {"a.q_proj", "b.q_proj", "a.k_proj", "b.k_proj", "a.norm"}
+    assert shortened({"a.q_proj", "b.q_proj", "a.k_proj"}, modules) == ["a.k_proj", "q_proj"]
+
+
+def test_mixed_ranks_and_scales_survive(base, tmp_path):
+    """The product of every layer, from the matrices to the files and back."""
+    model = trained(base, decoder="lora")
+    layers = {p: m for p, m in model.named_modules() if "lora_a" in m}
+    wanted = {path: m.scale * (m.lora_b.T @ m.lora_a.T) for path, m in layers.items()}
+    folder = write(model, tmp_path / "adapter", base)
+    _, before = read_checkpoint(base)
+    _, after, _ = read_adapted(base, folder)
+    assert len(wanted) == 14
+    for path, delta in wanted.items():
+        name = path.replace("language_model.", "language_model.model.") + ".weight"
+        found = np.array(after[name], np.float64) - np.array(before[name], np.float64)
+        assert np.abs(found - np.array(delta, np.float64)).max() < 1e-6
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_of_a_fused_model_answers_alike(tmp_path, layout):
+    base = full_nano(tmp_path / "base")
+    model = trained(base, decoder="lora", vision="dora", projector="lora")
+    model.eval()
+    folder = write(model, tmp_path / "adapter", base)
+    done = fv.fuse(base, folder, tmp_path / "fused", layout=layout, progress=False)
+    tokens = []
+    for found in (fv.load(base, adapter=folder), fv.load(done.folder)):
+        responses = fv.stream_generate(*found, "What is this?", image=PANDA, max_tokens=12)
+        tokens.append([response.token for response in responses])
+    assert tokens[0] == tokens[1]
+    with pytest.raises(fv.CheckpointError, match=r"holds .*adapter already") as error:
+        fv.load(done.folder, adapter=folder)
+    one_sentence(error)
+
+
+# Quantized bases
+
+
+def test_a_quantized_base_is_packed_anew_and_measured(tmp_path):
+    model = trained(NANO, decoder="lora")
+    model.eval()
+    folder = write(model, tmp_path / "adapter", None)
+    assert adapters.base_of(folder) == ("nano", None)
+    done = fv.fuse(None, folder, tmp_path / "fused", progress=False)
+    assert len(done.layers) == 28 and not done.wider
+    assert all(layer.agreement > 0.999 for layer in done.layers)  # 8 bits lose little
+    assert done.same_tokens is not None and done.same_tokens > 0.9
+    (_, before), (config, after) = read_checkpoint(NANO), read_checkpoint(done.folder)
+    assert config.quantization and before.keys() == after.keys()
+    changed = {layer.name for layer in done.layers}
+    for name, tensor in before.items():
+        is_same = tensor.dtype == after[name].dtype and mx.array_equal(tensor, after[name])
+        assert is_same != (
+            name.rpartition(".")[0] in changed and "bias" not in name.split(".")[-1:]
+        )
+    with pytest.raises(fv.CheckpointError, match="already"):
+        fv.fuse(done.folder, folder, tmp_path / "twice", progress=False)
+    assert not (tmp_path / "twice").exists()
+
+
+def test_dequantized_it_is_the_unfused_model_in_every_layout(quantized, tmp_path):
+    model = trained(quantized, decoder="lora", vision="lora", projector="dora")
+    model.eval()
+    folder = write(model, tmp_path / "adapter", quantized)
+    for layout in ("mlx", "llava"):
+        done = fv.fuse(
+            quantized, folder, tmp_path / layout, layout=layout, dequantize=True, progress=False
+        )
+        assert done.same_tokens is None
+        assert not read_checkpoint(done.folder)[0].quantization
+        assert is_near(fv.load_model(done.folder), model)
+    with pytest.raises(ValueError, match="add dequantize"):
+        fv.fuse(quantized, folder, tmp_path / "x", layout="llava", progress=False)
+
+
+def test_layers_that_lose_too_much_get_more_bits(base, tmp_path):
+    folder = fv.convert(
+        base, tmp_path / "packed", quantize={"bits": 2, "group_size": 32}, progress=False
+    )
+    model = trained(folder, decoder="lora")
+    written = write(model, tmp_path / "adapter", folder)
+    config, weights, beside = read_adapted(folder, written)
+    mx.random.seed(1)
+    inputs = {name: mx.random.normal((64, each.down.shape[1])) for name, each in beside.items()}
+    found_config, found, layers = packed_anew(config, weights, beside, inputs, progress=False)
+    _, exact = expanded(config, weights, beside)
+    settings = dict(quantized_linears(found, found_config))
+    assert len(layers) == len(beside) and any(layer.before is not None for layer in layers)
+    for layer in layers:
+        own = settings[layer.name]
+        assert own["bits"] == layer.bits
+        assert layer.agreement >= 0.99
+        assert (layer.before is None) == (layer.bits == 2)
+        assert layer.before is None or layer.before < 0.99
+        # Measured apart, with numpy
+        parts = [found[f"{layer.name}.{key}"] for key in ("weight", "scales", "biases")]
+        x = np.array(inputs[layer.name], np.float64)
+        got, wanted = (
+            x @ np.array(w.astype(mx.float32), np.float64).T
+            for w in (mx.dequantize(*parts, **own), exact[f"{layer.name}.weight"])
+        )
+        cosine = (got * wanted).sum() / np.linalg.norm(got) / np.linalg.norm(wanted)
+        assert abs(cosine - layer.agreement) < 1e-4
+
+
+def test_agreement_is_a_cosine():
+    x = mx.array([[3.0, 4.0]])
+    assert agreement(x, x) == pytest.approx(1)
+    assert agreement(mx.array([[4.0, -3.0]]), x) == pytest.approx(0)
+
+
+# What does not go together
+
+
+def test_an_adapter_of_another_model(adapter, base, tmp_path, data):
+    other = Path(shutil.copytree(base, tmp_path / "other"))
+    tensors = read_tensors(base)
+    changed = {"model.norm.weight": tensors["model.norm.weight"] * 1.5}
+    mx.save_safetensors(str(other / "model.safetensors"), tensors | changed)
+    with pytest.raises(fv.CheckpointError, match=r"was trained on .*base, and .*other is another"):
+        fv.load_model(other, adapter=adapter)
+    with pytest.raises(fv.CheckpointError, match=r"whose vocab_size is 320; that of .* is ") as e:
+        fv.load(adapter=adapter)
+    one_sentence(e)
+    # Rounding makes no other model of it.
+    half = fv.convert(base, tmp_path / "half", dtype="bfloat16", progress=False)
+    assert fv.load_model(half, dtype="float32", adapter=adapter)
+
+
+def test_half_a_model_is_no_adapter(adapter, base, tmp_path):
+    with pytest.raises(fv.CheckpointError, match="is no adapter"):
+        fv.load_model(base, adapter=base)
+    with pytest.raises(fv.CheckpointError, match="is an adapter itself"):
+        fv.load_model(adapter, adapter=adapter)
+    with pytest.raises(FileNotFoundError, match="no-such"):
+        fv.load_model(base, adapter="no-such")
+
+
+def test_dora_is_not_read_as_lora(base, tmp_path):
+    folder = write(trained(base, decoder="dora"), tmp_path / "adapter", base)
+    file = folder / "adapter_config.json"
+    settings = json.loads(file.read_text())
+    file.write_text(json.dumps(settings | {"use_dora": False}))
+    with pytest.raises(fv.CheckpointError, match="which is of DoRA") as error:
+        fv.load_model(base, adapter=folder)
+    one_sentence(error)
+
+
+def test_a_projector_that_is_missing(adapter, base):
+    file = adapter / "adapter_model.safetensors"
+    tensors = {n: t for n, t in mx.load(str(file)).items() if "mm_projector" not in n}
+    mx.eval(tensors)
+    mx.save_safetensors(str(file), tensors)
+    with pytest.raises(fv.CheckpointError, match="does not hold mm_projector"):
+        fv.load_model(base, adapter=adapter)
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    del settings["modules_to_save"]  # as LLaVA, which has it in non_lora_trainables.bin
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    (adapter / "non_lora_trainables.bin").unlink()
+    with pytest.raises(fv.CheckpointError, match="lacks the projector") as error:
+        fv.load_model(base, adapter=adapter)
+    one_sentence(error)
+
+
+def test_tied_heads_stay_tied(base, small, tmp_path):
+    model = trained(base, decoder="full")
+    folder = write(model, tmp_path / "adapter", base)
+    done = fv.fuse(base, folder, tmp_path / "fused", progress=False)
+    assert fv.load_model(done.folder).config.text.tie_word_embeddings
+    config, weights = read_checkpoint(base)
+    head = {"language_model.lm_head.weight": mx.zeros((320, 64))}
+    untied = write_adapter(Adapter({}, head), tmp_path / "untied", str(base), weights, config)
+    with pytest.raises(fv.CheckpointError, match=r"its output layer is the table .* \(tied\)"):
+        fv.load_model(base, adapter=untied)
+
+
+def test_only_adapters_and_models_are_replaced(adapter, base, tmp_path):
+    model = trained(base, decoder="lora")
+    with pytest.raises(FileExistsError, match="exists"):
+        write(model, adapter, base)
+    assert write(model, adapter, base, overwrite=True) == adapter
+    (adapter / "notes.txt").touch()
+    with pytest.raises(FileExistsError, match=r"holds notes\.txt"):
+        write(model, adapter, base, overwrite=True)
+
+
+def test_what_is_not_finite_is_not_written(base, tmp_path):
+    model = trained(base, decoder="lora")
+    model.layers[0].self_attn.q_proj.lora_b *= float("nan")
+    with pytest.raises(fv.CheckpointError, match=r"q_proj\.lora_B\.weight holds NaN"):
+        write(model, tmp_path / "adapter", base)
+    assert not (tmp_path / "adapter").exists()
+
+
+# The command and the card
+
+
+def test_the_command(run, adapter, base, tmp_path):
+    done = run("fuse", base, adapter, "--to", tmp_path / "fused")
+    assert done.code == 0 and done.out == f"Wrote {tmp_path / 'fused'}.\n"
+    alone = run("fuse", adapter, "--to", tmp_path / "alone")
+    assert alone.code == 0
+    found, wanted = (read_tensors(tmp_path / name) for name in ("alone", "fused"))
+    assert all(mx.array_equal(found[name], wanted[name]) for name in wanted)
+    question = ["generate", "--prompt", "Hi", "--max-tokens", 3, "--image", PANDA, "--model"]
+    texts = [
+        run(*question, base, "--adapter", adapter).out,
+        run(*question, adapter).out,
+        run(*question, tmp_path / "fused").out,
+    ]
+    assert texts[0] == texts[1] == texts[2] and texts[0]
+    wrong = run("fuse", base, "--to", tmp_path / "x")
+    assert wrong.code == 2 and "is no adapter" in wrong.err and "Traceback" not in wrong.err
+
+
+def test_the_command_names_what_was_kept_wider(run, base, tmp_path):
+    settings = {"bits": 2, "group_size": 32}
+    packed = fv.convert(base, tmp_path / "packed", quantize=settings, progress=False)
+    folder = write(trained(packed, decoder="lora"), tmp_path / "adapter", packed)
+    done = run("fuse", packed, folder, "--to", tmp_path / "fused")
+    assert done.code == 0
+    assert "Kept wider: language_model.model.layers.0." in done.err
+    assert "Packed 14 quantized layers anew" in done.err
+    assert "of the tokens are those of the unfused model" in done.err
+
+
+@pytest.fixture
+def run_folder(base, tmp_path) -> Path:
+    """A run's folder with an adapter, as `fastvlm train` leaves it."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "options.json").write_text(json.dumps({"decoder": "lora", "rank": 4, "stage": None}))
+    (folder / "data.json").write_text(json.dumps({"rows": 500, "source": "clocks|a.jsonl"}))
+    lines = [{"step": i, "loss": 2.0 / i} for i in range(1, 5)]
+    lines += [{"step": 2, "validation_loss": 0.75}, {"step": 4, "validation_loss": 1.5}]
+    log = "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 5, "lo'
+    (folder / "log.jsonl").write_text(log)
+    (folder / "loss.png").write_bytes(b"a picture")
+    write(trained(base, decoder="lora"), folder / "adapter", base)
+    return folder
+
+
+def test_cards_say_how_it_was_trained(run_folder, base, tmp_path):
+    fused = fv.fuse(base, run_folder / "adapter", tmp_path / "fused", progress=False).folder
+    for folder in (run_folder / "adapter", fused):
+        card = (folder / "README.md").read_text()
+        places = [
+            card.index(said)
+            for said in (
+                "## Training",
+                "| rank | 4 |",
+                "| rows | 500 |",
+                r"| source | clocks\|a.jsonl |",
+                "The loss fell from 2.000 to 0.500 in 4 steps.",
+                "The validation loss was lowest, 0.750, after step 2.",
+                "![Loss by step](loss.png)",
+                "```bash",
+            )
+        ]
+        assert all(a < b for a, b in pairwise(places))
+        assert "stage" not in card
+        assert (folder / "loss.png").read_bytes() == b"a picture"
+    # A second time, over what it wrote
+    fv.fuse(base, run_folder / "adapter", fused, overwrite=True, progress=False)
+
+
+def test_cards_without_a_record(adapter):
+    card = (adapter / "README.md").read_text()
+    assert "## Training" not in card and "library_name: peft" in card
+
+
+def test_wider_layers_are_those_with_a_measure_before():
+    layers = (FusedLayer("a", 0.999, 4), FusedLayer("b", 0.995, 6, 0.98))
+    assert fv.fuse.__globals__["Fused"](Path(), layers).wider == [layers[1]]
+
+
+@pytest.mark.interop
+def test_files_of_torch_without_torch(tmp_path):
+    torch = pytest.importorskip("torch")
+    tensors = {
+        "a.weight": mx.random.normal((3, 4)),
+        "half": mx.random.normal((5,)).astype(mx.float16),
+        "brain": mx.random.normal((2, 3, 4)).astype(mx.bfloat16),
+        "number": mx.array(7, mx.int64),
+    }
+    write_torch(tmp_path / "x.bin", tensors)
+    found = torch.load(tmp_path / "x.bin", weights_only=True)
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert tuple(found[name].shape) == tensor.shape
+        assert mx.array_equal(mx.array(found[name].float().numpy()), tensor.astype(mx.float32))

@@ -1,0 +1,252 @@
+"""`fastvlm train` from a file of rows to a model that answers, and what it says of bad input."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from command import Run
+from models import PANDA, PENGUINS
+from sources import with_tokenizer
+
+import fastvlm_mlx as fv
+from fastvlm_mlx.checkpoint import load as loading
+from fastvlm_mlx.train.log import read_log
+from fastvlm_mlx.train.plot import draw_losses, ticks
+
+QUICK = ["--no-compiled", "--image-size", "64", "--batch-size", "2", "-q"]
+Row = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def model(small_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return with_tokenizer(small_folder, tmp_path_factory.mktemp("train") / "model")
+
+
+def row(number: int, image: Path | None = PANDA, answer: str = "Blue.") -> Row:
+    mark = "" if image is None else "<image>\n"
+    return {
+        "id": f"row {number}",
+        **({} if image is None else {"image": str(image)}),
+        "conversations": [
+            {"from": "human", "value": f"{mark}What is {number}?"},
+            {"from": "gpt", "value": answer},
+        ],
+    }
+
+
+def write(folder: Path, rows: list[Row]) -> str:
+    file = folder / "rows.json"
+    file.write_text(json.dumps(rows), encoding="utf-8")
+    return str(file)
+
+
+def many() -> list[Row]:
+    return [row(n, (PANDA, PENGUINS, None)[n % 3], "Blue" + "!" * n) for n in range(8)]
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> str:
+    return write(tmp_path, many())
+
+
+def arguments(model: Path, data: str, out: Path, *more: str) -> list[str]:
+    return ["train", "--model", str(model), "--data", data, "--out", str(out), *QUICK, *more]
+
+
+def one_error(said: str) -> str:
+    """The sentence that a command ended with; it is all that was said."""
+    assert said.startswith("Error: ") and said.count("\n") == 1, said
+    return said
+
+
+def test_from_rows_to_an_adapter_that_answers(
+    run: Run, model: Path, data: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    code, _, errors = run(
+        *arguments(model, data, out, "--epochs", "2", "--learning-rate", "0.01"),
+        "--validation",
+        "0.25",
+        "--eval-samples",
+        "2",
+        "--max-tokens",
+        "4",
+    )
+    assert code == 0, errors
+    assert f"--adapter {out / 'adapter'}" in errors
+    files = {path.name for path in out.iterdir()}
+    assert files == {
+        "adapter",
+        "checkpoints",
+        "data.json",
+        "log.jsonl",
+        "loss.png",
+        "options.json",
+    }
+    options = json.loads((out / "options.json").read_text())
+    assert options["epochs"] == 2.0 and options["decoder"] == "lora"
+    summary = json.loads((out / "data.json").read_text())
+    assert summary["rows"] + summary["validation_rows"] == 8
+    (last,) = [line for line in read_log(out / "log.jsonl") if "exact" in line][-1:]
+    assert 0 <= last["anls"] <= 1 and len(last["samples"]) == 2
+    plain, processor = fv.load(model, dtype="float32")
+    adapted, _ = fv.load(model, dtype="float32", adapter=out / "adapter")
+    ids = mx.array([[5, 6, 7]])
+    assert not mx.allclose(plain(ids), adapted(ids), atol=1e-4)
+    assert isinstance(fv.generate(adapted, processor, "What?", max_tokens=2), str)
+
+
+def test_a_decoder_in_full_becomes_a_whole_model(
+    run: Run, model: Path, data: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    code, _, errors = run(*arguments(model, data, out, "--stage", "2", "--steps", "2"))
+    assert code == 0, errors
+    assert not (out / "adapter").exists()
+    before, after = (fv.load_model(folder, dtype="float32") for folder in (model, out / "model"))
+    ids = mx.array([[5, 6, 7]])
+    assert not mx.allclose(before(ids), after(ids), atol=1e-5)
+    pixels = mx.random.uniform(shape=(1, 64, 64, 3), key=mx.random.key(0))
+    assert not mx.allclose(before.encode_image(pixels), after.encode_image(pixels), atol=1e-5)
+
+
+def test_the_same_command_after_the_end_does_nothing_twice(
+    run: Run, model: Path, data: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    run(*arguments(model, data, out))
+    log = (out / "log.jsonl").read_text()
+    code, _, errors = run(*arguments(model, data, out))
+    assert code == 0 and "Trained 4 steps." in errors
+    assert (out / "log.jsonl").read_text() == log
+
+
+def test_check_shows_rows_and_memory_and_reads_no_weight(
+    run: Run, model: Path, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(model: Any) -> None:
+        raise AssertionError("a weight was read")
+
+    monkeypatch.setattr(loading, "_evaluate", read)
+    code, said, errors = run(*arguments(model, data, tmp_path / "run"), "--check")
+    assert code == 0, errors
+    assert "What is 0?" in said and "⟦Blue<|im_end|>⟧" in said
+    assert "Memory: about " in said
+    assert not (tmp_path / "run").exists()
+
+
+BAD: dict[str, tuple[list[Row], list[str], str]] = {
+    "a missing image": (
+        [row(0), row(1, Path("no.png")), row(2)],
+        [],
+        "row 2: there is no image",
+    ),
+    "a mark without an image": (
+        [row(0), {**row(1), "image": None}, row(2)],
+        [],
+        "row 2",
+    ),
+    "an empty answer": ([row(0), row(1, answer=""), row(2)], [], "row 2"),
+    "fewer rows than a batch": ([row(0)], [], "fewer than the 2 of a batch"),
+    "half precision": (many(), ["--dtype", "bfloat16"], "Training in bfloat16 is too slow"),
+    "a pattern": (many(), ["--layers", "*.q_prj"], "matches no linear layer"),
+    "a mode": (many(), ["--decoder", "qlora"], "decoder must be one of"),
+    "no split": (many(), ["--validation", "2"], "validation"),
+    "too long": (many(), ["--max-length", "9"], "tokens, more than 9"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_sentence_and_leaves_nothing(
+    run: Run, model: Path, tmp_path: Path, case: str
+) -> None:
+    rows, more, message = BAD[case]
+    out = tmp_path / "run"
+    code, _, errors = run(*arguments(model, write(tmp_path, rows), out, *more))
+    assert code == 2
+    assert message in one_error(errors)
+    assert not out.exists()
+
+
+def test_a_folder_of_something_else_is_left_alone(
+    run: Run, model: Path, data: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "photos"
+    out.mkdir()
+    (out / "cat.jpg").write_bytes(b"x")
+    code, _, errors = run(*arguments(model, data, out))
+    assert code == 2 and "holds cat.jpg, which is no part of a training run" in one_error(errors)
+
+
+def test_another_run_in_the_folder_is_refused_before_weights_are_read(
+    run: Run, model: Path, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    run(*arguments(model, data, out, "--steps", "1"))
+
+    def read(model: Any) -> None:
+        raise AssertionError("a weight was read")
+
+    monkeypatch.setattr(loading, "_evaluate", read)
+    code, _, errors = run(*arguments(model, data, out, "--steps", "1", "--rank", "4"))
+    assert code == 2 and "rank was 16 and is 4" in one_error(errors)
+    other = write(tmp_path, many()[1:])
+    code, _, errors = run(*arguments(model, other, out, "--steps", "1"))
+    assert code == 2 and "data was" in one_error(errors)
+
+
+def test_options_come_from_a_file_and_flags_overrule_them(
+    run: Run, model: Path, data: str, tmp_path: Path
+) -> None:
+    file, out = tmp_path / "options.json", tmp_path / "run"
+    file.write_text('{"model": "x", "rank": 3, "steps": 1, "layers": ["*.o_proj"]}')
+    code, _, errors = run(*arguments(model, data, out, "--config", str(file), "--rank", "5"))
+    assert code == 0, errors
+    options = json.loads((out / "options.json").read_text())
+    assert (options["rank"], options["layers"]) == (5, ["*.o_proj"])
+    file.write_text('{"rnk": 3}')
+    code, _, errors = run(*arguments(model, data, tmp_path / "b", "--config", str(file)))
+    assert code == 2 and "no training option 'rnk'; did you mean rank?" in one_error(errors)
+
+
+def test_a_damaged_last_checkpoint_costs_only_its_steps(
+    run: Run, model: Path, data: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    run(*arguments(model, data, out, "--save-every", "1", "--keep", "3"))
+    expected = (out / "adapter" / "adapter_model.safetensors").read_bytes()
+    shutil.rmtree(out / "adapter")
+    newest = sorted((out / "checkpoints").iterdir())[-1]
+    (newest / "optimizer.safetensors").write_bytes(b"")
+    code, _, errors = run(*arguments(model, data, out, "--save-every", "1", "--keep", "3"))
+    assert code == 0, errors
+    assert (out / "adapter" / "adapter_model.safetensors").read_bytes() == expected
+
+
+# The plot
+
+
+def test_the_plot_shows_both_losses(tmp_path: Path) -> None:
+    from PIL import Image
+
+    lines: list[dict[str, Any]] = [{"step": n, "loss": 3 / n} for n in range(1, 60)]
+    lines += [{"step": 30, "validation_loss": 1.0}, {"step": 59, "validation_loss": 0.9}]
+    file = tmp_path / "loss.png"
+    assert draw_losses(lines, file)
+    colours = {colour for _, colour in Image.open(file).getcolors(10**6)}
+    assert {(0x1B, 0x6C, 0xA8), (0xD1, 0x49, 0x5B)} <= colours
+    assert draw_losses(lines[:1], file) and draw_losses(lines[:2], file)
+    assert not draw_losses([], tmp_path / "none.png") and not (tmp_path / "none.png").exists()
+
+
+@pytest.mark.parametrize("ends", [(0, 1), (0.3, 12), (1e-7, 3e-7), (5, 6000), (2.5, 2.6)])
+def test_ticks_are_few_round_numbers_within(ends: tuple[float, float]) -> None:
+    low, high = ends
+    found = ticks(low, high)
+    assert 2 <= len(found) <= 6
+    assert all(low <= tick <= high for tick in found)
