@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ import fastvlm_mlx as fv
 from fastvlm_mlx.checkpoint.load import load_for_training
 from fastvlm_mlx.train.log import LOG, read_log
 from fastvlm_mlx.train.loop import Trainer
-from fastvlm_mlx.train.parts import prepare
+from fastvlm_mlx.train.parts import prepare, train_mode
 from fastvlm_mlx.train.plot import draw_losses
 from fastvlm_mlx.train.score import Scored
 from fastvlm_mlx.train.settings import FROZEN, FULL, TrainOptions
@@ -27,7 +27,7 @@ from .learn import Heads, loss
 from .models import write_model
 from .sets import write_set
 from .stages import Stage, store_name
-from .store import Store
+from .store import Store, fill
 
 if TYPE_CHECKING:
     from fastvlm_mlx import FastVLM, Processor
@@ -114,13 +114,7 @@ def validation(
     work: Path, stage: Stage, model: FastVLM, processor: Processor, out: Path
 ) -> StoreData:
     """A small store of the same kind and another seed; without helper heads."""
-    from dataclasses import replace
-
-    from .store import fill
-
     settings = replace(stage.pictures, scenes=VALIDATION_SCENES, seed=VALIDATION_SEED)
-    if settings.mix is None and settings.strips:
-        settings = replace(settings, mix=None)
     for _ in fill(work / store_name(settings), settings):
         pass
     plain = replace(stage, helper=(0.0, 0.0))
@@ -145,7 +139,7 @@ def curve_scorer(
         try:
             found = evaluate(model, processor, rows, image_size=size)
         finally:
-            model.train()
+            train_mode(model)
         return Scored({t: right / n for t, (right, n) in found["tasks"].items()}, [])
 
     return score
