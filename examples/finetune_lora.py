@@ -96,7 +96,7 @@ def write_rows(file: Path, rows: list[dict[str, Any]]) -> None:
 def main(args: argparse.Namespace) -> None:
     clocks = write_clocks(args.out / "clocks", args.examples, seed=1)
     test = write_clocks(args.out / "clocks", args.test, seed=2)
-    known = read_known(args.known) if args.known else []
+    known = [row for file in args.known for row in read_known(file)]
     replayed, kept = known[::2], known[1::2]
     rows = args.out / "rows.jsonl"
     write_rows(rows, clocks + replayed)
@@ -116,7 +116,9 @@ def main(args: argparse.Namespace) -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Teach the bundled model to read clocks.")
     parser.add_argument("out", type=Path, help="folder of pictures, rows and the adapter")
-    parser.add_argument("--known", type=Path, help="JSONL of what it knows; half is replayed")
+    parser.add_argument(
+        "--known", type=Path, nargs="+", default=[], help="JSONL of what it knows; half is replayed"
+    )
     parser.add_argument("--examples", type=int, default=500, help="clocks to learn from")
     parser.add_argument("--test", type=int, default=TEST_CLOCKS, help="clocks to be measured on")
     parser.add_argument("--steps", type=int, default=800)

@@ -1,4 +1,5 @@
 import json
+import re
 import select
 import shutil
 import signal
@@ -11,6 +12,7 @@ import pytest
 
 from fastvlm_mlx.hub.resolve import NANO
 
+DATA = Path(__file__).parent / "data" / "nano_eval"
 EXAMPLES = Path(__file__).parents[1] / "examples"
 QUEEN = str(NANO / "images" / "queen.png")
 
@@ -89,6 +91,22 @@ def test_images_without_alt_text_get_one(tmp_path):
         f'<p><img alt="{queen}" src="queen.png"> <img alt="" src="panda.png">\n'
         '<img alt="The image shows a panda." id=a src="panda.png"/>é'
     ), found.stderr
+
+
+def test_lora_teaches_clocks_and_forgets_nothing(tmp_path):
+    cases = json.loads((DATA / "predictions.json").read_text(encoding="utf-8"))
+    rows = [
+        case | {"answer": case["prediction"], "image": str(DATA / case["image"])} for case in cases
+    ]
+    known = tmp_path / "known.jsonl"
+    known.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ("--known", known, "--examples", 64, "--test", 32, "--steps", 60)
+    found = run("finetune_lora.py", tmp_path / "run", *options)
+    shares = re.findall(r"(\w+): ([\d.]+)% before, ([\d.]+)% after", found.stdout)
+    assert [name for name, *_ in shares] == ["clocks", "known"], found.stderr
+    (_, before, after), (_, known_before, known_after) = shares
+    assert float(before) == 0 and float(after) > 3  # of 48 times, 2 % by chance
+    assert float(known_before) >= 90 and float(known_after) >= 60
 
 
 def test_images_of_another_size():

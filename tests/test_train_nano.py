@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from examples.train_nano import (
     evaluate,
     fonts,
     learn,
+    models,
     rows,
     scenes,
     sets,
@@ -253,7 +253,7 @@ def data_of(folder: Path, encoder, **changes) -> batches.StoreData:
     mix = draw.PAIRS_MIX if changes.pop("pairs", False) else None
     found = small_store(folder, scenes=12, mix=mix)
     arguments = {"scenes": 4, "singles": 2, "talks": 1, "visual_tokens": 1, "seed": 3}
-    return batches.StoreData(found, encoder, **arguments | changes)
+    return batches.Mixed([batches.StoreData(found, encoder, **arguments | changes)])
 
 
 def test_batches_are_the_same_from_any_start(tmp_path, nano_for_training):
@@ -335,18 +335,40 @@ def test_a_set_is_drawn_asked_and_reported(tmp_path, nano):
     assert "| counting | " in evaluate.report([path])
 
 
-def test_every_word_of_a_recipe_is_a_stage_with_pictures():
+def test_recipes_read_stores_of_their_own():
     for recipe in stages.RECIPES.values():
-        small = stages.scaled(recipe, 0.001)
-        assert all(s.steps >= 1 and s.pictures.scenes >= s.scenes for s in small)
-    names = [stages.store_name(s.pictures) for s in stages.RECIPES["ship"]]
-    assert len(set(names)) == len(names) - 1  # one store is read twice
+        whole = [each for stage in recipe for each in stage.pictures]
+        assert len(set(map(stages.store_name, whole))) == len(whole)
+        for stage in stages.scaled(recipe, 0.001):
+            assert stage.steps >= 1
+            assert all(each.scenes >= stage.scenes_of(each) for each in stage.pictures)
 
 
-def test_parameters_stay_below_the_limit(tokenizers_made, tmp_path):
-    from examples.train_nano import models
+def logits_of(model, size: int) -> mx.array:
+    ids = mx.array([[741, 739, 198, *[-200] * (size // 64) ** 2, 198, 33, 742]])
+    pixels = mx.random.uniform(shape=(1, size, size, 3), key=mx.random.key(1))
+    return model(ids, pixel_values=pixels)
 
-    shutil.copytree(NANO, tmp_path / "base")
-    model, processor = fv.load(NANO, dtype="float32")
-    size = sum(value.size for _, value in tree_flatten(model.parameters()))
-    assert size < 12_000_000 and models.ENCODER_LAYERS[0] == 1 and processor
+
+def base_in(folder: Path) -> fv.FastVLM:
+    """A float model of the bundled one's geometry with random weights, and its folder."""
+    models.fresh(folder)
+    return fv.load_model(folder, dtype="float32")
+
+
+def test_the_grown_model_answers_as_before(tmp_path):
+    before = base_in(tmp_path / "base")
+    models.grow(tmp_path / "base", tmp_path / "grown")
+    after, processor = fv.load(tmp_path / "grown", dtype="float32")
+    assert len(after.layers) == models.DECODER_LAYERS > len(before.layers)
+    assert sum(value.size for _, value in tree_flatten(after.parameters())) < 12_000_000
+    for size in (128, 192):
+        one, two = logits_of(before, size), logits_of(after, size)
+        assert mx.abs(one - two[..., : one.shape[-1]]).max() < 1e-3 * mx.abs(one).max()
+    assert fv.generate(after, processor, "What is this?", max_tokens=2) is not None
+
+
+def test_a_fresh_encoder_keeps_the_size_of_activations(tmp_path):
+    model = base_in(tmp_path)
+    features = model.vision_tower(mx.random.uniform(shape=(2, 128, 128, 3), key=mx.random.key(0)))
+    assert 0.05 < mx.std(features).item() < 20

@@ -72,11 +72,11 @@ def run(args: argparse.Namespace) -> None:
 
 
 def draw_all(args: argparse.Namespace, stages: list[Stage]) -> None:
-    for stage in stages:
-        folder = args.work / store_name(stage.pictures)
-        for done in fill(folder, stage.pictures):
-            print(f"{folder.name}: {done} of {stage.pictures.scenes}", end="\r", flush=True)
-        print(f"{folder.name}: {stage.pictures.scenes} scenes        ", flush=True)
+    for settings in [each for stage in stages for each in stage.pictures]:
+        folder = args.work / store_name(settings)
+        for done in fill(folder, settings):
+            print(f"{folder.name}: {done} of {settings.scenes}", end="\r", flush=True)
+        print(f"{folder.name}: {settings.scenes} scenes        ", flush=True)
 
 
 def start(args: argparse.Namespace, stages: list[Stage]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from random import Random
 from typing import TYPE_CHECKING, Any
 
@@ -127,9 +128,9 @@ def labels_of(scenes: Sequence[Stored]) -> dict[str, mx.array]:
     }
 
 
-@dataclass
+@dataclass(eq=False)
 class StoreData:
-    """The batches of a store, as the trainer asks for them: an epoch is all scenes once.
+    """The batches of a store: an epoch is all scenes once.
 
     Args:
         store: being filled or full.
@@ -157,12 +158,12 @@ class StoreData:
     def count(self, epoch: int) -> int:
         return len(self._plan(epoch))
 
-    def batches(self, epoch: int, start: int) -> Iterator[Batch]:
+    def batch(self, epoch: int, number: int) -> Batch:
         plan = self._plan(epoch)
-        for number in range(start, len(plan)):
-            share = min(1.0, (epoch * len(plan) + number) / self.steps)
-            yield self._batch(plan[number], Random(f"{self.seed} {epoch} {number}"), share)
+        share = min(1.0, (epoch * len(plan) + number) / self.steps)
+        return self._batch(plan[number], Random(f"{self.seed} {epoch} {number}"), share)
 
+    @lru_cache(maxsize=2)  # noqa: B019, it lives as long as the run
     def _plan(self, epoch: int) -> list[list[int]]:
         """The scenes of each batch. A store of single pictures is read in order the first time, so
         that training can begin while it is being filled."""
@@ -218,6 +219,22 @@ class StoreData:
         if any(self.helper):
             arrays |= labels_of(scenes) | {"helper": mx.array(weight)}
         return Batch([f"{self.store.folder.name}/{n}" for n in numbers], arrays, tokens, pictures)
+
+
+@dataclass
+class Mixed:
+    """The batches of several stores, in any order, as the trainer asks for them."""
+
+    parts: Sequence[StoreData]
+
+    def count(self, epoch: int) -> int:
+        return sum(part.count(epoch) for part in self.parts)
+
+    def batches(self, epoch: int, start: int) -> Iterator[Batch]:
+        order = [n for n, part in enumerate(self.parts) for _ in range(part.count(epoch))]
+        Random(epoch).shuffle(order)
+        for at in range(start, len(order)):
+            yield self.parts[order[at]].batch(epoch, order[:at].count(order[at]))
 
 
 def _chosen(scene: Stored, talk: bool, number: int, rng: Random) -> list[Row]:

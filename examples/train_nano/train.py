@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 import fastvlm_mlx as fv
+from fastvlm_mlx import ops
 from fastvlm_mlx.checkpoint.load import load_for_training
 from fastvlm_mlx.train.log import LOG, read_log
 from fastvlm_mlx.train.loop import Trainer
@@ -20,20 +21,21 @@ from fastvlm_mlx.train.plot import draw_losses
 from fastvlm_mlx.train.score import Scored
 from fastvlm_mlx.train.settings import FROZEN, FULL, TrainOptions
 
-from .batches import Encoder, StoreData
+from .batches import Encoder, Mixed, StoreData
 from .evaluate import evaluate, read_set
 from .features import Features
-from .learn import Heads, loss
+from .learn import Heads, PictureStep, loss
 from .models import write_model
 from .sets import write_set
 from .stages import Stage, store_name
-from .store import Store, fill
+from .store import Settings, Store, fill
 
 if TYPE_CHECKING:
     from fastvlm_mlx import FastVLM, Processor
 
 CURVE_TASKS = ("emoji", "counting", "handwriting", "follow_up", "kinds", "places", "print")
 CURVE_ROWS = 40  # of each task, in the learning curve
+SEED = 1
 VALIDATION_SEED, VALIDATION_SCENES = 9, 192
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
@@ -63,21 +65,25 @@ def run_stage(work: Path, base: Path, out: Path, stage: Stage, *, every: int) ->
     options = TrainOptions(
         vision=stage.vision, projector=FULL, decoder=FULL, learning_rate=stage.rate,
         vision_learning_rate=stage.vision_rate, weight_decay=0.05, beta2=0.98, warmup=0.05,
-        final_rate=0.02, steps=stage.steps, seed=stage.pictures.seed, eval_every=every,
+        final_rate=0.02, steps=stage.steps, seed=SEED, eval_every=every,
         save_every=min(every, 200), compiled=False, keep=1, validation="0.1",
     )  # fmt: skip
     model = load_for_training(base, dtype="float32")
     prepare(model, options)
     processor = fv.load(base)[1]
-    data = data_of(work, stage, model, processor, out, stage.pictures, stage.steps)
+    data = Mixed([data_of(work, stage, model, processor, out, each) for each in stage.pictures])
     if any(stage.helper):
-        mx.random.seed(stage.pictures.seed)
-        model.heads = Heads(model.config.mm_hidden_size, data.visual_tokens)
+        mx.random.seed(SEED)
+        model.heads = Heads(model.config.mm_hidden_size, data.parts[0].visual_tokens)
     trainer = Trainer(
         model, options, data, out, run={"stage": asdict(stage)},
         held_out=validation(work, stage, model, processor, out),
         score=curve_scorer(work, processor, stage), arrays_of=lambda batch: batch.arrays, loss=loss,
     )  # fmt: skip
+    if ops.on_cpu():
+        trainer.step = PictureStep(
+            model, trainer.optimizer, options.clip, compiled=options.compiled, loss=loss
+        )
     trainer.train()
     if any(stage.helper):
         del model["heads"]
@@ -93,10 +99,9 @@ def run_stage(work: Path, base: Path, out: Path, stage: Stage, *, every: int) ->
 
 
 def data_of(
-    work: Path, stage: Stage, model: FastVLM, processor: Processor, out: Path, pictures: Any,
-    steps: int,
-) -> StoreData:  # fmt: skip
-    """The batches of a stage."""
+    work: Path, stage: Stage, model: FastVLM, processor: Processor, out: Path, pictures: Settings
+) -> StoreData:
+    """The batches of a store in a stage."""
     store = Store(work / store_name(pictures))
     height, width = pictures.shape
     visual_tokens = (height // 64) * (width // 64)
@@ -105,29 +110,36 @@ def data_of(
         file = out / f"features-{store_name(pictures)}.f32"
         features = Features(file, model, store, visual_tokens)
     return StoreData(
-        store, Encoder(processor.tokenizer), stage.scenes, stage.singles, stage.talks,
-        visual_tokens, stage.pictures.seed, features, stage.helper, steps,
-    )  # fmt: skip
+        store,
+        Encoder(processor.tokenizer),
+        stage.scenes_of(pictures),
+        stage.singles,
+        stage.talks,
+        visual_tokens,
+        SEED,
+        features,
+        stage.helper,
+        stage.steps,
+    )
 
 
-def validation(
-    work: Path, stage: Stage, model: FastVLM, processor: Processor, out: Path
-) -> StoreData:
+def validation(work: Path, stage: Stage, model: FastVLM, processor: Processor, out: Path) -> Mixed:
     """A small store of the same kind and another seed; without helper heads."""
-    settings = replace(stage.pictures, scenes=VALIDATION_SCENES, seed=VALIDATION_SEED)
+    most = max(stage.pictures, key=lambda each: each.scenes)
+    settings = replace(most, scenes=VALIDATION_SCENES, seed=VALIDATION_SEED)
     for _ in fill(work / store_name(settings), settings):
         pass
     plain = replace(stage, helper=(0.0, 0.0))
-    return data_of(work, plain, model, processor, out, settings, 1)
+    return Mixed([data_of(work, plain, model, processor, out, settings)])
 
 
 def curve_scorer(
     work: Path, processor: Processor, stage: Stage
 ) -> Callable[[FastVLM], Scored] | None:
     """Answers a few held-out questions of each task; nothing for strips, which have no such set."""
-    if stage.pictures.strips:
+    if stage.pictures[0].strips:
         return None
-    size = stage.pictures.size
+    size = stage.size
     folder = work / f"curve-{size}"
     for task in CURVE_TASKS:
         if not (folder / f"{task}.jsonl").is_file():
