@@ -18,6 +18,11 @@ from fastvlm_mlx.checkpoint.read import read_checkpoint
 from fastvlm_mlx.config import VisionConfig
 from fastvlm_mlx.hub.resolve import NANO
 from fastvlm_mlx.model.vision import FastViTHD
+from fastvlm_mlx.model.vision_gradients import (
+    encode_with_pullback,
+    trains_by_layer,
+    value_and_grad,
+)
 from fastvlm_mlx.ops import cpu_training
 
 TEXT = {
@@ -379,3 +384,71 @@ def test_gradients_of_the_encoder_are_those_of_plain_forms():
 
 def test_an_encoder_alone_is_made_for_inference():
     assert not FastViTHD(VisionConfig(layers=(1,) * 5, embed_dims=(16,) * 5)).training
+
+
+# --- The encoder, layer by layer ---
+
+
+@pytest.mark.parametrize("sides", [(64, 64), (192, 128)])
+def test_gradients_layer_by_layer_are_those_of_autodiff(sides):
+    encoder = load_for_training(RANDOM_SMALL, dtype="float32").vision_tower
+    pixels = mx.random.uniform(shape=(2, *sides, 3), key=mx.random.key(0))
+    features, pullback = encode_with_pullback(encoder, pixels)
+    weights = mx.random.normal(features.shape, key=mx.random.key(1))
+    with ops.assume("cuda"):
+        expected = nn.value_and_grad(encoder, lambda e: (weights * e(pixels)).sum())(encoder)
+    assert_close(((weights * features).sum(), pullback(weights)), expected, 1e-4)
+
+
+def batch_of() -> dict:
+    ids = mx.random.randint(1, 90, (2, 20), key=mx.random.key(1))
+    places = mx.array([3, 4, 5, 6, 28, 29, 30, 31])
+    pixels = mx.random.uniform(shape=(2, 128, 128, 3), key=mx.random.key(2))
+    return {"input_ids": ids, "places": places, "pixel_values": pixels}
+
+
+def loss_of(model: fv.FastVLM, batch: dict) -> tuple[mx.array, mx.array]:
+    features = batch.get("features")
+    if features is None and "pixel_values" in batch:
+        pixels = batch["pixel_values"]
+        several = isinstance(pixels, list)
+        features = (
+            [model.vision_tower(p) for p in pixels] if several else model.vision_tower(pixels)
+        )
+    ids = batch["input_ids"]
+    embeddings = None
+    if features is not None:
+        features = mx.concatenate(features) if isinstance(features, list) else features
+        visual = model.mm_projector(features).flatten(0, 1)
+        embeddings = model.embed_at(ids, visual, batch["places"])
+    logits = model.language_model(ids, None, embeddings)
+    return nn.losses.cross_entropy(logits[:, :-1], ids[:, 1:]).sum(), mx.array(ids.size)
+
+
+@pytest.mark.parametrize("frozen", [(), ("mm_projector", "language_model"), ("vision_tower",)])
+def test_loss_and_gradients_of_a_whole_model(assume, frozen):
+    assume("cpu")
+    model = load_for_training(RANDOM_SMALL, dtype="float32")
+    for part in frozen:
+        model[part].freeze()
+    assert trains_by_layer(model) == ("vision_tower" not in frozen)
+    before = tree_flatten(model.parameters())
+    several = batch_of() | {"pixel_values": list(batch_of()["pixel_values"][:, None])}
+    for batch in (batch_of(), several, {"input_ids": batch_of()["input_ids"]}):
+        found = value_and_grad(model, loss_of)(model, batch)
+        expected = nn.value_and_grad(model, loss_of)(model, batch)
+        assert_close(found[0], expected[0])
+        for name, gradient in tree_flatten(expected[1]):
+            own = dict(tree_flatten(found[1]))[name]
+            assert (own == gradient).all() if not gradient.any() else relative(own, gradient) < 1e-4
+    after = dict(tree_flatten(model.parameters()))
+    assert all((after[name] == value).all() for name, value in before)
+
+
+def test_an_encoder_with_adapters_is_left_to_autodiff(assume):
+    assume("cpu")
+    model = load_for_training(RANDOM_SMALL, dtype="float32")
+    assert trains_by_layer(model)
+    assert not trains_by_layer(with_adapters(model))
+    with ops.assume("metal"):
+        assert not trains_by_layer(load_for_training(RANDOM_SMALL))

@@ -174,6 +174,7 @@ def load_for_training(
     Raises:
         the errors of `load_model`.
     """
+    ops.keep_freed_memory()
     model = _load_model(folder, dtype, quantize, for_training=True, computed=computed)
     model.train()
     return model
@@ -194,9 +195,8 @@ def inference_weights(model: FastVLM) -> Weights:
 
 
 def _has_quantized_encoder(model: FastVLM) -> bool:
-    return any(
-        name.endswith(".scales") for name, _ in tree_flatten(model.vision_tower.parameters())
-    )
+    names = dict(tree_flatten(model.vision_tower.parameters()))
+    return any(name.endswith(".scales") for name in names)
 
 
 def _load_model(

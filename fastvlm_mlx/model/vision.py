@@ -166,7 +166,10 @@ class Expand(nn.Module):
         self.expand = nn.Linear(out_dim // SE_REDUCTION, out_dim)
 
     def __call__(self, x: mx.array) -> mx.array:
-        x = ops.interleaved(self.convs, x)
+        return self.excite(ops.interleaved(self.convs, x))
+
+    def excite(self, x: mx.array) -> mx.array:
+        """Weight each channel by what all of them hold on average, then GELU."""
         squeezed = ops.mean_over_positions(x)
         gate = self.expand(nn.relu(self.reduce(squeezed)))
         return ops.gated_gelu(x, gate, training=self.training)
@@ -200,7 +203,7 @@ class FastViTHD(nn.Module):
             ValueError: the shape is not that of channels-last images of such a size.
         """
         self._check(pixel_values)
-        x = self.stem(_as_float(pixel_values, self.stem.conv.weight))
+        x = self.stem(as_float(pixel_values, self.stem.conv.weight))
         for layer in self.network:
             x = layer(x)
         return self.conv_exp(x).flatten(1, 2)
@@ -219,7 +222,8 @@ class FastViTHD(nn.Module):
             raise ValueError(f"image size must be a multiple of {patch}, found {shape[1:3]}.")
 
 
-def _as_float(pixel_values: mx.array, weight: mx.array) -> mx.array:
+def as_float(pixel_values: mx.array, weight: mx.array) -> mx.array:
+    """Pixel values in the dtype of a weight; bytes become numbers in [0, 1]."""
     if pixel_values.dtype == mx.uint8:
         return _rescale(pixel_values, weight)
     return pixel_values.astype(weight.dtype)

@@ -13,7 +13,17 @@ from .attention import (
     takes_quantized_caches,
 )
 from .conv import DepthwiseConv, concatenated_gelu, in_row_bands, interleaved
-from .device import assume, clear_large_cache, fast_dtype, on_cpu, on_metal, wired, wired_memory
+from .cpu_training import keep_freed_memory
+from .device import (
+    assume,
+    clear_large_cache,
+    differentiates_by_layer,
+    fast_dtype,
+    on_cpu,
+    on_metal,
+    wired,
+    wired_memory,
+)
 from .linear import (
     AdaptedLinear,
     QuantizedEmbedding,
@@ -48,12 +58,14 @@ __all__ = [
     "check_process",
     "clear_large_cache",
     "concatenated_gelu",
+    "differentiates_by_layer",
     "fast_dtype",
     "gains_from_fusing",
     "gated_gelu",
     "gelu",
     "in_row_bands",
     "interleaved",
+    "keep_freed_memory",
     "linear",
     "mean_over_positions",
     "most_queries",

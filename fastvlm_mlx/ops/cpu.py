@@ -53,6 +53,16 @@ def exp_negative(x: mx.array) -> mx.array:
     return 1 / (square * square)
 
 
+def erfc_root(x: mx.array, square: mx.array) -> mx.array:
+    """q(x)^4, the root of 1 / erfc(x / sqrt 2), for x from 0 on; `square` is its square."""
+    q, r = (
+        ((1 + a * x) + b * square) + square * (c * x + d * square) for a, b, c, d in ERFC_QUARTICS
+    )
+    q = q * r
+    q = q * q
+    return q * q
+
+
 @mx.custom_function
 def gelu(x: mx.array) -> mx.array:
     """The exact GELU, within 4e-7."""
@@ -71,13 +81,7 @@ def _gelu(x: mx.array) -> mx.array:
     # The positive part of x, less |x| / 2 erfc(|x| / sqrt 2). With a branch, or one operation more,
     # this would compile to several kernels, each of which fills memory of its own.
     size, square = mx.abs(x), x * x
-    q, r = (
-        ((1 + a * size) + b * square) + square * (c * size + d * square)
-        for a, b, c, d in ERFC_QUARTICS
-    )
-    q = q * r
-    q = q * q
-    q = q * q
+    q = erfc_root(size, square)
     half = 0.5 * size
     return (0.5 * x + half) - half / (q * q)
 

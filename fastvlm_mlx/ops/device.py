@@ -56,6 +56,11 @@ def fast_dtype(stored: mx.Dtype, for_training: bool = False) -> mx.Dtype:
     return mx.float16 if stored == mx.bfloat16 and _lacks_bfloat16() else stored
 
 
+def differentiates_by_layer(dtype: mx.Dtype) -> bool:
+    """Whether gradients of many layers are best computed layer by layer, outside `mx.grad`."""
+    return on_cpu() and dtype == mx.float32
+
+
 def _lacks_bfloat16() -> bool:
     """Whether this is a GPU of the generations of M1 ("applegpu_g13g") and M2 (g14) or before."""
     if not on_metal():
