@@ -275,7 +275,7 @@ def test_the_loss_is_that_of_each_row_by_itself(tmp_path, nano_for_training):
         total, count = learn.loss(model, batch.arrays)
         arrays = batch.arrays
         prefix, length = arrays["prefix"], arrays["prefix"].shape[1]
-        tokens = model.encode_image(arrays["pixels"]).flatten(0, 1)
+        tokens = model.encode_image(arrays["pixel_values"]).flatten(0, 1)
         expected = supervised = 0.0
         for name, number in (("single", 2), ("talk", 1)):
             ids = arrays[f"{name}_input_ids"]

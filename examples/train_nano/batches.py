@@ -214,7 +214,7 @@ class StoreData:
         if self.features is not None:
             arrays["features"] = self.features.read(pictures)
         else:
-            arrays["pixels"] = mx.array(self.store.pixels[pictures])
+            arrays["pixel_values"] = mx.array(self.store.pixels[pictures])
         weight = self.helper[0] + (self.helper[1] - self.helper[0]) * share
         if any(self.helper):
             arrays |= labels_of(scenes) | {"helper": mx.array(weight)}

@@ -6,10 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
-
-from fastvlm_mlx.model.vision_gradients import encode_with_pullback
-from fastvlm_mlx.train.step import Step, Sums
 
 from .batches import CHARACTERS, LONGEST_TEXT
 from .words import ALL
@@ -74,41 +70,11 @@ def loss(model: FastVLM, arrays: dict[str, Any]) -> tuple[mx.array, mx.array]:
     """(sum of the cross entropy over answers, the number of their tokens), as the trainer asks."""
     features = arrays.get("features")
     if features is None:
-        features = model.vision_tower(arrays["pixels"])
+        features = model.vision_tower(arrays["pixel_values"])
     total, count = answers_loss(model, features, arrays)
     if "helper" in arrays:
         total = total + arrays["helper"] * count * model.heads(features, arrays)
     return total, count
-
-
-class PictureStep(Step):
-    """A step that differentiates the encoder layer by layer where that is faster, on the CPU."""
-
-    def _sums(self, arrays: dict[str, Any]) -> Sums:
-        encoder = self._model.vision_tower
-        if "pixels" not in arrays or not tree_flatten(encoder.trainable_parameters()):
-            return super()._sums(arrays)
-        features, pullback = encode_with_pullback(encoder, arrays["pixels"])
-        encoder.freeze()  # for the rest of the model's gradients
-        try:
-            (total, count), cotangent, others = self._rest(features, arrays)
-        finally:
-            encoder.unfreeze()
-        own = dict(tree_flatten(pullback(cotangent)))
-        gradients = {f"vision_tower.{name}": value for name, value in own.items()}
-        return Sums(total, count, gradients | dict(tree_flatten(others)))
-
-    def _rest(self, features: mx.array, arrays: dict[str, Any]) -> tuple[Any, mx.array, Any]:
-        """Loss, and gradients of the features and of all but the encoder."""
-
-        def of(parameters: Any, features: mx.array) -> tuple[mx.array, mx.array]:
-            self._model.update(parameters)
-            return loss(self._model, arrays | {"features": features})
-
-        parameters = self._model.trainable_parameters()
-        value, (others, cotangent) = mx.value_and_grad(of, argnums=(0, 1))(parameters, features)
-        self._model.update(parameters)
-        return value, cotangent, others
 
 
 def answers_loss(

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 import fastvlm_mlx as fv
-from fastvlm_mlx import ops
 from fastvlm_mlx.checkpoint.load import load_for_training
 from fastvlm_mlx.train.log import LOG, read_log
 from fastvlm_mlx.train.loop import Trainer
@@ -24,7 +23,7 @@ from fastvlm_mlx.train.settings import FROZEN, FULL, TrainOptions
 from .batches import Encoder, Mixed, StoreData
 from .evaluate import evaluate, read_set
 from .features import Features
-from .learn import Heads, PictureStep, loss
+from .learn import Heads, loss
 from .models import write_model
 from .sets import write_set
 from .stages import Stage, store_name
@@ -80,10 +79,6 @@ def run_stage(work: Path, base: Path, out: Path, stage: Stage, *, every: int) ->
         held_out=validation(work, stage, model, processor, out),
         score=curve_scorer(work, processor, stage), arrays_of=lambda batch: batch.arrays, loss=loss,
     )  # fmt: skip
-    if ops.on_cpu():
-        trainer.step = PictureStep(
-            model, trainer.optimizer, options.clip, compiled=options.compiled, loss=loss
-        )
     trainer.train()
     if any(stage.helper):
         del model["heads"]

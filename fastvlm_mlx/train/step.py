@@ -11,6 +11,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from ..model.fastvlm import FastVLM
+from ..model.vision_gradients import trains_by_layer, value_and_grad
 from .loss import Arrays, loss
 from .optimizer import Optimizer, clip
 
@@ -56,13 +57,14 @@ class Step:
     ):
         self.shapes = 0
         self._model, self._optimizer, self._largest_norm = model, optimizer, largest_norm
-        self._loss_and_gradients = nn.value_and_grad(model, loss)
+        self._loss_and_gradients = value_and_grad(model, loss)
         self._compute: Callable[..., Sums] = self._sums
         self._change: Callable[..., mx.array] = self._apply
         if compiled:
             # The model's state is also an output: BatchNorms remember what they saw.
             state = [model.state, mx.random.state]
-            self._compute = mx.compile(self._sums, inputs=state, outputs=state)
+            if not trains_by_layer(model):  # in forms that are compiled already
+                self._compute = mx.compile(self._sums, inputs=state, outputs=state)
             state = [model.state, optimizer.state]
             self._change = mx.compile(self._apply, inputs=state, outputs=state)
 
