@@ -153,7 +153,8 @@ def test_strings_are_of_the_lengths_that_are_promised():
 
 
 def test_text_fits_in_the_picture():
-    for scene, _ in drawn("print", 20, noise=False):
+    for i in range(20):
+        scene, _ = draw.draw(3, i, 256, task="print", noise=False)
         pixels = np.asarray(scene.pictures[0], int)
         border = np.concatenate([pixels[:, 0], pixels[:, -1]])
         assert np.abs(border - pixels[0, 0]).max() < 60

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 LONGEST_NOTE, LONGEST_PRINT = 6, 12
 MOST_TURNED = 7  # degrees
+MARGIN = 0.01  # of the width
 READ_QUESTIONS = ["What is written here?", "Read the handwriting.", "Read the text."]
 READ_QUESTIONS += ["What does the note say?"]
 
@@ -110,13 +111,14 @@ def write(rng: Random, picture: Image.Image, text: str, font: str, ink: brush.Co
     height = rng.uniform(0.12, 0.3) * picture.width
     angle = rng.uniform(-MOST_TURNED, MOST_TURNED) if rng.random() < 0.8 else 0.0
     part = brush.cut_text(text, font, height, ink, angle)
-    room = 0.96 * picture.width
-    if part.width > room or part.height > picture.height:
-        scale = min(room / part.width, picture.height / part.height)
+    margin = MARGIN * picture.width
+    room = picture.width - 2 * margin, picture.height - 2 * margin
+    if part.width > room[0] or part.height > room[1]:
+        scale = min(room[0] / part.width, room[1] / part.height)
         part = brush.cut_text(text, font, height * scale, ink, angle)
-    left = rng.randint(0, max(0, picture.width - part.width))
-    top = rng.randint(0, max(0, picture.height - part.height))
-    picture.paste(part, (left, top), part)
+    left = margin + rng.random() * max(0.0, room[0] - part.width)
+    top = margin + rng.random() * max(0.0, room[1] - part.height)
+    picture.paste(part, (round(left), round(top)), part)
 
 
 def read_asks(rng: Random, task: str, text: str, noun: str) -> list[Ask]:

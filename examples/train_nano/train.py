@@ -65,7 +65,7 @@ def run_stage(work: Path, base: Path, out: Path, stage: Stage, *, every: int) ->
         vision=stage.vision, projector=FULL, decoder=FULL, learning_rate=stage.rate,
         vision_learning_rate=stage.vision_rate, weight_decay=0.05, beta2=0.98, warmup=0.05,
         final_rate=0.02, steps=stage.steps, seed=SEED, eval_every=every,
-        save_every=min(every, 200), compiled=False, keep=1, validation="0.1",
+        save_every=min(every, 200), keep=1, validation="0.1",
     )  # fmt: skip
     model = load_for_training(base, dtype="float32")
     prepare(model, options)
