@@ -177,7 +177,8 @@ def test_the_tokenizer_gives_back_every_text(name, tokenizers_made):
     assert len(made.encode(" clocks")) == len(made.encode(" pictures")) == 1
     for text in ("xylem", "BRIGHT", "40291"):  # what is read is one token a letter
         assert len(made.encode(f'"{text}".')) == len(text) + 2
-    assert made.encode("<|im_end|>", allow_special=True) == [made.eos_token_id]
+    (end,) = made.encode("<|im_end|>", allow_special=True)
+    assert made.decode([end], skip_special_tokens=False) == "<|im_end|>"
 
 
 def test_the_grown_tokenizer_keeps_the_ids_of_old_texts(tokenizers_made):
@@ -364,8 +365,9 @@ def test_the_grown_model_answers_as_before(tmp_path):
     assert len(after.layers) == models.DECODER_LAYERS > len(before.layers)
     assert sum(value.size for _, value in tree_flatten(after.parameters())) < 12_000_000
     for size in (128, 192):
-        one, two = logits_of(before, size), logits_of(after, size)
-        assert mx.abs(one - two[..., : one.shape[-1]]).max() < 1e-3 * mx.abs(one).max()
+        # Of the tokens that both have; rows without a token were random and no longer are.
+        one, two = (logits_of(model, size)[..., :768] for model in (before, after))
+        assert mx.abs(one - two).max() < 1e-4 * mx.abs(one).max()
     assert fv.generate(after, processor, "What is this?", max_tokens=2) is not None
 
 

@@ -26,7 +26,7 @@ SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-CORPUS_SCENES = 400  # of each task; enough for every word
+CORPUS_SCENES = 120  # of each task; enough for every word
 ROUND = 64  # embedding rows are a multiple of it
 # The template's own words have no space before them either; they grow from the pair that is rarest
 # in words. "user" has none that is rare, and stays four letters.
