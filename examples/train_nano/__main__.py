@@ -17,7 +17,7 @@ from .evaluate import evaluate, read_set, report, table
 from .models import fresh, grow
 from .sets import TASKS, write_set
 from .stages import RECIPES, Stage, scaled, store_name
-from .store import fill
+from .store import fill, open_store
 from .train import train
 
 
@@ -72,8 +72,11 @@ def run(args: argparse.Namespace) -> None:
 
 
 def draw_all(args: argparse.Namespace, stages: list[Stage]) -> None:
-    for settings in [each for stage in stages for each in stage.pictures]:
-        folder = args.work / store_name(settings)
+    stores = {store_name(each): each for stage in stages for each in stage.pictures}
+    for name, settings in stores.items():  # so that training can begin with any
+        open_store(args.work / name, settings)
+    for name, settings in stores.items():
+        folder = args.work / name
         for done in fill(folder, settings):
             print(f"{folder.name}: {done} of {settings.scenes}", end="\r", flush=True)
         print(f"{folder.name}: {settings.scenes} scenes        ", flush=True)
@@ -107,5 +110,7 @@ def measure(args: argparse.Namespace) -> None:
 if __name__ == "__main__":
     try:
         run(parse())
+    except KeyboardInterrupt:
+        sys.exit("Stopped; the same command goes on from here.")
     except (ValueError, OSError) as error:
         sys.exit(f"Error: {error}")

@@ -53,7 +53,7 @@ class Stage:
 SCRATCH = [
     Stage(
         "strips",
-        (Settings(40_000, 256, seed=11, strips=True),),
+        (Settings(30_000, 256, seed=11, strips=True),),
         steps=3300,
         scenes=64,
         singles=2,
@@ -63,29 +63,29 @@ SCRATCH = [
     ),
     Stage(
         "small",
-        (Settings(40_000, 192, seed=12, mix=TODAY),),
+        (Settings(24_000, 192, seed=12, mix=TODAY),),
         steps=2500,
         rate=1e-3,
         vision_rate=1e-3,
         helper=(0.5, 0.1),
     ),
-    Stage("large", (Settings(40_000, 256, seed=13, mix=TODAY),), steps=3000, helper=(0.1, 0.0)),
+    Stage("large", (Settings(24_000, 256, seed=13, mix=TODAY),), steps=3000, helper=(0.1, 0.0)),
 ]
 # The one to ship: grown from the model of before, which names, counts and reads already.
 SIZES = (
     Settings(12_000, 192, seed=29),
-    Settings(30_000, 256, seed=23),
-    Settings(6_000, 320, seed=24),
-    Settings(4_000, 384, seed=25),
+    Settings(24_000, 256, seed=23),
+    Settings(4_000, 320, seed=24),
+    Settings(3_000, 384, seed=25),
 )
 TALKS = (
-    Settings(4_000, 192, seed=26, mix=EVERYTHING),
-    Settings(16_000, 256, seed=27, mix=EVERYTHING),
-    Settings(2_000, 384, seed=28, mix=EVERYTHING),
+    Settings(3_000, 192, seed=26, mix=EVERYTHING),
+    Settings(12_000, 256, seed=27, mix=EVERYTHING),
+    Settings(1_500, 384, seed=28, mix=EVERYTHING),
 )
 SHIP = [
     Stage("decoder", (Settings(8_000, 256, seed=21),), steps=500, singles=4, vision=FROZEN),
-    Stage("small", (Settings(40_000, 192, seed=22),), steps=2500),
+    Stage("small", (Settings(30_000, 192, seed=22),), steps=2500),
     Stage("large", SIZES, steps=4000),
     Stage("talk", TALKS, steps=1500, singles=4, talks=2, vision=FROZEN, rate=3e-4),
 ]

@@ -79,6 +79,8 @@ class Store:
 
     def __init__(self, folder: Path):
         self.folder = folder
+        if not (folder / "store.json").is_file():
+            raise FileNotFoundError(f"There are no pictures in {folder}; begin with `draw`.")
         values = json.loads((folder / "store.json").read_text(encoding="utf-8"))
         self.settings = Settings(**values)
         self.scenes: list[Stored] = []
@@ -131,7 +133,7 @@ def fill(folder: Path, settings: Settings) -> Iterator[int]:
     Raises:
         ValueError: the folder holds a store of other settings.
     """
-    _open(folder, settings)
+    open_store(folder, settings)
     store = Store(folder)
     with (folder / "scenes.jsonl").open("r+b") as lines:
         lines.truncate(store._read)  # a line that was cut off is drawn again
@@ -166,7 +168,7 @@ def _append(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
-def _open(folder: Path, settings: Settings) -> None:
+def open_store(folder: Path, settings: Settings) -> None:
     """Make an empty store, or see that the one that is there is the same."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "store.json"

@@ -65,7 +65,7 @@ def run_stage(work: Path, base: Path, out: Path, stage: Stage, *, every: int) ->
         vision=stage.vision, projector=FULL, decoder=FULL, learning_rate=stage.rate,
         vision_learning_rate=stage.vision_rate, weight_decay=0.05, beta2=0.98, warmup=0.05,
         final_rate=0.02, steps=stage.steps, seed=SEED, eval_every=every,
-        save_every=min(every, 200), keep=1, validation="0.1",
+        save_every=min(every, 200), keep=1,
     )  # fmt: skip
     model = load_for_training(base, dtype="float32")
     prepare(model, options)
@@ -75,7 +75,7 @@ def run_stage(work: Path, base: Path, out: Path, stage: Stage, *, every: int) ->
         mx.random.seed(SEED)
         model.heads = Heads(model.config.mm_hidden_size, data.parts[0].visual_tokens)
     trainer = Trainer(
-        model, options, data, out, run={"stage": asdict(stage)},
+        model, options, data, out, run={"stage": json.loads(json.dumps(asdict(stage)))},
         held_out=validation(work, stage, model, processor, out),
         score=curve_scorer(work, processor, stage), arrays_of=lambda batch: batch.arrays, loss=loss,
     )  # fmt: skip
@@ -98,6 +98,8 @@ def data_of(
 ) -> StoreData:
     """The batches of a store in a stage."""
     store = Store(work / store_name(pictures))
+    if store.settings != pictures:
+        raise ValueError(f"{store.folder} holds pictures of other settings than {stage.name} has.")
     height, width = pictures.shape
     visual_tokens = (height // 64) * (width // 64)
     features = None
