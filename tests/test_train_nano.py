@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -11,6 +12,12 @@ import pytest
 from mlx.utils import tree_flatten
 
 import fastvlm_mlx as fv
+from fastvlm_mlx.checkpoint.load import load_for_training
+from fastvlm_mlx.hub.resolve import NANO
+from fastvlm_mlx.text.prompt import build_prompt
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 from examples.train_nano import (
     batches,
     draw,
@@ -28,9 +35,6 @@ from examples.train_nano import (
     tokenizer,
     words,
 )
-from fastvlm_mlx.checkpoint.load import load_for_training
-from fastvlm_mlx.hub.resolve import NANO
-from fastvlm_mlx.text.prompt import build_prompt
 
 SIZE = 64
 
