@@ -111,15 +111,16 @@ def build(base: Path | None, texts: Iterable[str]) -> dict[str, Any]:
     if base is not None:
         written = json.loads((base / "tokenizer.json").read_text(encoding="utf-8"))
     model = written["model"]
-    new = merges_for(pieces(texts, tokenizer), set(model["vocab"]))
-    ids = {*model["vocab"].values(), *(token["id"] for token in written["added_tokens"])}
-    if base is None:
-        ids = set(model["vocab"].values())
-    for number, (left, right) in enumerate(new, max(ids) + 1):
-        model["vocab"][left + right] = number
+    vocabulary = model["vocab"]
+    new = merges_for(pieces(texts, tokenizer), set(vocabulary))
+    if base is not None:
+        # Only a token of the vocabulary keeps its id where others come after it.
+        vocabulary |= {token["content"]: token["id"] for token in written["added_tokens"]}
+    for number, (left, right) in enumerate(new, max(vocabulary.values()) + 1):
+        vocabulary[left + right] = number
     model["merges"] += [list(pair) for pair in new]
     if base is None:
-        for number, token in enumerate(written["added_tokens"], len(model["vocab"])):
+        for number, token in enumerate(written["added_tokens"], len(vocabulary)):
             token["id"] = number
     return written
 
