@@ -80,6 +80,10 @@ class Batch:
     pixel_values: Sequence[int] = field(default_factory=list)
     """The numbers of the pictures, which the loop counts."""
 
+    @property
+    def input_ids(self) -> mx.array:
+        return self.arrays["prefix"]
+
 
 def questions_of(
     encoder: Encoder, rows: Sequence[Sequence[Row]], name: str

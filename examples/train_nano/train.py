@@ -70,7 +70,9 @@ def run_stage(work: Path, base: Path, out: Path, stage: Stage, *, every: int) ->
     model = load_for_training(base, dtype="float32")
     prepare(model, options)
     processor = fv.load(base)[1]
-    data = Mixed([data_of(work, stage, model, processor, out, each) for each in stage.pictures])
+    data = Mixed(
+        [data_of(work / store_name(p), stage, model, processor, out, p) for p in stage.pictures]
+    )
     if any(stage.helper):
         mx.random.seed(SEED)
         model.heads = Heads(model.config.mm_hidden_size, data.parts[0].visual_tokens)
@@ -94,17 +96,17 @@ def run_stage(work: Path, base: Path, out: Path, stage: Stage, *, every: int) ->
 
 
 def data_of(
-    work: Path, stage: Stage, model: FastVLM, processor: Processor, out: Path, pictures: Settings
+    folder: Path, stage: Stage, model: FastVLM, processor: Processor, out: Path, pictures: Settings
 ) -> StoreData:
-    """The batches of a store in a stage."""
-    store = Store(work / store_name(pictures))
+    """The batches of the store in a folder, in a stage."""
+    store = Store(folder)
     if store.settings != pictures:
         raise ValueError(f"{store.folder} holds pictures of other settings than {stage.name} has.")
     height, width = pictures.shape
     visual_tokens = (height // 64) * (width // 64)
     features = None
     if stage.vision == FROZEN:
-        file = out / f"features-{store_name(pictures)}.f32"
+        file = out / f"features-{folder.name}.f32"
         features = Features(file, model, store, visual_tokens)
     return StoreData(
         store,
@@ -124,10 +126,11 @@ def validation(work: Path, stage: Stage, model: FastVLM, processor: Processor, o
     """A small store of the same kind and another seed; without helper heads."""
     most = max(stage.pictures, key=lambda each: each.scenes)
     settings = replace(most, scenes=VALIDATION_SCENES, seed=VALIDATION_SEED)
-    for _ in fill(work / store_name(settings), settings):
+    folder = work / f"validation-{store_name(most)}"
+    for _ in fill(folder, settings):
         pass
     plain = replace(stage, helper=(0.0, 0.0))
-    return Mixed([data_of(work, plain, model, processor, out, settings)])
+    return Mixed([data_of(folder, plain, model, processor, out, settings)])
 
 
 def curve_scorer(
