@@ -46,11 +46,14 @@ setup(
         "video": ["av", "mss"],
         # Reads and writes tables of captions in Parquet.
         "parquet": ["pyarrow"],
-        # Reads training data from the Hugging Face Hub, and what the library saved. 5.2 can't make a
+        # Reads training data from the Hugging Face Hub, and what the library saved; 5.2 makes no
         # data set where pyarrow is 26.
         "datasets": ["datasets<5"],
         # Draws the plots of `python -m benchmarks report`.
         "benchmark": ["matplotlib"],
+        # `fastvlm train --report-to wandb` or `tensorboard`.
+        "wandb": ["wandb"],
+        "tensorboard": ["tensorboardX"],
         "test": ["pytest", "hypothesis", "jsonschema"],
         # The server is tested with its interfaces' own clients, and its page in the system's
         # Chromium or Chrome.

@@ -14,6 +14,7 @@ from . import (
     caption,
     compare,
     constrained,
+    encoder_training,
     growth,
     image_size,
     launches,
@@ -44,6 +45,7 @@ MEASUREMENTS: dict[str, ModuleType] = {
         preprocess,
         speculate,
         constrained,
+        encoder_training,
         train,
     )
 }

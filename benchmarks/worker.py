@@ -143,6 +143,8 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("dtype", choices=DTYPES)
     args = parser.parse_args()
+    # Behind the libraries: one of the files here is called as one that they import (requests).
+    sys.path.append(sys.path.pop(0))
     serve(args.side, args.folder, args.dtype)
 
 

@@ -25,9 +25,10 @@ from .checkpoint.processor_files import (
 )
 from .checkpoint.quantize import Quantize, parse_quantize, quantize_checkpoint
 from .checkpoint.read import read_checkpoint
+from .checkpoint.record import Record, read_record, write_record
 from .checkpoint.target import atomic_folder, check_apart, check_target
 from .checks import shown
-from .config import FastVLMConfig
+from .config import FUSED_ADAPTERS, FastVLMConfig
 from .hub.resolve import resolve
 from .progress import progress_bar
 from .train.calibrate import calibrate as tune
@@ -102,7 +103,9 @@ def convert(
         if quantize is not None and calibrate is not None:
             tuned = tune(folder, quantize, Path(calibrate), progress=progress)
             checkpoint.weights |= {n: cast(t, checkpoint.dtype) for n, t in tuned.items()}
-        card = _card(checkpoint, target.name, source, calibrated=calibrate is not None)
+        record = read_record(folder)
+        card = _card(checkpoint, target.name, source, record, calibrated=calibrate is not None)
+        write_record(record, temporary)
         (temporary / "README.md").write_text(card, encoding="utf-8")
         write(checkpoint, temporary, layout, precision, shown=progress)
     return target
@@ -215,7 +218,12 @@ def _check_exportable(folder: Path, config: FastVLMConfig, weights: Weights) -> 
 
 
 def _card(
-    checkpoint: Checkpoint, name: str, source: str | os.PathLike[str], *, calibrated: bool
+    checkpoint: Checkpoint,
+    name: str,
+    source: str | os.PathLike[str],
+    record: Record | None,
+    *,
+    calibrated: bool,
 ) -> str:
     return model_card(
         name,
@@ -224,6 +232,8 @@ def _card(
         layers=dict(quantized_linears(checkpoint.weights, checkpoint.config)),
         license=license_of(checkpoint.folder, source),
         calibrated=calibrated,
+        is_trained=FUSED_ADAPTERS in checkpoint.config.source,
+        record=record,
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 
 from . import ops
-from .checkpoint.files import weight_files, write_json
+from .checkpoint.files import write_json
 from .checkpoint.load import load_for_training, load_processor, resolve_dtype
 from .checkpoint.record import DATA, LOG, OPTIONS, PLOT
 from .checks import is_litter, shown
@@ -34,6 +34,7 @@ from .train.memory import Memory, estimate, largest_arrays
 from .train.parts import frozen, prepare
 from .train.plot import draw_losses
 from .train.ranks import Ranks
+from .train.report import TENSORBOARD, WANDB
 from .train.rows import find_rows
 from .train.score import scorer
 from .train.sets import Sets, batches_of, held_out_batches, read_sets
@@ -42,9 +43,10 @@ from .train.state import FOLDER, Checkpoints, step_of
 
 ADAPTER, MODEL = "adapter", "model"
 FEATURES = "features"  # in the cache's folder, for all runs
-OWN = {ADAPTER, MODEL, FOLDER, OPTIONS, LOG, DATA, PLOT}  # in a run's folder
+OWN = {ADAPTER, MODEL, FOLDER, WANDB, TENSORBOARD, OPTIONS, LOG, DATA, PLOT}  # in a run's folder
 # Options that may change while a run goes on, since no weight depends on them.
-FREE = ("keep", "save_every", "eval_samples", "max_tokens", "cache_features")
+FREE = ("keep", "save_every", "eval_samples", "max_tokens", "cache_features", "report_to")
+WEIGHTS = (".safetensors", ".bin", ".pth")
 HEAD = 2**16  # bytes of each file of weights that tell models apart
 
 
@@ -103,7 +105,12 @@ def finetune(
     check_out(out)
     folder = resolve(model, revision=revision)
     processor = load_processor(folder)
-    reading = {"images": images, "columns": columns, "subset": subset, "split": split}
+    reading: dict[str, Any] = {
+        "images": images,
+        "columns": columns,
+        "subset": subset,
+        "split": split,
+    }
     reading |= {} if question is None else {"question": question}
     config = load_config(folder)
     sets = read_sets(_source(data), processor, config, settings, **reading)
@@ -168,7 +175,12 @@ def check(
     check_dtype(settings.dtype)
     folder = resolve(model, revision=revision)
     processor, config = load_processor(folder), load_config(folder)
-    reading = {"images": images, "columns": columns, "subset": subset, "split": split}
+    reading: dict[str, Any] = {
+        "images": images,
+        "columns": columns,
+        "subset": subset,
+        "split": split,
+    }
     reading |= {} if question is None else {"question": question}
     seeing = {
         "image_size": settings.image_size,
@@ -288,7 +300,7 @@ def describe(options: TrainOptions, folder: Path, sets: Sets, processes: int) ->
     """What makes a run this one: options, model, rows and the number of processes."""
     settings = {name: v for name, v in options.as_dict().items() if name not in FREE}
     found = blake2b(digest_size=8)
-    for file in weight_files(folder):
+    for file in sorted(path for path in folder.rglob("*") if path.suffix in WEIGHTS):
         found.update(str(file.stat().st_size).encode())
         with file.open("rb") as stream:
             found.update(stream.read(HEAD))

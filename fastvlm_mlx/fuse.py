@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -22,15 +21,16 @@ from .checkpoint.load import load_model, load_processor, processor_folder
 from .checkpoint.names import memory_name, quantized_linears
 from .checkpoint.quantize import BITS, LayerSettings, Quantize
 from .checkpoint.read import read_adapted
-from .checkpoint.record import copy_record, read_record
+from .checkpoint.record import read_record, write_record
 from .checkpoint.target import atomic_folder, check_apart, check_target
 from .config import FastVLMConfig
-from .convert import QUANTIZED, check_exporter, check_options, prepare, write
+from .convert import check_exporter, check_options, prepare, write
 from .evaluate.precision import SAMPLES, sample_outputs, token_agreement
 from .evaluate.questions import DEFAULT_QUESTION
 from .generation.inputs import read_inputs
 from .generation.options import Options
 from .hub.resolve import resolve
+from .model.fastvlm import FastVLM
 from .progress import progress_bar
 
 AGREEMENT = 0.99  # of a layer's outputs, below which it is kept wider
@@ -123,10 +123,10 @@ def fuse(
     if dequantize:
         config, weights = expanded(config, weights, beside)
     elif beside:
-        if layout not in QUANTIZED:
+        if layout != "mlx":
             raise ValueError(
-                f"{folder} is quantized, and the {layout} layout holds no quantized weights: add "
-                "dequantize."
+                f"{folder} is quantized, and its weights go only into the mlx layout: add "
+                f"dequantize for {layout}."
             )
         inputs = layer_inputs(folder, trained, config, beside, progress=progress)
         config, weights, layers = packed_anew(config, weights, beside, inputs, progress=progress)
@@ -145,7 +145,7 @@ def fuse(
             record=record,
         )
         (temporary / "README.md").write_text(card, encoding="utf-8")
-        copy_record(record, temporary)
+        write_record(record, temporary)
         write(checkpoint, temporary, layout, precision, shown=progress)
     same = _same_tokens(folder, trained, target) if layers else None
     return Fused(target, layers, same)
@@ -292,8 +292,8 @@ def agreement(found: mx.array, wanted: mx.array) -> float:
 def _same_tokens(folder: Path, adapter: Path, fused: Path) -> float:
     """How much of the unfused model's answers the fused one gives, token by token."""
     processor = load_processor(fused)
-    outputs: list[Sequence[Any]] = [
-        sample_outputs(model, processor, SAMPLES).tokens
-        for model in (load_model(fused), load_model(folder, adapter=adapter))
-    ]
-    return token_agreement(*outputs)
+
+    def tokens(model: FastVLM) -> list[list[int]]:
+        return sample_outputs(model, processor, SAMPLES).tokens
+
+    return token_agreement(tokens(load_model(fused)), tokens(load_model(folder, adapter=adapter)))

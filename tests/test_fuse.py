@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 from itertools import pairwise
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from checkpoints import logits_of, one_sentence
+from hub_server import TOKEN
 from mlx.utils import tree_flatten
 from sources import LAYOUTS, full_nano, with_tokenizer
 from training import trained
@@ -20,9 +22,11 @@ from fastvlm_mlx.checkpoint.layouts.adapters import Adapter
 from fastvlm_mlx.checkpoint.load import load_for_training
 from fastvlm_mlx.checkpoint.names import quantized_linears
 from fastvlm_mlx.checkpoint.read import read_adapted, read_checkpoint
+from fastvlm_mlx.checkpoint.record import MOST_LINES, read_record, read_run
+from fastvlm_mlx.checkpoint.upload import upload
 from fastvlm_mlx.checkpoint.write_adapter import shortened, write_adapter, write_torch
-from fastvlm_mlx.fuse import FusedLayer, agreement, expanded, packed_anew
-from fastvlm_mlx.hub.resolve import NANO
+from fastvlm_mlx.fuse import Fused, FusedLayer, agreement, expanded, packed_anew
+from fastvlm_mlx.hub.resolve import NANO, resolve
 from fastvlm_mlx.train.adapters import apply_adapter, write
 
 MODES = [
@@ -73,7 +77,7 @@ def test_every_mode_is_loaded_and_fused(base, small, tmp_path, modes):
     assert is_near(fv.load_model(base, adapter=folder), model)
     assert is_near(fv.load(folder)[0], model)  # it names its base
     done = fv.fuse(base, folder, tmp_path / "fused", progress=False)
-    assert done == fv.fuse.__globals__["Fused"](tmp_path / "fused")
+    assert done == Fused(tmp_path / "fused")
     assert is_near(fv.load_model(done.folder), model)
 
 
@@ -373,6 +377,16 @@ def test_the_command(run, adapter, base, tmp_path):
     assert wrong.code == 2 and "is no adapter" in wrong.err and "Traceback" not in wrong.err
 
 
+@pytest.mark.parametrize(
+    "command", ["generate", "chat", "caption {} --out {}/x.jsonl", "watch --folder {}"]
+)
+def test_every_command_takes_an_adapter(run, tmp_path, command):
+    shutil.copy(PANDA, tmp_path)
+    arguments = command.format(tmp_path, tmp_path).split()
+    done = run(*arguments, "--adapter", "./none")
+    assert done.code == 2 and "./none" in done.err and "Traceback" not in done.err
+
+
 def test_the_command_names_what_was_kept_wider(run, base, tmp_path):
     settings = {"bits": 2, "group_size": 32}
     packed = fv.convert(base, tmp_path / "packed", quantize=settings, progress=False)
@@ -382,6 +396,22 @@ def test_the_command_names_what_was_kept_wider(run, base, tmp_path):
     assert "Kept wider: language_model.model.layers.0." in done.err
     assert "Packed 14 quantized layers anew" in done.err
     assert "of the tokens are those of the unfused model" in done.err
+
+
+def test_adapters_on_the_hub(server, tmp_path, monkeypatch):
+    """Pushed as they are, and loaded from there with what LLaVA keeps in a file of its own."""
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    folder = write(trained(NANO, decoder="lora", projector="lora"), tmp_path / "adapter")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the licence
+        upload(folder, "user/clocks")
+    assert server.files["user/clocks"].keys() == {path.name for path in folder.iterdir()}
+    model, _ = fv.load(adapter="user/clocks", dtype="float32")
+    wanted = fv.load_model(NANO, dtype="float32", adapter=folder)
+    found, wanted = (dict(tree_flatten(each.parameters())) for each in (model, wanted))
+    assert all(mx.array_equal(found[name], value) for name, value in wanted.items())
+    there = resolve("user/clocks")
+    assert (there / "non_lora_trainables.bin").is_file()
 
 
 @pytest.fixture
@@ -402,7 +432,9 @@ def run_folder(base, tmp_path) -> Path:
 
 def test_cards_say_how_it_was_trained(run_folder, base, tmp_path):
     fused = fv.fuse(base, run_folder / "adapter", tmp_path / "fused", progress=False).folder
-    for folder in (run_folder / "adapter", fused):
+    again = fv.convert(fused, tmp_path / "again", layout="llava", progress=False)
+    direct = fv.convert(run_folder / "adapter", tmp_path / "direct", progress=False)
+    for folder in (run_folder / "adapter", fused, again, direct):
         card = (folder / "README.md").read_text()
         places = [
             card.index(said)
@@ -411,17 +443,30 @@ def test_cards_say_how_it_was_trained(run_folder, base, tmp_path):
                 "| rank | 4 |",
                 "| rows | 500 |",
                 r"| source | clocks\|a.jsonl |",
-                "The loss fell from 2.000 to 0.500 in 4 steps.",
+                "The loss was 2.000 at first and 0.500 after 4 steps.",
                 "The validation loss was lowest, 0.750, after step 2.",
                 "![Loss by step](loss.png)",
                 "```bash",
             )
         ]
         assert all(a < b for a, b in pairwise(places))
-        assert "stage" not in card
+        assert "stage" not in card and "nothing was trained" not in card
+        assert ("fine-tuned with" in card) == (folder != run_folder / "adapter")
         assert (folder / "loss.png").read_bytes() == b"a picture"
+    found = read_record(fused)
+    assert found is not None and found.options["rank"] == 4 and len(found.lines) == 6
     # A second time, over what it wrote
     fv.fuse(base, run_folder / "adapter", fused, overwrite=True, progress=False)
+
+
+def test_long_logs_are_thinned(tmp_path):
+    lines = [{"step": i, "loss": 1.0, "rows": ["a"] * 9} for i in range(1, 4 * MOST_LINES)]
+    lines += [{"step": 777, "validation_loss": 0.5}, {"step": len(lines) + 1, "loss": 0.25}]
+    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    found = read_run(tmp_path)
+    assert found is not None and len(found.lines) <= MOST_LINES + 2
+    assert found.lines[-1] == lines[-1] and lines[-2] in found.lines
+    assert all("rows" not in line for line in found.lines)
 
 
 def test_cards_without_a_record(adapter):
@@ -431,7 +476,7 @@ def test_cards_without_a_record(adapter):
 
 def test_wider_layers_are_those_with_a_measure_before():
     layers = (FusedLayer("a", 0.999, 4), FusedLayer("b", 0.995, 6, 0.98))
-    assert fv.fuse.__globals__["Fused"](Path(), layers).wider == [layers[1]]
+    assert Fused(Path(), layers).wider == [layers[1]]
 
 
 @pytest.mark.interop

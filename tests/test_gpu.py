@@ -5,16 +5,19 @@ Each bound is a few roundings of the dtype (`ROUNDOFF` of the doctor, which coun
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 from models import PENGUINS
 
 import fastvlm_mlx as fv
 from fastvlm_mlx import ops
 from fastvlm_mlx.bench.doctor import ROUNDOFF, compare, compute_outputs, product_kind
+from fastvlm_mlx.checkpoint.load import load_for_training
 from fastvlm_mlx.hub.resolve import NANO
 
 pytestmark = pytest.mark.gpu
@@ -110,3 +113,42 @@ def test_every_way_of_answering(gpu: None) -> None:
     assert fv.batch_generate(model, processor, [(question, PENGUINS)] * 3) == [answer] * 3
     chat = fv.Chat(model, processor)
     assert [chat.ask(question, image=PENGUINS), chat.ask(question)][0] == answer
+
+
+COSINE = {"float32": 0.9999, "float16": 0.999, "bfloat16": 0.99}
+"""Of a step's gradients and the exact ones; TF32's products have the digits of float16's."""
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["plain", "compiled"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_step_of_training(dtype: str, compiled: bool, small_folder: Path, gpu: None) -> None:
+    """Of rows with images, two of them packed in one."""
+    with mx.stream(mx.cpu), ops.assume("cpu"):
+        exact = gradients(small_folder, "float32", compiled=False)
+    found = gradients(small_folder, dtype, compiled=compiled)
+    assert found.keys() == exact.keys()
+    own, wanted = (
+        np.concatenate([each[name].flatten() for name in exact]) for each in (found, exact)
+    )
+    cosine = (own @ wanted) / (np.linalg.norm(own) * np.linalg.norm(wanted))
+    assert cosine > COSINE[dtype] and 0.9 < np.linalg.norm(own) / np.linalg.norm(wanted) < 1.1
+
+
+def gradients(folder: Path, dtype: str, *, compiled: bool) -> dict[str, np.ndarray]:
+    model = load_for_training(folder, dtype=dtype)
+    ids = mx.random.randint(1, 300, (2, 24), key=mx.random.key(0))
+    segments = mx.array([[0] * 12 + [1] * 12, [0] * 20 + [1] * 4])
+    places = mx.array([3, 4, 5, 6, 33, 34, 35, 36])
+    pixels = mx.random.uniform(shape=(2, 128, 128, 3), key=mx.random.key(1))
+
+    def loss(model: fv.FastVLM) -> mx.array:
+        embeddings = model.embed_at(ids, model.encode_image(pixels).flatten(0, 1), places)
+        states = model.language_model.hidden_states(None, None, embeddings, segments)
+        logits = model.language_model.logits(states).astype(mx.float32)
+        return nn.losses.cross_entropy(logits[:, :-1], ids[:, 1:], reduction="mean")
+
+    def step() -> dict[str, Any]:
+        return nn.value_and_grad(model, loss)(model)[1]
+
+    found = mx.compile(step, inputs=model.state, outputs=model.state)() if compiled else step()
+    return {name: np.array(g.astype(mx.float32)) for name, g in tree_flatten(found)}

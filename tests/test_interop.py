@@ -30,7 +30,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from sources import full_nano, qwen3_folder, with_tokenizer
-from training import trained
+from training import learn, trained
 
 import fastvlm_mlx as fv
 from fastvlm_mlx.checkpoint.load import load_processor
@@ -314,10 +314,10 @@ def test_a_fused_adapter_gives_the_same_tokens_everywhere(
     base = with_tokenizer(make_checkpoint(), tmp_path / "base")
     if quantize is not None:
         base = convert(base, tmp_path / "packed", quantize=quantize, progress=False)
-    adapter = write(trained(base, decoder="lora"), tmp_path / "adapter", base)
+    adapter = write(learn(trained(base, decoder="lora")), tmp_path / "adapter", base)
     pixel_values, ids = random_inputs(256, 250)
     unfused = run_ours(adapter, pixel_values, ids)  # beside its base
-    assert len(set(unfused["tokens"])) > TOKENS // 2
+    assert len(set(unfused["tokens"])) > TOKENS // 3
     assert run_ours(base, pixel_values, ids)["tokens"] != unfused["tokens"]
     folders = {layout: tmp_path / layout for layout in WRITTEN}
     for layout, folder in folders.items():

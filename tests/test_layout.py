@@ -34,7 +34,7 @@ LEVELS = {room: level for level, rooms in enumerate(ORDER) for room in rooms.spl
 SLOW = {"mlx_lm", "transformers", "huggingface_hub", "tokenizers", "jinja2", "PIL", "numpy"}
 OPTIONAL = {"torch", "coremltools", "matplotlib", "pillow_heif", "llguidance"}
 OPTIONAL |= {"fastapi", "pydantic", "starlette", "uvicorn", "prometheus_client"}  # of the server
-OPTIONAL |= {"av", "mss", "pyarrow", "datasets"}
+OPTIONAL |= {"av", "mss", "pyarrow", "datasets", "wandb", "tensorboardX"}
 HEAVY = SLOW | OPTIONAL | {"rich", "tqdm", "typer"}
 # The command imports the server only when it is to serve.
 HEAVY_ALLOWED = {"cli/": {"typer"}, "serve/": {"fastapi", "pydantic", "starlette"}}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -15,8 +17,9 @@ from sources import with_tokenizer
 
 import fastvlm_mlx as fv
 from fastvlm_mlx.checkpoint import load as loading
-from fastvlm_mlx.train.log import read_log
+from fastvlm_mlx.train.log import LOG, Log, read_log
 from fastvlm_mlx.train.plot import draw_losses, ticks
+from fastvlm_mlx.train.report import REPORTERS, reporter
 
 QUICK = ["--no-compiled", "--image-size", "64", "--batch-size", "2", "-q"]
 Row = dict[str, Any]
@@ -226,6 +229,46 @@ def test_a_damaged_last_checkpoint_costs_only_its_steps(
     code, _, errors = run(*arguments(model, data, out, "--save-every", "1", "--keep", "3"))
     assert code == 0, errors
     assert (out / "adapter" / "adapter_model.safetensors").read_bytes() == expected
+
+
+# Reports
+
+
+def test_numbers_go_to_tensorboard_and_wandb_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[tuple[str, float, int]] = []
+    begun: list[dict[str, Any]] = []
+
+    class SummaryWriter:
+        def __init__(self, folder: str):
+            begun.append({"folder": folder})
+
+        def add_scalar(self, name: str, value: float, step: int) -> None:
+            found.append((name, value, step))
+
+    def init(**named: Any) -> Any:
+        begun.append(named)
+        return SimpleNamespace(log=lambda numbers, step: found.append((*numbers.items(), step)))
+
+    monkeypatch.setitem(sys.modules, "tensorboardX", SimpleNamespace(SummaryWriter=SummaryWriter))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    for name in REPORTERS:
+        log = Log(tmp_path / LOG, report=reporter(name, tmp_path / "run", {"rank": 3}))
+        log.write(step=4, loss=1.5, rows=["a"])
+    assert found == [(("loss", 1.5), 4), ("loss", 1.5, 4)]
+    assert begun[0]["config"] == {"rank": 3} and begun[0]["id"] == "run"
+    assert begun[1]["folder"] == str(tmp_path / "run" / "tensorboard")
+
+
+@pytest.mark.parametrize("name", REPORTERS)
+def test_a_missing_reporter_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    for module in ("wandb", "tensorboardX"):
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ImportError, match=rf"pip install 'fastvlm-mlx\[{name}\]'"):
+        reporter(name, tmp_path, {})
 
 
 # The plot

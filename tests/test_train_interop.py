@@ -146,7 +146,7 @@ def test_loss_gradients_and_steps_are_those_of_transformers(folder: Path, tmp_pa
     assert total.item() / count.item() == pytest.approx(float(theirs["loss"]), abs=1e-5)
     optimizer = Optimizer(dict(tree_flatten(model.trainable_parameters())), TrainOptions())
     sums = Step(model, optimizer, 0.0, compiled=False).compute(arrays)
-    means = {name: g / sums.count for name, g in sums.gradients.items()}
+    means = {name: g / sums.tokens for name, g in sums.gradients.items()}
     compare(named_gradients(model, means), theirs)
 
     model = load_for_training(folder, dtype="float32")
@@ -181,5 +181,5 @@ def train(model: Any, arrays: dict[str, Any]) -> list[float]:
     for _ in range(int(SETTINGS["steps"])):
         sums = step.compute(arrays)
         step.apply(sums, 1.0)
-        losses.append((sums.loss / sums.count).item())
+        losses.append((sums.loss / sums.tokens).item())
     return losses

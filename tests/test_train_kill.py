@@ -18,11 +18,11 @@ from sources import with_tokenizer
 
 from fastvlm_mlx.train.log import read_log
 
-STEPS = 18
+STEPS = 12
 OPTIONS = ["--epochs", "3", "--save-every", "1", "--batch-size", "2", "--accumulation", "2"]
 OPTIONS += ["--dropout", "0.1", "--vision", "full", "--no-compiled", "--learning-rate", "1e-3"]
 OPTIONS += ["--validation", "0.1", "--eval-every", "5", "--keep", "1", "--image-size", "64"]
-FEW, MANY = 3, 20
+FEW, MANY = 2, 20
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def start(small_folder: Path, tmp_path_factory: pytest.TempPathFactory):
                 {"from": "gpt", "value": "An animal" + "!" * (n % 5)},
             ],
         }
-        for n in range(27)
+        for n in range(18)
     ]
     data.write_text(json.dumps(rows), encoding="utf-8")
 

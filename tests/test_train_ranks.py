@@ -112,7 +112,7 @@ def test_ranks_have_the_curve_of_one_process_with_as_many_times_the_batch(
     assert max(abs(a - b) for a, b in zip(one, several, strict=True)) < 1e-5
 
 
-@pytest.mark.parametrize("how", ["KILL", "STOP"])
+@pytest.mark.parametrize("how", ["KILL", pytest.param("STOP", marks=pytest.mark.slow)])
 def test_a_lost_process_ends_the_others_with_one_sentence_and_the_rerun_goes_on(
     files: tuple[Path, Path, Path], start: Callable[..., list[Process]], how: str
 ) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -227,8 +228,6 @@ BROKEN: dict[str, tuple[Any, str]] = {
 
 @pytest.mark.parametrize("case", BROKEN)
 def test_a_bad_row_is_named_in_one_sentence(folder: Path, case: str) -> None:
-    import re
-
     row, said = BROKEN[case]
     assert re.search(said, problem(folder, row))
 
@@ -350,6 +349,14 @@ def test_a_split_does_not_depend_on_python_s_hashes(folder: Path) -> None:
     assert said == {f"{here}\n"}
 
 
+def test_at_least_the_rows_of_one_image_validate(folder: Path) -> None:
+    names = pictures(folder, 4)
+    rows = [{"id": n, "image": names[n % 4], "answer": f"{n}"} for n in range(20)]
+    train, validation = split_rows(read_rows(write(folder, rows)), 0.05)
+    assert (len(train), len(validation)) == (15, 5)
+    assert len({row.images[0] for row in validation}) == 1
+
+
 def test_what_can_not_be_split_is_named(folder: Path) -> None:
     rows = read_rows(write(folder, [{"image": "panda.png", "answer": f"{n}"} for n in range(4)]))
     with pytest.raises(ValueError, match="can't be divided") as error:
@@ -392,6 +399,9 @@ def test_data_sets_of_the_library(folder: Path) -> None:
     assert second.images[0].read() == PENGUINS.read_bytes()
     assert (fv.preprocess(first.images[0], 256) == fv.preprocess(PANDA, 256)).all()
     assert len(split_rows([first, second], 0.5)[0]) == 1
+    saved.to_parquet(folder / "saved.parquet")
+    again, _ = read_rows(folder / "saved.parquet", columns=columns)
+    assert again.where == "saved.parquet, row 1" and again.images[0].read() == PANDA.read_bytes()
 
 
 @pytest.mark.needs("datasets")
@@ -415,3 +425,22 @@ def test_conversations_and_lists_of_images_of_the_library(folder: Path) -> None:
     with pytest.raises(ValueError, match="can't be read") as error:
         read_rows(folder / "saved", split="none")
     one_sentence(error)
+
+
+# The document
+
+
+def test_the_examples_in_the_document_are_read(folder: Path) -> None:
+    text = (Path(__file__).parents[1] / "docs" / "train_data.md").read_text(encoding="utf-8")
+    llava, chats = re.findall(r"```json\n(.*?)```", text, re.DOTALL)
+    (table,) = re.findall(r"```\n(image,question.*?)```", text, re.DOTALL)
+    for name in "ab":
+        (folder / f"{name}.png").write_bytes(PANDA.read_bytes())
+    for name, content in (("a.json", llava), ("b.jsonl", chats), ("c.csv", table)):
+        (folder / name).write_text(content, encoding="utf-8")
+    found = [read_rows(folder / name) for name in ("a.json", "b.jsonl", "c.csv")]
+    assert [len(rows) for rows in found] == [3, 2, 2]
+    assert [len(row.images) for rows in found for row in rows] == [1, 2, 0, 1, 1, 1, 1]
+    asked = "<image>\nWhich animal is it?"
+    assert found[0][0].messages[0]["content"] == asked == found[1][1].messages[0]["content"]
+    assert found[2][0].messages[0]["content"] == asked

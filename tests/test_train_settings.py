@@ -19,7 +19,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "a stage": ({"stage": "4"}, "stage must be one of 1, 1.5, 2, 3, found '4'."),
     "nothing": ({"decoder": "frozen", "projector": "frozen"}, "nothing would change"),
     "quantized": ({"quantize": 4, "decoder": "full"}, "Quantized weights can't be trained"),
-    "layers": ({"decoder": "full", "layers": ["*"]}, "no part has either"),
+    "layers": ({"decoder": "full", "projector": "full", "layers": ["*"]}, "no part has either"),
     "patience": ({"patience": 2}, "patience needs validation"),
     "None": ({"batch_size": None}, "batch_size must be a whole number from 1, found None."),
 }

@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple
 
 import mlx.core as mx
 
@@ -234,19 +234,3 @@ def said_options(options: Options) -> dict[str, str]:
     """The options that are not the default, as JSON can hold them."""
     defaults = vars(Options())
     return {k: repr(v) for k, v in vars(options).items() if v != defaults[k]}
-
-
-def fingerprint(model: FastVLM) -> str:
-    """A hash of a model: its geometry, and some values of every tensor."""
-    import numpy as np
-    from mlx.utils import tree_flatten
-
-    found = hashlib.blake2b(repr(model.config).encode(), digest_size=16)
-    tensors: list[tuple[str, mx.array]] = sorted(cast(Any, tree_flatten(model.parameters())))
-    samples = [tensor.reshape(-1)[:: max(1, tensor.size // 64)] for _, tensor in tensors]
-    samples = [each.astype(mx.float32) if each.dtype == mx.bfloat16 else each for each in samples]
-    mx.eval(samples)
-    for (name, tensor), sample in zip(tensors, samples, strict=True):
-        found.update(f"{name} {tensor.shape} {tensor.dtype}".encode())
-        found.update(np.asarray(sample).tobytes())
-    return found.hexdigest()

@@ -16,9 +16,10 @@ from ..checks import brief, reason, shown
 from ..generation.constrain import is_constrained
 from ..generation.scheduler import MAX_BATCH, batch_options
 from ..model.fastvlm import FastVLM
+from ..model.fingerprint import fingerprint
 from ..processor import Processor
 from ..progress import progress_bar
-from .answers import Answering, Known, Task, fingerprint, said_options
+from .answers import Answering, Known, Task, said_options
 from .appended import AppendedTable
 from .items import PROMPT, Item
 from .job import APPEND, PREPEND, SKIP, Job

@@ -87,7 +87,8 @@ def _fuse_layer(weights: Weights, i: int, whole: str, *, is_fused: bool) -> Weig
 
 def unfuse(model: FastVLM, *, folded: bool = False) -> Weights:
     """The inverse of `fuse`, with neutral BatchNorms, layer scales and head, and with zeros for the
-    biases that `vision_tower.fold_biases` left to other layers.
+    biases that `vision_tower.fold_biases` left to other layers. Parallel branches of an encoder in
+    training form become one convolution each.
 
     Args:
         model: the model.
@@ -95,13 +96,9 @@ def unfuse(model: FastVLM, *, folded: bool = False) -> Weights:
     """
     config = model.config
     parameters: Weights = dict(tree_flatten(model.parameters()))
-    for name, value in list(parameters.items()):
-        if name.endswith(".convffn.conv.weight"):
-            zeros = mx.zeros(len(value), value.dtype)
-            parameters.setdefault(name.replace(".weight", ".bias"), zeros)
     weights: Weights = {}
     if not folded:
-        encoder = fold.unfold_encoder(lambda name: parameters[VISION_TOWER + name], config.vision)
+        encoder = _unfold(parameters, config)
         weights = {ENCODER + name: value for name, value in encoder.items()}
         weights[HEAD] = mx.zeros((config.vision.hidden_size, config.vision.projection_dim))
     for name, value in parameters.items():
@@ -113,6 +110,22 @@ def unfuse(model: FastVLM, *, folded: bool = False) -> Weights:
         elif folded or not name.startswith(VISION_TOWER):
             weights[name] = value
     return weights
+
+
+def _unfold(parameters: Weights, config: FastVLMConfig) -> Weights:
+    """The encoder's parameters → the inference form, without the prefix of its names."""
+    encoder = {
+        name.removeprefix(VISION_TOWER): value
+        for name, value in parameters.items()
+        if name.startswith(VISION_TOWER)
+    }
+    if fold.is_training_form(encoder):
+        return fold.reparameterize(encoder)
+    for name, value in list(encoder.items()):
+        if name.endswith(".convffn.conv.weight"):
+            zeros = mx.zeros(len(value), value.dtype)
+            encoder.setdefault(name.replace(".weight", ".bias"), zeros)
+    return fold.unfold_encoder(encoder.__getitem__, config.vision)
 
 
 def _split_fused(name: str, value: mx.array, config: FastVLMConfig) -> Weights:

@@ -95,6 +95,35 @@ def read_layout(folder: Path) -> tuple[Weights, ModuleType]:
     Raises:
         CheckpointError: there are no weights, a file is broken, or the layout is unknown.
     """
+    weights, layout = _read_as_stored(folder)
+    if fold.is_training_form(weights):
+        try:
+            weights = fold.reparameterize(weights)
+        except fold.BranchError as error:
+            name = _name_in_files(error.name, weights, layout)
+            raise CheckpointError(f"{folder}: {name} {error.problem}.") from None
+    return weights, layout
+
+
+def read_branches(folder: Path) -> Weights:
+    """The tensors of an encoder in training form, in the names of the mlx-vlm layout, without
+    those of the rest of the model.
+
+    Raises:
+        CheckpointError: as `read_layout`, or the encoder is in inference form.
+    """
+    weights, _ = _read_as_stored(folder)
+    encoder = {name: value for name, value in weights.items() if name.startswith(mlx_vlm.ENCODER)}
+    if not fold.is_training_form(encoder):
+        raise CheckpointError(
+            f"{folder} has an encoder in inference form, without the parallel branches and "
+            "BatchNorms of training; train it as it is."
+        )
+    return {name.removeprefix(mlx_vlm.ENCODER): t for name, t in encoder.items() if name != HEAD}
+
+
+def _read_as_stored(folder: Path) -> tuple[Weights, ModuleType]:
+    """As `read_layout`, with parallel branches."""
     tensors = read_tensors(folder)
     layout = next((layout for layout in LAYOUTS if layout.matches(set(tensors))), None)
     if layout is None:
@@ -108,12 +137,6 @@ def read_layout(folder: Path) -> tuple[Weights, ModuleType]:
     weights = layout.to_mlx(tensors)
     if layout is apple_export:
         weights |= apple_export.read_encoder(folder, load_config(folder).vision)
-    if fold.is_training_form(weights):
-        try:
-            weights = fold.reparameterize(weights)
-        except fold.BranchError as error:
-            name = _name_in_files(error.name, weights, layout)
-            raise CheckpointError(f"{folder}: {name} {error.problem}.") from None
     return weights, layout
 
 

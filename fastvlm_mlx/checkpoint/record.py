@@ -9,10 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..checks import brief
+from ..checks import brief, is_number
+from .files import write_json
 
-OPTIONS, LOG, PLOT, DATA = "options.json", "log.jsonl", "loss.png", "data.json"
+OPTIONS, LOG, PLOT, DATA = "options.json", "log.jsonl", "loss.png", "data.json"  # of a run
+TRAINING = "training.json"  # of an adapter or a model: what the run's files say
 LOSS, VALIDATION = "loss", "validation_loss"  # of the log's lines
+KEPT = ("step", LOSS, VALIDATION)
+MOST_LINES = 1000
 
 
 @dataclass(frozen=True)
@@ -32,25 +36,40 @@ class Record:
     plot: Path | None = None
 
 
+def read_run(folder: Path) -> Record | None:
+    """The record of the run in a folder; None if there is none."""
+    if not any((folder / name).is_file() for name in (OPTIONS, LOG)):
+        return None
+    lines = [{key: line[key] for key in KEPT if key in line} for line in _lines(folder / LOG)]
+    lines = [line for line in lines if _has_number(line, LOSS) or _has_number(line, VALIDATION)]
+    every = -(-len(lines) // MOST_LINES) or 1
+    chosen = [line for i, line in enumerate(lines) if i % every == 0 or VALIDATION in line]
+    if lines and chosen[-1] is not lines[-1]:
+        chosen.append(lines[-1])
+    return Record(_object(folder / OPTIONS), _object(folder / DATA), chosen, _plot(folder))
+
+
 def read_record(folder: Path) -> Record | None:
-    """The record of the run that left an adapter or model, in its folder or the one around it; None
-    if there is none."""
-    for place in (folder, folder.parent):
-        if any((place / name).is_file() for name in (OPTIONS, LOG)):
-            plot = place / PLOT
-            return Record(
-                _object(place / OPTIONS),
-                _object(place / DATA),
-                _lines(place / LOG),
-                plot if plot.is_file() else None,
-            )
-    return None
+    """The record in the folder of an adapter or a model; None if there is none."""
+    found = _object(folder / TRAINING)
+    options, data, lines = (found.get(name) for name in ("options", "data", "log"))
+    if not isinstance(options, dict) or not isinstance(data, dict) or not isinstance(lines, list):
+        return None
+    return Record(options, data, [x for x in lines if isinstance(x, dict)], _plot(folder))
 
 
-def copy_record(record: Record | None, target: Path) -> None:
-    """Copy the picture of a run's losses, which its card shows."""
-    if record is not None and record.plot is not None:
+def write_record(record: Record | None, target: Path) -> None:
+    """Write what `read_record` reads, for the next card."""
+    if record is None:
+        return
+    written = {"options": record.options, "data": record.data, "log": record.lines}
+    write_json(target / TRAINING, written)
+    if record.plot is not None:
         shutil.copyfile(record.plot, target / PLOT)
+
+
+def _plot(folder: Path) -> Path | None:
+    return folder / PLOT if (folder / PLOT).is_file() else None
 
 
 def _object(file: Path) -> dict[str, Any]:
@@ -100,15 +119,13 @@ def _table(title: str, values: Mapping[str, Any]) -> str:
 
 
 def _course(lines: list[dict[str, Any]]) -> str:
-    """The losses in a sentence."""
-    losses = [line for line in lines if _is_number(line.get(LOSS))]
-    tested = [line for line in lines if _is_number(line.get(VALIDATION))]
+    """The losses in a sentence or two."""
+    losses = [line for line in lines if _has_number(line, LOSS)]
+    tested = [line for line in lines if _has_number(line, VALIDATION)]
     said = []
     if losses:
-        steps = losses[-1].get("step", len(losses))
-        said.append(
-            f"The loss fell from {losses[0][LOSS]:.3f} to {losses[-1][LOSS]:.3f} in {steps} steps."
-        )
+        first, last, steps = losses[0][LOSS], losses[-1][LOSS], losses[-1].get("step")
+        said.append(f"The loss was {first:.3f} at first and {last:.3f} after {steps} steps.")
     if tested:
         best = min(tested, key=lambda line: float(line[VALIDATION]))
         lowest = f"The validation loss was lowest, {best[VALIDATION]:.3f},"
@@ -116,5 +133,5 @@ def _course(lines: list[dict[str, Any]]) -> str:
     return " ".join(said)
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def _has_number(line: Mapping[str, Any], name: str) -> bool:
+    return is_number(line.get(name))

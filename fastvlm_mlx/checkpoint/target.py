@@ -15,14 +15,14 @@ from ..config import MODEL_TYPES, TRANSFORMERS_TYPE, CheckpointError, read_json
 from .layouts import adapters
 from .layouts.coreml.program import PACKAGE
 from .processor_files import COPIED
-from .record import PLOT
+from .record import PLOT, TRAINING
 
 CONFIG = "config.json"
 WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 WRITTEN = {*COPIED, CONFIG, PACKAGE, "README.md", "model.safetensors.index.json"}
 WRITTEN |= {"preprocessor_config.json", "processor_config.json"}
 ADAPTERS = {adapters.ADAPTER[0], *adapters.TRAINED}
-WRITTEN |= {*ADAPTERS, adapters.SETTINGS, PLOT}
+WRITTEN |= {*ADAPTERS, adapters.SETTINGS, PLOT, TRAINING}
 NEW, OLD = ".converting", ".replaced"  # ends of the names of temporary folders
 SWAP, HERE = 2, -100  # RENAME_EXCHANGE on Linux, RENAME_SWAP on macOS; AT_FDCWD
 

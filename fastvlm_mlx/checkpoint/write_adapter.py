@@ -19,9 +19,9 @@ from .card import adapter_card
 from .files import Weights, check_finite, write_json
 from .layouts import adapters, llava, transformers
 from .layouts.adapters import Adapter, LowRank
-from .layouts.mlx_vlm import PROJECTOR, VISION_TOWER
+from .layouts.mlx_vlm import DECODER, PROJECTOR, VISION_TOWER
 from .processor_files import config_json
-from .record import copy_record, read_record
+from .record import read_run, write_record
 from .target import atomic_folder
 
 PEFT = "base_model.model."
@@ -70,6 +70,8 @@ def write_adapter(
         if adapter.low_rank:
             tensors, settings = peft_files(adapter, in_peft, weights, NAMES[layout])
             settings["base_model_name_or_path"] = base
+            if f"{DECODER}embed_tokens.weight" in in_peft and config.text.tie_word_embeddings:
+                settings["ensure_weight_tying"] = True  # or PEFT leaves the output layer behind
             write_json(folder / adapters.SETTINGS, settings)
             _save(folder / adapters.ADAPTER[0], tensors, about)
         if beside:
@@ -79,8 +81,8 @@ def write_adapter(
         if layout == "llava" and (adapter.low_rank or is_projector):
             # What LLaVA's loader reads, and would otherwise look for on the Hub
             write_torch(folder / f"{stem}.bin", llava.from_mlx(beside))
-        record = read_record(target)
-        copy_record(record, folder)
+        record = read_run(target.parent)
+        write_record(record, folder)
         card = adapter_card(target.name, base, record, has_lora=bool(adapter.low_rank))
         (folder / "README.md").write_text(card, encoding="utf-8")
     return target
@@ -153,9 +155,7 @@ def _settings(
     layout: ModuleType,
 ) -> dict[str, Any]:
     """adapter_config.json but the base's name."""
-    kinds = {
-        names[n]: (len(each.down), each.scale * len(each.down)) for n, each in low_rank.items()
-    }
+    kinds = {names[layer]: _rank_and_alpha(each) for layer, each in low_rank.items()}
     (rank, alpha), _ = Counter(kinds.values()).most_common(1)[0]
     modules = {name.rpartition(".")[0] for name in layout.from_mlx(dict(weights))}
     module = "mm_projector" if layout is llava else "multi_modal_projector"
@@ -178,6 +178,12 @@ def _settings(
         "target_modules": shortened(set(kinds), modules),
         "modules_to_save": sorted(projector | others) or None,
     }
+
+
+def _rank_and_alpha(low_rank: LowRank) -> tuple[int, float]:
+    rank = len(low_rank.down)
+    alpha = low_rank.scale * rank
+    return rank, int(alpha) if alpha.is_integer() else alpha
 
 
 def shortened(wanted: set[str], modules: set[str]) -> list[str]:

@@ -16,6 +16,8 @@ from .chat import chat
 from .convert import convert
 from .doctor import doctor
 from .download import download
+from .evaluate import EXAMPLE as QUESTIONS
+from .evaluate import evaluate
 from .fuse import fuse
 from .generate import generate
 from .images import repeat_image_flag
@@ -41,6 +43,7 @@ for command in (generate, chat, watch, caption, models, download, convert, fuse,
 app.command(epilog=FLOORS)(bench)
 app.command(epilog=EXAMPLE)(serve)
 app.command(epilog=TRAINING)(train)
+app.command("eval", epilog=QUESTIONS)(evaluate)
 
 
 def _print_version(wanted: bool) -> None:

@@ -202,7 +202,7 @@ class FastViTHD(nn.Module):
         Raises:
             ValueError: the shape is not that of channels-last images of such a size.
         """
-        self._check(pixel_values)
+        check_pixel_values(pixel_values, self.config.patch_size)
         x = self.stem(as_float(pixel_values, self.stem.conv.weight))
         for layer in self.network:
             x = layer(x)
@@ -214,12 +214,14 @@ class FastViTHD(nn.Module):
             if isinstance(layer, (RepMixerBlock, AttentionBlock)):
                 layer.convffn.fold_bias()
 
-    def _check(self, pixel_values: mx.array) -> None:
-        shape, patch = pixel_values.shape, self.config.patch_size
-        if len(shape) != 4 or shape[3] != 3:
-            raise ValueError(f"pixel_values must be [B, S, S, 3] (channels last), found {shape}.")
-        if shape[1] % patch or shape[2] % patch or not shape[1] or not shape[2]:
-            raise ValueError(f"image size must be a multiple of {patch}, found {shape[1:3]}.")
+
+def check_pixel_values(pixel_values: mx.array, patch: int) -> None:
+    """ValueError unless these are channels-last images whose sides are multiples of a patch's."""
+    shape = pixel_values.shape
+    if len(shape) != 4 or shape[3] != 3:
+        raise ValueError(f"pixel_values must be [B, S, S, 3] (channels last), found {shape}.")
+    if shape[1] % patch or shape[2] % patch or not shape[1] or not shape[2]:
+        raise ValueError(f"image size must be a multiple of {patch}, found {shape[1:3]}.")
 
 
 def as_float(pixel_values: mx.array, weight: mx.array) -> mx.array:

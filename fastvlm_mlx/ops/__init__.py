@@ -12,7 +12,7 @@ from .attention import (
     spread_mask,
     takes_quantized_caches,
 )
-from .conv import DepthwiseConv, concatenated_gelu, in_row_bands, interleaved
+from .conv import DepthwiseConv, concatenated_gelu, depthwise, in_row_bands, interleaved
 from .cpu_training import keep_freed_memory
 from .device import (
     assume,
@@ -37,12 +37,13 @@ from .linear import (
     quantize,
     split_linear,
 )
-from .norm import RMSNorm, mean_over_positions
+from .norm import BatchNorm, RMSNorm, mean_over_positions
 from .process import check_process, note_computation
 from .rope import RoPE
 
 __all__ = [
     "AdaptedLinear",
+    "BatchNorm",
     "DepthwiseConv",
     "QuantizedEmbedding",
     "QuantizedLinear",
@@ -58,6 +59,7 @@ __all__ = [
     "check_process",
     "clear_large_cache",
     "concatenated_gelu",
+    "depthwise",
     "differentiates_by_layer",
     "fast_dtype",
     "gains_from_fusing",

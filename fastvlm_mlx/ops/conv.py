@@ -50,8 +50,8 @@ class DepthwiseConv(nn.Module):
 
     def without_bias(self, x: mx.array) -> mx.array:
         """What a call gives, less the bias."""
-        if on_cpu() and self.training:
-            return cpu_training.depthwise_conv(x, self.weight, self.stride)
+        if self.training:
+            return _depthwise(x, self.weight, self.stride)
         channels, kernel = self.weight.shape[:2]
         return mx.conv2d(x, self.weight, self.stride, kernel // 2, groups=channels)
 
@@ -59,6 +59,33 @@ class DepthwiseConv(nn.Module):
         """The bias, which is added no more: the caller adds it elsewhere."""
         bias: mx.array = self.pop("bias")
         return bias
+
+
+def depthwise(x: mx.array, weight: mx.array, stride: int) -> mx.array:
+    """Convolve each channel with kernels of its own, zero-padded by half the kernel, to train them.
+
+    Args:
+        x: [B, H, W, C].
+        weight: [ways C, k, k, 1]; the outputs of one channel are neighbours.
+        stride: of rows and columns.
+
+    Returns:
+        [B, ceil(H/stride), ceil(W/stride), ways C].
+    """
+    channels, kernel = x.shape[-1], weight.shape[1]
+    ways = len(weight) // channels
+    if kernel == stride == 1:
+        return (mx.expand_dims(x, -1) * weight.reshape(channels, ways)).flatten(-2)
+    # One output per channel at a time, which Metal's depthwise kernel needs.
+    outputs = [_depthwise(x, weight[i::ways], stride) for i in range(ways)]
+    return outputs[0] if ways == 1 else mx.stack(outputs, axis=-1).flatten(-2)
+
+
+def _depthwise(x: mx.array, weight: mx.array, stride: int) -> mx.array:
+    if on_cpu():
+        return cpu_training.depthwise_conv(x, weight, stride)
+    channels, kernel = weight.shape[:2]
+    return mx.conv2d(x, weight, stride, kernel // 2, groups=channels)
 
 
 def concatenated_gelu(convs: Sequence[DepthwiseConv], x: mx.array) -> mx.array:

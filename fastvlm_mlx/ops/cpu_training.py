@@ -222,3 +222,57 @@ def first_conv_gradient(
     padded = mx.pad(x, [(0, 0), (pad, pad), (pad, pad), (0, 0)])
     slices = mx.concatenate(cpu.shifted(padded, kernel, stride), axis=-1)
     return (cotangent.flatten(0, -2).T @ slices.flatten(0, -2)).reshape(shape)
+
+
+# --- BatchNorm and scales ---
+
+
+def channel_statistics(x: mx.array) -> tuple[mx.array, mx.array]:
+    """(mean, variance) of each channel, [C]."""
+    count = x.size // x.shape[-1]
+    mean = row_sum(x) / count
+    return mean, row_sum(_squared_distance(x, mean)) / count
+
+
+@mx.compile
+def scaled(x: mx.array, scale: mx.array, shift: mx.array) -> mx.array:
+    """scale x + shift, by channel."""
+    return x * scale + shift
+
+
+def batch_norm_gradients(
+    x: mx.array, mean: mx.array, root: mx.array, weight: mx.array, cotangent: mx.array
+) -> tuple[mx.array, mx.array, mx.array]:
+    """The gradients of the input, the weight and the bias of a BatchNorm by a batch's statistics.
+
+    Args:
+        x: [..., C].
+        mean: of each channel.
+        root: 1 / sqrt(variance + eps).
+        weight: [C].
+        cotangent: of the output.
+    """
+    count = x.size // x.shape[-1]
+    to_bias = row_sum(cotangent)
+    to_weight = row_sum(_product(cotangent, x, root, -mean * root))
+    scale = weight * root
+    slope = scale * root * to_weight / count
+    to_x = _without_trend(cotangent, x, scale, slope, scale * to_bias / count - slope * mean)
+    return to_x, to_weight, to_bias
+
+
+@mx.compile
+def _squared_distance(x: mx.array, mean: mx.array) -> mx.array:
+    return mx.square(x - mean)
+
+
+@mx.compile
+def _product(cotangent: mx.array, x: mx.array, scale: mx.array, shift: mx.array) -> mx.array:
+    return cotangent * (x * scale + shift)
+
+
+@mx.compile
+def _without_trend(
+    cotangent: mx.array, x: mx.array, scale: mx.array, slope: mx.array, offset: mx.array
+) -> mx.array:
+    return cotangent * scale - x * slope - offset

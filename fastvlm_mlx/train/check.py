@@ -20,7 +20,7 @@ from ..progress import progress_bar
 from ..text.tokenizer import Tokenizer
 from .examples import Example, ExampleImage, Examples, collect_examples
 from .row_files import BadRow
-from .rows import Row
+from .rows import MANY, Row
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -66,10 +66,11 @@ class Check:
         _print_rows(console, "are used without their end", found.cut)
         _print_rows(console, "are left out", found.silent)
         for example in _typical(found.kept):
-            console.print(f"\n[bold]{escaped(example.id)}[/bold] ({escaped(example.where)}):")
+            name = f"\n[bold]{escaped(example.id)}[/bold] ({escaped(example.where)}):"
+            console.print(name, highlight=False)
             console.print(shown_example(example, tokenizer), soft_wrap=True)
         if found.kept:
-            console.print(f"\nWhat is learned stands in {OPENED} {CLOSED}; the rest is masked.")
+            console.print(f"\nWhat is learned stands in {OPENED} {CLOSED}; the rest is masked.\n")
         console.print(statistics(self))
 
 
@@ -100,7 +101,7 @@ def find_unreadable(rows: Sequence[Row]) -> list[BadRow]:
     threads = min(os.cpu_count() or 1, MAX_THREADS)
     with (
         ThreadPoolExecutor(threads) as pool,
-        progress_bar(len(rows), "Images", unit="row") as bar,
+        progress_bar(len(rows), "Images", unit="row", shown=len(rows) >= MANY) as bar,
     ):
         found = []
         for bad in pool.map(_find_unreadable, rows):

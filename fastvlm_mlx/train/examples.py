@@ -7,7 +7,7 @@ The tokens before an answer are those of the prompt that `generate` builds; the 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -17,11 +17,12 @@ from ..image.grid import anyres_grid
 from ..image.load import ImageSource, read_picture
 from ..model.fastvlm import count_visual_tokens
 from ..processor import Processor
+from ..progress import progress_bar
 from ..text.messages import IMAGE_PLACE, read_messages
 from ..text.prompt import ANSWER_PLACE, encode_prompt, render_prompt
 from ..text.tokenizer import Tokenizer
 from .row_files import BadRow
-from .rows import BadRows, Row
+from .rows import MANY, BadRows, Row
 
 TOO_LONG = ("error", "skip", "truncate")
 
@@ -244,7 +245,7 @@ def build_examples(
 
 
 def collect_examples(
-    rows: Iterable[Row],
+    rows: Sequence[Row],
     processor: Processor,
     config: FastVLMConfig,
     *,
@@ -268,26 +269,31 @@ def collect_examples(
     if too_long not in TOO_LONG:
         raise ValueError(f"too_long must be {', '.join(TOO_LONG)}, found {shown(too_long)}.")
     found = Examples()
-    for row in rows:
-        try:
-            example = build_example(row, processor, config, **options)
-        except ValueError as error:
-            said = str(error).removeprefix(f"{row.where}: ").removesuffix(".")
-            found.bad.append(BadRow(row.where, said))
-            continue
-        if len(example) > limit:
-            said = BadRow(row.where, f"it has {len(example)} tokens, more than {limit}")
-            {"error": found.bad, "skip": found.skipped, "truncate": found.cut}[too_long].append(
-                said
-            )
-            if too_long != "truncate":
-                continue
-            example = cut_example(example, limit)
-        if example.answers:
-            found.kept.append(example)
-        else:
-            found.silent.append(BadRow(row.where, "no token of it is supervised"))
+    with progress_bar(len(rows), "Rows", unit="row", shown=len(rows) >= MANY) as bar:
+        for row in rows:
+            try:
+                example = build_example(row, processor, config, **options)
+            except ValueError as error:
+                said = str(error).removeprefix(f"{row.where}: ").removesuffix(".")
+                found.bad.append(BadRow(row.where, said))
+            else:
+                _sort_in(found, example, limit, too_long)
+            bar.update()
     return found
+
+
+def _sort_in(found: Examples, example: Example, limit: int, too_long: str) -> None:
+    if len(example) > limit:
+        longer = BadRow(example.where, f"it has {len(example)} tokens, more than {limit}")
+        lists = {"error": found.bad, "skip": found.skipped, "truncate": found.cut}
+        lists[too_long].append(longer)
+        if too_long != "truncate":
+            return
+        example = cut_example(example, limit)
+    if example.answers:
+        found.kept.append(example)
+    else:
+        found.silent.append(BadRow(example.where, "no token of it is supervised"))
 
 
 def _check_limit(max_length: int | None, most: int) -> int:

@@ -13,6 +13,7 @@ from .row_files import BadRow, Record
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 ROWS_AT_ONCE = 1024
+PARQUET = ".parquet"
 SAVED = ("state.json", "dataset_dict.json")  # of `save_to_disk`
 
 
@@ -41,9 +42,12 @@ class StoredImage:
 
 
 def is_hub_name(source: str | Path, path: Path) -> bool:
-    """Whether a data set is one of `datasets`: saved in the folder `path`, or a name on the Hub."""
+    """Whether a data set is one of `datasets`: saved in the folder `path`, in a Parquet file, or a
+    name on the Hub."""
     if path.is_dir():
         return any((path / name).is_file() for name in SAVED)
+    if path.suffix.lower() == PARQUET:
+        return path.is_file()
     named = isinstance(source, str) and HUB_NAME.fullmatch(source)
     return bool(named) and not path.suffix and not path.exists()
 
@@ -65,17 +69,21 @@ def read_hub_records(
             ", or give a file or folder."
         ) from None
     try:
-        if path.is_dir():
-            found = datasets.load_from_disk(str(path))
-            if isinstance(found, dict):
-                found = found[split or "train"]
-        else:
-            found = datasets.load_dataset(str(source), subset, split=split or "train")
+        found = _open(datasets, str(source), path, subset, split or "train")
     except Exception as error:  # of the library and of all that it reads with
         raise ValueError(
             f"The data set {shown(str(source))} can't be read: {reason(error)}."
         ) from None
     return _records(found, str(source))
+
+
+def _open(datasets: Any, source: str, path: Path, subset: str | None, split: str) -> Any:
+    if path.is_dir():
+        found = datasets.load_from_disk(str(path))
+        return found[split] if isinstance(found, dict) else found
+    if path.is_file():
+        return datasets.Dataset.from_parquet(str(path))
+    return datasets.load_dataset(source, subset, split=split)
 
 
 def _records(found: Any, source: str) -> Iterator[Record | BadRow]:

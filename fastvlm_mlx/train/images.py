@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -128,8 +128,9 @@ class ImageReader:
 
 
 def _version(source: Any) -> tuple[Any, ...]:
-    """What changes with a file's bytes; nothing for images that are no files."""
-    if not isinstance(source, Path):
-        return ()
-    stat = source.stat()
-    return source, stat.st_ino, stat.st_size, stat.st_mtime_ns
+    """What tells an image from another without reading it, and a file from what it was before;
+    nothing for images in memory that may change."""
+    if isinstance(source, Path):
+        stat = source.stat()
+        return source, stat.st_ino, stat.st_size, stat.st_mtime_ns
+    return (source,) if isinstance(source, Hashable) else ()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..fields import CheckpointError
+from .report import Report, numbers_of
 
 LOG = "log.jsonl"
 SAY_EVERY = 20.0  # seconds between lines where there is no terminal
@@ -23,10 +24,11 @@ class Log:
     Args:
         file: JSONL; written on, after what a resumed run keeps.
         step: lines of later steps are dropped: they will come again.
+        report: takes the numbers of each new line, too.
     """
 
-    def __init__(self, file: Path, step: int = 0):
-        self.file = file
+    def __init__(self, file: Path, step: int = 0, report: Report | None = None):
+        self._report = report
         file.parent.mkdir(parents=True, exist_ok=True)
         kept = [line for line in read_log(file) if line.get("step", 0) <= step]
         partial = file.with_name(f".{file.name}.partial")
@@ -41,6 +43,8 @@ class Log:
         """Add a line."""
         self._stream.write(_as_line(values))
         self._stream.flush()
+        if self._report is not None:
+            self._report(values["step"], numbers_of(values))
 
     def close(self) -> None:
         """Nothing is written any more."""

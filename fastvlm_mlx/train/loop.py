@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
+from .. import ops
 from ..checks import brief
 from ..model.fastvlm import FastVLM
 from .interrupts import stop_asked
@@ -20,6 +21,7 @@ from .log import LOG, Log, Progress
 from .loss import Arrays, arrays_of, loss
 from .optimizer import Optimizer, schedule_factor
 from .parts import train_mode
+from .report import reporter
 from .score import Scored
 from .settings import FROZEN, TrainOptions
 from .state import Checkpoint, Checkpoints, Position
@@ -110,7 +112,7 @@ class Trainer:
         if options.gradient_checkpointing:
             checkpoint_activations(self.model.language_model.layers)
             if options.vision != FROZEN:
-                checkpoint_activations(list(self.model.vision_tower.network))
+                checkpoint_activations(self.model.vision_tower.network)
         self.step = Step(
             self.model, self.optimizer, options.clip, compiled=options.compiled, loss=self.loss
         )
@@ -136,13 +138,13 @@ class Trainer:
             KeyboardInterrupt: after the step that was in progress is saved.
         """
         self._resume()
-        self._log = Log(self.out / LOG, self.position.step) if self.is_writer else None
+        self._log = self._open_log() if self.is_writer else None
         self._bar = Progress(self.total, self.position.step, shown=self.progress and self.is_writer)
         for line in self.introduction:
             self._bar.say(line)
         result = Result(self.position.step, math.nan, self.position.best, self.position.best_step)
         try:
-            with stop_asked() as is_asked:
+            with ops.wired_memory(), stop_asked() as is_asked:
                 for value in self._steps():
                     result.loss = value
                     result.stopped_early = self._between_steps(is_asked)
@@ -155,6 +157,10 @@ class Trainer:
         result.steps, result.best = self.position.step, self.position.best
         result.best_step = self.position.best_step
         return result
+
+    def _open_log(self) -> Log:
+        report = reporter(self.options.report_to, self.out, self.options.as_dict())
+        return Log(self.out / LOG, self.position.step, report)
 
     def _resume(self) -> None:
         folder = self.checkpoints.last()
@@ -193,16 +199,17 @@ class Trainer:
         assert sums is not None
         sums = self.reduce(sums)
         norm = self.step.apply(sums, schedule_factor(self.position.step, self.total, self.options))
-        total, count = sums.loss, sums.count
+        total, count = sums.loss, sums.tokens
         del sums, found  # so that the optimizer may overwrite the gradients
         mx.eval(norm, total, count, self.model.state, self.optimizer.state)
+        ops.clear_large_cache()
         self._check_finite(total, norm, losses, window)
-        return self._note(window, total.item(), int(count.item()), norm.item())
+        return self._note(window, number_of(total), int(number_of(count)), number_of(norm))
 
     def _check_finite(
         self, total: mx.array, norm: mx.array, losses: list[mx.array], window: Sequence[Any]
     ) -> None:
-        if math.isfinite(total.item()) and math.isfinite(norm.item()):
+        if math.isfinite(number_of(total)) and math.isfinite(number_of(norm)):
             return
         wrong = [b for b, value in zip(window, losses, strict=True) if not mx.isfinite(value)]
         names = [name for batch in wrong or window for name in batch.ids]
@@ -323,7 +330,13 @@ def evaluate(
     finally:
         train_mode(model)
     sums = reduce(Sums(total, count, {}))
-    return float(sums.loss.item()) / max(1.0, float(sums.count.item()))
+    return number_of(sums.loss) / max(1.0, number_of(sums.tokens))
+
+
+def number_of(array: mx.array) -> float:
+    """The number in an array of one."""
+    value: Any = array.item()
+    return float(value)
 
 
 def seed_of(*numbers: int) -> int:
@@ -334,10 +347,11 @@ def seed_of(*numbers: int) -> int:
 
 def saved_tensors(model: FastVLM) -> dict[str, mx.array]:
     """What of a model training changes: trained parameters, and what BatchNorms have seen."""
-    trained = dict(tree_flatten(model.trainable_parameters()))
+    trained: dict[str, mx.array] = dict(tree_flatten(model.trainable_parameters()))
+    everything: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
     seen = {
         name: value
-        for name, value in tree_flatten(model.parameters())
+        for name, value in everything.items()
         if name.endswith((".running_mean", ".running_var"))
     }
     return trained | seen

@@ -117,7 +117,8 @@ def layer_by_layer_bytes(model: FastVLM, arrays: Arrays) -> int:
 
 
 def _trained_bytes(model: FastVLM) -> int:
-    return sum(p.nbytes for _, p in tree_flatten(model.trainable_parameters()))
+    trained: Arrays = dict(tree_flatten(model.trainable_parameters()))
+    return sum(p.nbytes for p in trained.values())
 
 
 def encoder_bytes(model: FastVLM, side: int) -> int:
@@ -145,18 +146,18 @@ def step_bytes(model: FastVLM, arrays: Arrays) -> int:
     """The most that the gradients of a batch take, without parameters and batch."""
     parameters: Arrays = dict(tree_flatten(model.parameters()))
     names = list(parameters)
-    flat = tree_flatten(arrays)
+    flat: Arrays = dict(tree_flatten(arrays))
     gradients_of = nn.value_and_grad(model, loss)
 
     def run(*values: mx.array) -> list[mx.array]:
         given = dict(zip(names, values, strict=False))
         model.update(tree_unflatten(list(given.items())))
-        batch = [(name, value) for (name, _), value in zip(flat, values[len(names) :], strict=True)]
+        batch = list(zip(flat, values[len(names) :], strict=True))
         (total, count), gradients = gradients_of(model, tree_unflatten(batch))
-        return [total, count, *(g for _, g in tree_flatten(gradients))]
+        return [total, count, *_leaves(gradients)]
 
     try:
-        return traced(run, *parameters.values(), *(value for _, value in flat)).peak()
+        return traced(run, *parameters.values(), *flat.values()).peak()
     finally:
         model.update(tree_unflatten(list(parameters.items())))
 
@@ -282,4 +283,4 @@ def _dtype(model: FastVLM) -> mx.Dtype:
 
 
 def _leaves(arrays: Arrays) -> list[mx.array]:
-    return [value for _, value in tree_flatten(arrays)]
+    return list(dict(tree_flatten(arrays)).values())

@@ -12,6 +12,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from ..checks import shown
 from ..model.fastvlm import FastVLM
+from .dropout import Dropout
 from .settings import AUTO, DORA, FROZEN, FULL, LORA, PARTS, TrainOptions
 
 MODULES = {
@@ -73,8 +74,8 @@ def prepare(model: FastVLM, options: TrainOptions) -> Trained:
         if mode == FULL:
             _unfreeze(model, part)
     train_mode(model)
-    trained = tree_flatten(model.trainable_parameters())
-    return Trained(adapted, [n for n, _ in trained], sum(p.size for _, p in trained), total)
+    trained: dict[str, mx.array] = dict(tree_flatten(model.trainable_parameters()))
+    return Trained(adapted, list(trained), sum(p.size for p in trained.values()), total)
 
 
 def train_mode(model: FastVLM) -> None:
@@ -143,7 +144,8 @@ def _adapter(layer: nn.Module, mode: str, options: TrainOptions) -> nn.Module:
     if isinstance(layer, nn.QuantizedLinear):
         columns = columns * 32 // layer.bits
     # Not `from_base`, which miscounts a DoRA's inputs at 3, 5 and 6 bits.
-    adapter = kind(columns, rows, r=options.rank, dropout=options.dropout, scale=options.scale)
+    adapter = kind(columns, rows, r=options.rank, scale=options.scale)
+    adapter.dropout = Dropout(options.dropout)
     if kind is DoRALinear:
         adapter.set_linear(layer)
     else:
@@ -186,7 +188,8 @@ def count_numbers(module: nn.Module) -> dict[str, int]:
 def _counts(module: nn.Module) -> Iterator[tuple[str, int]]:
     quantized = (nn.QuantizedLinear, nn.QuantizedEmbedding)
     packed = {path: m for path, m in module.named_modules() if isinstance(m, quantized)}
-    for name, parameter in tree_flatten(module.parameters()):
+    parameters: dict[str, mx.array] = dict(tree_flatten(module.parameters()))
+    for name, parameter in parameters.items():
         path, _, key = name.rpartition(".")
         if path not in packed:
             yield name, parameter.size

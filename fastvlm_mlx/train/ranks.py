@@ -13,7 +13,7 @@ import threading
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import mlx.core as mx
 
@@ -50,7 +50,7 @@ class Ranks:
         if self.size == 1:
             return sums
         names = sorted(sums.gradients)
-        values = [sums.loss, sums.count, *(sums.gradients[name] for name in names)]
+        values = [sums.loss, sums.tokens, *(sums.gradients[name] for name in names)]
         loss, count, *gradients = _all_sum(values)
         return Sums(loss, count, dict(zip(names, gradients, strict=True)))
 
@@ -67,7 +67,7 @@ class Ranks:
             (steps,) = _all_sum(
                 [mx.array([float(step * (r == self.rank)) for r in range(self.size)])]
             )
-            if len(set(steps.tolist())) > 1:
+            if mx.any(steps != step):
                 raise OSError(
                     "The processes see different checkpoints: put --out on a disk that all of them "
                     "share."
@@ -175,7 +175,8 @@ def _share_address(rank: int, own: tuple[str, int] | None) -> tuple[str, int]:
     if own is not None:
         numbers = [float(part) for part in own[0].split(".")] + [float(own[1])]
     (found,) = _all_sum([mx.array(numbers)])
-    *host, port = (int(number) for number in found.tolist())
+    numbers_found: Any = found.tolist()
+    *host, port = map(int, numbers_found)
     return ".".join(map(str, host)), port
 
 

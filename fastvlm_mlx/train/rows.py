@@ -16,6 +16,7 @@ from .hub_rows import is_hub_name, read_hub_records
 from .row_fields import Columns, check_columns, read_fields
 from .row_files import BadRow, Record, read_records
 
+MANY = 2000  # rows, for which a bar shows how far work has come
 SHOWN_AT_ONCE = 5  # bad rows in the sentence of an error
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from ..checks import check_whole_number, is_number, reason, shown
 from .examples import TOO_LONG
+from .report import REPORTERS
 
 FROZEN, LORA, DORA, FULL = MODES = ("frozen", "lora", "dora", "full")
 AUTO = "auto"  # full, or LoRA where weights are quantized
@@ -142,6 +143,7 @@ class TrainOptions:
     )
     save_every: int | None = option(None, "Steps between checkpoints; the default is each epoch.")
     keep: int = option(2, "The last checkpoints to keep; the best one stays besides.")
+    report_to: str | None = option(None, f"Log to {' or '.join(REPORTERS)} too (extras).")
     compiled: bool = option(True, "Compile a step: faster; the first of each shape takes longer.")
 
     @classmethod
@@ -167,7 +169,7 @@ class TrainOptions:
         layers = (self.layers,) if isinstance(self.layers, str) else tuple(self.layers)
         object.__setattr__(self, "layers", layers)
         for name, allowed in CHOICES.items():
-            if getattr(self, name) not in allowed:
+            if getattr(self, name) not in (*allowed, *([None] if name in OPTIONAL else [])):
                 found = shown(getattr(self, name))
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, found {found}.")
         for name, least in WHOLE_NUMBERS.items():
@@ -229,6 +231,7 @@ CHOICES: dict[str, Sequence[Any]] = dict.fromkeys(PARTS, MODES) | {
     "optimizer": OPTIMIZERS,
     "schedule": SCHEDULES,
     "too_long": TOO_LONG,
+    "report_to": REPORTERS,
 }
 Check = tuple[str, Callable[[float], bool]]
 NOT_NEGATIVE: Check = ("a number from 0", lambda x: x >= 0)

@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from hashlib import blake2b
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from ..checks import is_number, shown
-from .rows import Row
-
-HEAD = 2**16  # bytes at the start of a file that, with its size, tell images apart
+from ..image.preprocess import MAX_THREADS
+from ..progress import progress_bar
+from .rows import MANY, Row
 
 
 def split_rows(rows: Sequence[Row], fraction: float, seed: int = 0) -> tuple[list[Row], list[Row]]:
@@ -24,7 +26,7 @@ def split_rows(rows: Sequence[Row], fraction: float, seed: int = 0) -> tuple[lis
 
     Args:
         rows: the whole data set.
-        fraction: of the rows that validate, at least one.
+        fraction: of the rows that validate; at least those of one image.
         seed: for another choice.
 
     Raises:
@@ -32,12 +34,14 @@ def split_rows(rows: Sequence[Row], fraction: float, seed: int = 0) -> tuple[lis
     """
     if not is_number(fraction) or not 0 < fraction < 1:
         raise ValueError(f"The validation fraction must be between 0 and 1, not {shown(fraction)}.")
+    groups = sorted(_groups(rows), key=lambda group: _draw(seed, group[0]))
     wanted = max(1, round(fraction * len(rows)))
+    smallest = min(map(len, (numbers for _, numbers in groups)), default=0)
     chosen: set[int] = set()
-    for group in sorted(_groups(rows), key=lambda group: _draw(seed, group[0])):
-        if len(chosen) + len(group[1]) <= wanted:
-            chosen.update(group[1])
-    if not chosen or len(chosen) == len(rows):
+    for _, numbers in groups:
+        if len(chosen) + len(numbers) <= max(wanted, smallest):
+            chosen.update(numbers)
+    if not 0 < len(chosen) < len(rows):
         raise ValueError(
             f"{len(rows)} row(s) can't be divided so that {shown(fraction)} of them validate and "
             "no image is on both sides: give a validation file, or another fraction."
@@ -46,11 +50,9 @@ def split_rows(rows: Sequence[Row], fraction: float, seed: int = 0) -> tuple[lis
     return train, [row for n, row in enumerate(rows) if n in chosen]
 
 
-def shared_images(rows: Iterable[Row], others: Iterable[Row]) -> int:
+def shared_images(rows: Sequence[Row], others: Sequence[Row]) -> int:
     """How many images of `rows` are among those of `others`, by what their files hold."""
-    keys, other_keys = (
-        {key for row in some for key in _image_keys(row)} for some in (rows, others)
-    )
+    keys, other_keys = (set(chain(*_image_keys(some))) for some in (rows, others))
     return len(keys & other_keys)
 
 
@@ -68,7 +70,8 @@ def _groups(rows: Sequence[Row]) -> list[tuple[bytes, list[int]]]:
             key = leader[key]
         return key
 
-    keys = [_image_keys(row) or [_digest(_text_of(row))] for row in rows]
+    images = _image_keys(rows)
+    keys = [found or [_digest(_text_of(row))] for row, found in zip(rows, images, strict=True)]
     for first, *others in keys:
         for key in others:
             low, high = sorted((find(first), find(key)))
@@ -83,21 +86,31 @@ def _text_of(row: Row) -> bytes:
     return json.dumps(row.messages, sort_keys=True).encode()
 
 
-def _image_keys(row: Row) -> list[bytes]:
-    return [image_key(image) for image in row.images]
+def _image_keys(rows: Sequence[Row]) -> list[list[bytes]]:
+    """A digest of the file of each image of each row; a file is read once."""
+    sources = {_name(image): image for row in rows for image in row.images}
+    with (
+        ThreadPoolExecutor(min(os.cpu_count() or 1, MAX_THREADS)) as pool,
+        progress_bar(len(sources), "Images", unit="image", shown=len(sources) >= MANY) as bar,
+    ):
+        keys = {}
+        for name, key in zip(sources, pool.map(_image_key, sources.values()), strict=True):
+            keys[name] = key
+            bar.update()
+    return [[keys[_name(image)] for image in row.images] for row in rows]
 
 
-def image_key(image: Any) -> bytes:
-    """A digest of an image's file: of its size and start, which only copies of it share."""
+def _name(image: Any) -> Hashable:
+    return image if isinstance(image, Hashable) else id(image)
+
+
+def _image_key(image: Any) -> bytes:
     if isinstance(image, Path):
-        with image.open("rb") as file:
-            return _digest(file.read(HEAD), os.fstat(file.fileno()).st_size)
-    if hasattr(image, "read"):
-        image = image.read()
+        return _digest(image.read_bytes())
     if isinstance(image, str):
-        image = image.encode(errors="surrogatepass")
-    return _digest(image[:HEAD], len(image))
+        return _digest(image.encode(errors="surrogatepass"))
+    return _digest(image.read() if hasattr(image, "read") else image)
 
 
-def _digest(data: bytes, size: int = 0) -> bytes:
-    return blake2b(data, digest_size=16, person=size.to_bytes(16, "little")).digest()
+def _digest(data: bytes) -> bytes:
+    return blake2b(data, digest_size=16).digest()

@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 
@@ -195,7 +195,7 @@ def _write_tensors(file: Path, tensors: Arrays) -> str:
 
 
 def _read_tensors(file: Path) -> Arrays:
-    tensors = mx.load(str(file))
+    tensors = cast(Arrays, mx.load(str(file)))
     mx.eval(tensors)  # the file may be dropped later
     return tensors
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -12,6 +12,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from ..model.fastvlm import FastVLM
 from ..model.vision_gradients import trains_by_layer, value_and_grad
+from .dropout import draw_all
 from .loss import Arrays, loss
 from .optimizer import Optimizer, clip
 
@@ -23,12 +24,12 @@ class Sums(NamedTuple):
 
     Attributes:
         loss: of the cross entropy.
-        count: of the tokens.
+        tokens: how many there are.
         gradients: of `loss`, by parameter.
     """
 
     loss: mx.array
-    count: mx.array
+    tokens: mx.array
     gradients: dict[str, mx.array]
 
 
@@ -80,15 +81,15 @@ class Step:
             factor: of the learning rates.
         """
         self._optimizer.set_rates(factor)
-        return self._change(sums.gradients, sums.count)
+        return self._change(sums.gradients, sums.tokens)
 
     def _sums(self, arrays: Arrays) -> Sums:
         self.shapes += 1
         (total, count), gradients = self._loss_and_gradients(self._model, arrays)
         return Sums(total, count, dict(tree_flatten(gradients)))
 
-    def _apply(self, gradients: dict[str, mx.array], count: mx.array) -> mx.array:
-        share = 1 / mx.maximum(count, 1)
+    def _apply(self, gradients: dict[str, mx.array], tokens: mx.array) -> mx.array:
+        share = 1 / mx.maximum(tokens, 1)
         gradients = {name: g.astype(mx.float32) * share for name, g in gradients.items()}
         gradients, norm = clip(gradients, self._largest_norm)
         parameters = dict(tree_flatten(self._model.trainable_parameters()))
@@ -98,14 +99,16 @@ class Step:
 
 
 def add(sums: Sums | None, found: Sums) -> Sums:
-    """Both together."""
+    """Both together; gradients of several batches in float32."""
     if sums is None:
         return found
-    gradients = {name: sums.gradients[name] + g for name, g in found.gradients.items()}
-    return Sums(sums.loss + found.loss, sums.count + found.count, gradients)
+    gradients = {
+        name: sums.gradients[name].astype(mx.float32) + g for name, g in found.gradients.items()
+    }
+    return Sums(sums.loss + found.loss, sums.tokens + found.tokens, gradients)
 
 
-def checkpoint_activations(layers: Sequence[nn.Module]) -> None:
+def checkpoint_activations(layers: Iterable[Any]) -> None:
     """Let layers compute their activations again for the gradients instead of keeping them.
 
     Each gets a class of its own: other models of the process keep theirs.
@@ -117,6 +120,8 @@ def checkpoint_activations(layers: Sequence[nn.Module]) -> None:
 @cache
 def _checkpointed(kind: type[nn.Module]) -> type[nn.Module]:
     def call(self: nn.Module, x: mx.array, *others: Any, **named: Any) -> mx.array:
+        draw_all(self)
+
         def run(x: mx.array) -> mx.array:
             return kind.__call__(self, x, *others, **named)
 

@@ -42,8 +42,8 @@ def corpus_bleu(parts: Sequence[float]) -> float:
     found = metric.compute_bleu(
         correct=list(counts),
         total=list(totals),
-        sys_len=parts[-2],
-        ref_len=parts[-1],
+        sys_len=int(parts[-2]),
+        ref_len=int(parts[-1]),
         smooth_method="exp",
     )
     return float(found.score)
