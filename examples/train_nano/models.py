@@ -3,32 +3,30 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from fastvlm_mlx import FastVLM
-from fastvlm_mlx.checkpoint.files import save_checkpoint, write_json
+from fastvlm_mlx.checkpoint.files import read_tensors, save_checkpoint, write_json
+from fastvlm_mlx.checkpoint.fold import is_training_form
+from fastvlm_mlx.checkpoint.layouts.mlx_vlm import ENCODER, HEAD
 from fastvlm_mlx.checkpoint.load import inference_weights, load_for_training
+from fastvlm_mlx.checkpoint.training_form import fresh_model, load_training_form
 from fastvlm_mlx.config import FastVLMConfig
 from fastvlm_mlx.hub.resolve import NANO
-from fastvlm_mlx.model.vision import Downsample, FastViTHD, Stem
+from fastvlm_mlx.model.vision_training import TrainingFastViTHD
 from fastvlm_mlx.text import Tokenizer
 
 from . import tokenizer
-from .draw import draw
 
 SMALL = 0.02  # deviation of new weights
 # What the grown model has more of: attention blocks of the encoder, layers of the decoder.
 ENCODER_LAYERS = [1, 2, 4, 2, 2]
 DECODER_LAYERS = 6
 ENDS = ("fc2.weight", "mixer.proj.weight")  # of a block of the encoder
-ENDING = 0.1  # what they are multiplied by, as layer scales would
-PICTURES = 16  # that a fresh encoder is scaled to
 
 
 def settings(rows: int, **changes: Any) -> dict[str, Any]:
@@ -40,11 +38,34 @@ def settings(rows: int, **changes: Any) -> dict[str, Any]:
 
 
 def write_model(folder: Path, model: FastVLM, config: dict[str, Any]) -> None:
-    """Write the weights and config.json beside the tokenizer that is there."""
-    save_checkpoint(inference_weights(model), folder)
+    """Write weights and config.json beside the tokenizer that is there; an encoder in training form
+    keeps its branches, which are folded where the model is loaded to answer."""
+    weights = inference_weights(model)
+    if isinstance(model.vision_tower, TrainingFastViTHD):
+        branches = dict(tree_flatten(model.vision_tower.parameters()))
+        weights = {
+            n: w for n, w in weights.items() if n.startswith(HEAD) or not n.startswith(ENCODER)
+        }
+        weights |= {ENCODER + name: value for name, value in branches.items()}
+    save_checkpoint(weights, folder)
     write_json(folder / "config.json", config)
     text = (NANO / "preprocessor_config.json").read_text(encoding="utf-8")
     (folder / "preprocessor_config.json").write_text(text, encoding="utf-8")
+
+
+def fresh(folder: Path, seed: int = 0) -> None:
+    """Write a model of the bundled one's geometry with random weights, in training form."""
+    rows = tokenizer.write(folder, None)
+    ids = special_ids(folder)
+    config = settings(rows, bos_token_id=ids[0], eos_token_id=ids[2])
+    write_model(folder, fresh_model(FastVLMConfig.from_dict(config), seed), config)
+
+
+def load_trainable(folder: Path) -> FastVLM:
+    """A model to go on training: its encoder in training form if it is stored so."""
+    if is_training_form(read_tensors(folder)):
+        return load_training_form(folder, dtype="float32")
+    return load_for_training(folder, dtype="float32")
 
 
 def grow(base: Path, folder: Path) -> None:
@@ -71,54 +92,6 @@ def grow(base: Path, folder: Path) -> None:
     grown[table] = more_rows(dict(tree_flatten(source.parameters()))[table], rows, base, folder)
     model.update(tree_unflatten(list(grown.items())))
     write_model(folder, model, config)
-
-
-def fresh(folder: Path, seed: int = 0) -> None:
-    """Write a model of the bundled one's geometry with random weights.
-
-    The encoder has the form in which it runs, without normalisation but in attention, since that
-    trains several times as fast on a CPU. So its widenings are scaled until what they give for a
-    few pictures has a deviation of 1, and its blocks begin close to the identity.
-    """
-    rows = tokenizer.write(folder, None)
-    ids = special_ids(folder)
-    config = settings(rows, bos_token_id=ids[0], eos_token_id=ids[2])
-    model = FastVLM(FastVLMConfig.from_dict(config))
-    model.unfuse()
-    mx.random.seed(seed)
-    random = [(n, random_weight(n, value)) for n, value in tree_flatten(model.parameters())]
-    model.update(tree_unflatten(random))
-    pictures = [np.asarray(draw(seed, i, 128)[0].pictures[0]) for i in range(PICTURES)]
-    scale_widenings(model.vision_tower, mx.array(np.stack(pictures)))
-    write_model(folder, model, config)
-
-
-def random_weight(name: str, value: mx.array) -> mx.array:
-    """A parameter of a fresh model."""
-    if name.endswith("bias"):
-        return mx.zeros_like(value)
-    if value.ndim == 1:  # norms
-        return mx.ones_like(value)
-    if name.startswith("language_model"):
-        return SMALL * mx.random.normal(value.shape)
-    noise = mx.random.normal(value.shape)
-    if name.endswith("token_mixer.weight") or re.search(r"network\.\d+\.weight$", name):
-        middle = value.shape[1] // 2
-        identity = mx.zeros(value.shape)
-        identity[:, middle, middle] = 1.0
-        return identity + SMALL * noise
-    deviation = (value.size // len(value)) ** -0.5
-    return (ENDING if name.endswith(ENDS) else 1.0) * deviation * noise
-
-
-def scale_widenings(encoder: FastViTHD, pixel_values: mx.array) -> None:
-    """Scale what is no residual block, so that what it gives for these pictures has deviation 1."""
-    x = pixel_values.astype(mx.float32) / 255
-    for layer in (encoder.stem, *encoder.network):
-        if isinstance(layer, (Stem, Downsample)):
-            layer.pointwise.weight = layer.pointwise.weight / mx.std(layer(x))
-            layer.pointwise.weight = layer.pointwise.weight / mx.std(layer(x))  # GELU is not linear
-        x = layer(x)
 
 
 def special_ids(folder: Path) -> list[int]:

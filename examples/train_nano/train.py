@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 import fastvlm_mlx as fv
-from fastvlm_mlx.checkpoint.load import load_for_training
 from fastvlm_mlx.train.log import LOG, read_log
 from fastvlm_mlx.train.loop import Trainer
 from fastvlm_mlx.train.parts import prepare, train_mode
@@ -24,7 +23,7 @@ from .batches import Encoder, Mixed, StoreData
 from .evaluate import evaluate, read_set
 from .features import Features
 from .learn import Heads, loss
-from .models import write_model
+from .models import load_trainable, write_model
 from .sets import write_set
 from .stages import Stage, store_name
 from .store import Settings, Store, fill
@@ -67,7 +66,7 @@ def run_stage(work: Path, base: Path, out: Path, stage: Stage, *, every: int) ->
         final_rate=0.02, steps=stage.steps, seed=SEED, eval_every=every,
         save_every=min(every, 200), keep=1,
     )  # fmt: skip
-    model = load_for_training(base, dtype="float32")
+    model = load_trainable(base)
     prepare(model, options)
     processor = fv.load(base)[1]
     data = Mixed(
