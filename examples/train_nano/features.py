@@ -31,11 +31,8 @@ class Features:
         self._model, self._store = model, store
         shape = (store.settings.pictures, visual_tokens, model.config.mm_hidden_size)
         file.parent.mkdir(parents=True, exist_ok=True)
-        mode = "r+" if file.exists() else "w+"
-        self._values = np.memmap(file, np.float32, mode, shape=shape)
-        held = file.with_suffix(".held")
-        mode = "r+" if held.exists() else "w+"
-        self._held = np.memmap(held, np.uint8, mode, shape=shape[:1])
+        self._values = _mapped(file, np.float32, shape)
+        self._held = _mapped(file.with_suffix(".held"), np.uint8, shape[:1])
 
     def read(self, pictures: Sequence[int]) -> mx.array:
         """[pictures, n, C], computed now where they never were."""
@@ -50,3 +47,12 @@ class Features:
             self._values[numbers] = found
             self._held[numbers] = 1
         return mx.array(self._values[list(pictures)])
+
+
+def _mapped(file: Path, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
+    """An array in a file, of zeros if there is none yet."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    if not file.exists():
+        with file.open("wb") as new:
+            new.truncate(size)
+    return np.memmap(file, dtype, mode="r+", shape=shape)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from fastvlm_mlx import FastVLM
@@ -37,12 +38,17 @@ def settings(rows: int, **changes: Any) -> dict[str, Any]:
     return config | {"vocab_size": rows, "torch_dtype": "float32"} | changes
 
 
+def parameters_of(module: nn.Module) -> dict[str, mx.array]:
+    """By name."""
+    return dict(tree_flatten(module.parameters()))
+
+
 def write_model(folder: Path, model: FastVLM, config: dict[str, Any]) -> None:
     """Write weights and config.json beside the tokenizer that is there; an encoder in training form
     keeps its branches, which are folded where the model is loaded to answer."""
     weights = inference_weights(model)
     if isinstance(model.vision_tower, TrainingFastViTHD):
-        branches = dict(tree_flatten(model.vision_tower.parameters()))
+        branches = parameters_of(model.vision_tower)
         weights = {
             n: w for n, w in weights.items() if n.startswith(HEAD) or not n.startswith(ENCODER)
         }
@@ -83,13 +89,12 @@ def grow(base: Path, folder: Path) -> None:
     model = FastVLM(FastVLMConfig.from_dict(config))
     model.unfuse()
     mx.random.seed(0)
-    fresh = dict(tree_flatten(model.parameters()))
-    grown = {name: _new(name, value) for name, value in fresh.items()}
+    grown = {name: _new(name, value) for name, value in parameters_of(model).items()}
     places = encoder_places(source.config.vision.layers, ENCODER_LAYERS)
-    for name, value in tree_flatten(source.parameters()):
+    for name, value in parameters_of(source).items():
         grown[_moved(name, places)] = value
     table = "language_model.embed_tokens.weight"
-    grown[table] = more_rows(dict(tree_flatten(source.parameters()))[table], rows, base, folder)
+    grown[table] = more_rows(parameters_of(source)[table], rows, base, folder)
     model.update(tree_unflatten(list(grown.items())))
     write_model(folder, model, config)
 

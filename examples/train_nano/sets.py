@@ -28,8 +28,8 @@ DRAWN = {"handwriting_fonts": "handwriting_fonts", "print_fonts": "print_fonts"}
 DRAWN |= {name: name for name in ("emoji", "counting", "handwriting", "kinds", "print", "charts")}
 DRAWN |= {"pairs": "pairs", "letters": "print"}
 ASKED = {"handwriting_fonts": "handwriting", "print_fonts": "print"}
-TASKS = (*OLD_TASKS, "follow_up", "yes_no", "not_there", "places", "colors", "shapes", "kinds")
-TASKS += ("print", "letters", "charts", "pairs", "handwriting_fonts", "print_fonts")
+TASKS = [*OLD_TASKS, "follow_up", "yes_no", "not_there", "places", "colors", "shapes", "kinds"]
+TASKS += ["print", "letters", "charts", "pairs", "handwriting_fonts", "print_fonts"]
 
 
 def write_set(folder: Path, task: str, number: int, size: int, noise: bool = False) -> None:
