@@ -33,6 +33,7 @@ from examples.train_nano import (
     store,
     texts,
     tokenizer,
+    train,
     words,
 )
 
@@ -383,3 +384,28 @@ def test_a_fresh_model_in_training_form_is_written_and_read_again(tmp_path):
     one, two = logits_of(answering, 128), logits_of(model, 128)
     assert mx.abs(one - two).max() < 1e-3 * mx.abs(one).max()
     assert type(model.vision_tower) is not type(answering.vision_tower)
+
+
+def test_a_fresh_model_learns_from_a_batch(tmp_path, monkeypatch):
+    """A stage as it runs: helper heads, the encoder in training form, and what it leaves."""
+    monkeypatch.setattr(train, "VALIDATION_SCENES", 2)
+    monkeypatch.setattr(train, "CURVE_ROWS", 1)
+    monkeypatch.setattr(train, "CURVE_TASKS", ("emoji",))
+    work, base = tmp_path / "work", tmp_path / "base"
+    models.fresh(base)
+    pictures = store.Settings(scenes=4, size=128, seed=2, mix=stages.TODAY)
+    stage = stages.Stage("small", (pictures,), steps=3, scenes=1, helper=(1.0, 0.1))
+    for _ in store.fill(work / stages.store_name(pictures), pictures):
+        pass
+    out = work / "recipe" / "0-small"
+    train.run_stage(work, base, out, stage, every=100)
+    before, after = (models.load_trainable(each).vision_tower for each in (base, out / "model"))
+    for name, value in models.parameters_of(after).items():
+        assert mx.isfinite(value).all()
+        assert (
+            not mx.array_equal(value, models.parameters_of(before)[name]) or "running" not in name
+        )
+    train.draw_curve(work / "recipe", [stage])
+    assert (work / "recipe" / "curve.png").is_file()
+    lines = (work / "recipe" / "curve.jsonl").read_text().splitlines()
+    assert json.loads(lines[-1])["stage"] == "small" and "rows" not in lines[0]
