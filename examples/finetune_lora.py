@@ -140,10 +140,15 @@ def main(args: argparse.Namespace) -> None:
     hours, minutes = probe(*before, clocks, test)
     print(f"linear probe of the frozen features: {hours:.1%} of hours, {minutes:.1%} of minutes")
     done = fv.finetune(
-        None, rows, args.out / "run", steps=args.steps, batch_size=16, rank=args.rank,
-        learning_rate=args.rate, projector="full", projector_learning_rate=args.rate,
-        cache_features=True, keep=1,
-    )  # fmt: skip
+        None,
+        rows,
+        args.out / "run",
+        steps=args.steps,
+        batch_size=16,
+        rank=args.rank,
+        learning_rate=args.rate,
+        keep=1,
+    )
     after = fv.load(adapter=done.folder)
     for name, held_out in (("clocks", test), ("known", kept)):
         if held_out:
