@@ -1,4 +1,5 @@
 import json
+import re
 import select
 import shutil
 import signal
@@ -11,6 +12,7 @@ import pytest
 
 from fastvlm_mlx.hub.resolve import NANO
 
+DATA = Path(__file__).parent / "data" / "nano_eval"
 EXAMPLES = Path(__file__).parents[1] / "examples"
 QUEEN = str(NANO / "images" / "queen.png")
 
@@ -89,6 +91,26 @@ def test_images_without_alt_text_get_one(tmp_path):
         f'<p><img alt="{queen}" src="queen.png"> <img alt="" src="panda.png">\n'
         '<img alt="The image shows a panda." id=a src="panda.png"/>é'
     ), found.stderr
+
+
+@pytest.mark.slow
+def test_lora_is_tried_in_short(tmp_path):
+    cases = json.loads((DATA / "predictions.json").read_text(encoding="utf-8"))
+    rows = [
+        case | {"answer": case["prediction"], "image": str(DATA / case["image"])} for case in cases
+    ]
+    known = tmp_path / "known.jsonl"
+    known.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ("--known", known, "--examples", 32, "--test", 8, "--steps", 30)
+    found = run("finetune_lora.py", tmp_path / "run", *options)
+    shares = re.findall(r"(\w+): ([\d.]+)% before, ([\d.]+)% after", found.stdout)
+    assert [name for name, *_ in shares] == ["clocks", "known"], found.stderr
+    (_, before, _), (_, known_before, known_after) = shares
+    assert float(before) == 0 and float(known_before) >= 90 and float(known_after) >= 60
+    assert re.search(r"probe .* [\d.]+% of hours", found.stdout)
+    log = (tmp_path / "run" / "run" / "log.jsonl").read_text().splitlines()
+    losses = [line["loss"] for line in map(json.loads, log) if "loss" in line]
+    assert len(losses) == 30
 
 
 def test_images_of_another_size():

@@ -18,14 +18,14 @@ from ..checks import brief
 from ..model.fastvlm import FastVLM
 from .interrupts import stop_asked
 from .log import LOG, Log, Progress
-from .loss import arrays_of, loss
+from .loss import Arrays, arrays_of, loss
 from .optimizer import Optimizer, schedule_factor
 from .parts import train_mode
 from .report import reporter
 from .score import Scored
 from .settings import FROZEN, TrainOptions
 from .state import Checkpoint, Checkpoints, Position
-from .step import Step, Sums, add, checkpoint_activations
+from .step import Loss, Step, Sums, add, checkpoint_activations
 
 MOST_ZEROS = 3  # steps with a loss of 0 before the run stops
 MOST_NAMED = 8  # rows in an error
@@ -85,6 +85,8 @@ class Trainer:
         rank: of this process among those that train together; the first one writes.
         introduction: what is said first.
         progress: show it.
+        arrays_of, loss: what a step computes on of a batch, and its loss; an example of others is
+            `examples/train_nano`.
     """
 
     model: FastVLM
@@ -99,6 +101,8 @@ class Trainer:
     rank: int = 0
     introduction: Sequence[str] = ()
     progress: bool = True
+    arrays_of: Callable[[Any], Arrays] = arrays_of
+    loss: Loss = loss
 
     def __post_init__(self) -> None:
         options = self.options
@@ -109,7 +113,9 @@ class Trainer:
             checkpoint_activations(self.model.language_model.layers)
             if options.vision != FROZEN:
                 checkpoint_activations(self.model.vision_tower.network)
-        self.step = Step(self.model, self.optimizer, options.clip, compiled=options.compiled)
+        self.step = Step(
+            self.model, self.optimizer, options.clip, compiled=options.compiled, loss=self.loss
+        )
         self.total = options.steps or steps_of(self.data, options)
 
     @property
@@ -186,7 +192,7 @@ class Trainer:
         mx.random.seed(seed_of(self.options.seed, self.position.step, self.rank))
         sums, losses = None, []
         for batch in window:
-            found = self.step.compute(arrays_of(batch))
+            found = self.step.compute(self.arrays_of(batch))
             losses.append(found.loss)
             sums = add(sums, found)
             mx.eval(sums)
@@ -272,7 +278,7 @@ class Trainer:
     def _evaluate(self) -> bool:
         assert self.held_out is not None
         position = self.position
-        value = evaluate(self.model, self.held_out, self.reduce)
+        value = evaluate(self.model, self.held_out, self.reduce, self.arrays_of, self.loss)
         scored = Scored({}, [])
         if self.score is not None and self.is_writer:
             scored = self.score(self.model)
@@ -307,7 +313,11 @@ class Trainer:
 
 
 def evaluate(
-    model: FastVLM, data: Data, reduce: Callable[[Sums], Sums] = lambda sums: sums
+    model: FastVLM,
+    data: Data,
+    reduce: Callable[[Sums], Sums] = lambda sums: sums,
+    arrays_of: Callable[[Any], Arrays] = arrays_of,
+    loss: Loss = loss,
 ) -> float:
     """The loss per supervised token over all batches; dropout is off meanwhile."""
     model.eval()

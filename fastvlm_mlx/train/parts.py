@@ -22,6 +22,7 @@ MODULES = {
 }
 HEAD = "language_model.lm_head"  # gets an adapter only by its name
 NEVER_DECAYED = (".bias", "norm.weight", "layernorm.weight", "_norm.weight")
+SEEN = ["running_mean", "running_var"]
 MOST_SHOWN = 12
 
 
@@ -172,6 +173,7 @@ def _unfreeze(model: FastVLM, part: str) -> None:
                 "or a checkpoint of full precision."
             )
         model[name].unfreeze()
+        model[name].freeze(keys=SEEN)  # by BatchNorms: no gradient changes it
 
 
 def _first_quantized(module: nn.Module) -> str | None:

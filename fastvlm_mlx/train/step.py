@@ -16,6 +16,8 @@ from .dropout import draw_all
 from .loss import Arrays, loss
 from .optimizer import Optimizer, clip
 
+Loss = Callable[[FastVLM, Arrays], tuple[mx.array, mx.array]]
+
 
 class Sums(NamedTuple):
     """What one batch or several give: sums over their supervised tokens.
@@ -39,13 +41,20 @@ class Step:
         optimizer: of its trained parameters.
         largest_norm: to which gradients are clipped; 0 for any.
         compiled: whether both halves are compiled, once per shape of a batch.
+        loss: (sum, count) of a batch's arrays.
 
     Attributes:
         shapes: how often the first half was compiled, or called where nothing is.
     """
 
     def __init__(
-        self, model: FastVLM, optimizer: Optimizer, largest_norm: float, *, compiled: bool = True
+        self,
+        model: FastVLM,
+        optimizer: Optimizer,
+        largest_norm: float,
+        *,
+        compiled: bool = True,
+        loss: Loss = loss,
     ):
         self.shapes = 0
         self._model, self._optimizer, self._largest_norm = model, optimizer, largest_norm

@@ -1,0 +1,1 @@
+"""The recipe that makes the bundled nano model from nothing, with this library only."""

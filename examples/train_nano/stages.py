@@ -1,0 +1,110 @@
+"""The stages of both recipes: pictures, what is trained, learning rates, lengths."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from fastvlm_mlx.train.settings import FROZEN, FULL
+
+from .draw import MIX
+from .store import Settings
+
+TODAY = {name: MIX[name] for name in ("emoji", "counting", "handwriting")}
+# For the last stage: conversations, refusals and comparisons need every kind of scene.
+EVERYTHING = dict.fromkeys(MIX, 10) | {"pairs": 20}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One run of the trainer.
+
+    Attributes:
+        pictures: the stores that it reads.
+        steps: optimizer steps.
+        scenes: of a batch of pictures of 256 pixels; of larger ones there are fewer.
+        singles, talks: questions and conversations of each scene in a step.
+        vision: frozen or full; frozen features are computed once.
+        rate, vision_rate: the highest learning rates, of the decoder and of the encoder.
+        helper: the weight of the helper heads at the start and at the end.
+    """
+
+    name: str
+    pictures: tuple[Settings, ...]
+    steps: int
+    scenes: int = 24
+    singles: int = 3
+    talks: int = 0
+    vision: str = FULL
+    rate: float = 5e-4
+    vision_rate: float = 5e-4
+    helper: tuple[float, float] = (0.0, 0.0)
+
+    @property
+    def size(self) -> int:
+        """The side of the pictures that most are of, in pixels."""
+        return max(self.pictures, key=lambda each: each.scenes).size
+
+    def scenes_of(self, pictures: Settings) -> int:
+        """Scenes of a batch of these pictures."""
+        return self.scenes if pictures.strips else max(1, self.scenes * 256 // pictures.size)
+
+
+# From nothing: strips to learn reading, small pictures, then pictures of 256 pixels.
+SCRATCH = [
+    Stage(
+        "strips",
+        (Settings(30_000, 256, seed=11, strips=True),),
+        steps=3300,
+        scenes=64,
+        singles=2,
+        rate=1e-3,
+        vision_rate=2e-3,
+        helper=(1.0, 0.3),
+    ),
+    Stage(
+        "small",
+        (Settings(24_000, 192, seed=12, mix=TODAY),),
+        steps=2500,
+        rate=1e-3,
+        vision_rate=1e-3,
+        helper=(0.5, 0.1),
+    ),
+    Stage("large", (Settings(24_000, 256, seed=13, mix=TODAY),), steps=3000, helper=(0.1, 0.0)),
+]
+# The one to ship: grown from the model of before, which names, counts and reads already.
+SIZES = (
+    Settings(12_000, 192, seed=29),
+    Settings(24_000, 256, seed=23),
+    Settings(4_000, 320, seed=24),
+    Settings(3_000, 384, seed=25),
+)
+TALKS = (
+    Settings(3_000, 192, seed=26, mix=EVERYTHING),
+    Settings(12_000, 256, seed=27, mix=EVERYTHING),
+    Settings(1_500, 384, seed=28, mix=EVERYTHING),
+)
+SHIP = [
+    Stage("decoder", (Settings(8_000, 256, seed=21),), steps=500, singles=4, vision=FROZEN),
+    Stage("small", (Settings(30_000, 192, seed=22),), steps=2500),
+    Stage("large", SIZES, steps=4000),
+    Stage("talk", TALKS, steps=1500, singles=4, talks=2, vision=FROZEN, rate=3e-4),
+]
+RECIPES = {"scratch": SCRATCH, "ship": SHIP}
+
+
+def scaled(stages: list[Stage], share: float) -> list[Stage]:
+    """The same recipe with a share of the steps and of the pictures."""
+    found = []
+    for stage in stages:
+        pictures = tuple(
+            replace(each, scenes=max(2 * stage.scenes_of(each), round(share * each.scenes)))
+            for each in stage.pictures
+        )
+        steps = max(1, round(share * stage.steps))
+        found.append(replace(stage, steps=steps, pictures=pictures))
+    return found
+
+
+def store_name(settings: Settings) -> str:
+    """The folder of a store."""
+    return f"{'strips' if settings.strips else settings.size}-{settings.seed}"
