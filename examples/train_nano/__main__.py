@@ -8,6 +8,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import fastvlm_mlx as fv
@@ -17,7 +19,7 @@ from .evaluate import evaluate, read_set, report, table
 from .models import fresh, grow
 from .sets import TASKS, write_set
 from .stages import RECIPES, Stage, scaled, store_name
-from .store import fill, open_store
+from .store import fill_whole, open_store
 from .train import train
 
 
@@ -34,6 +36,8 @@ def parse() -> argparse.Namespace:
         command.add_argument("--recipe", choices=RECIPES, required=True)
         command.add_argument("--share", type=float, default=1.0, help="of steps and pictures")
         command.add_argument("--work", type=Path, required=True, help="folder of all that is made")
+        if name == "draw":
+            command.add_argument("--processes", type=int, default=1, help="that draw")
         if name == "start":
             command.add_argument("--base", type=Path, help="the model to grow, in training form")
         if name == "train":
@@ -73,13 +77,13 @@ def run(args: argparse.Namespace) -> None:
 
 def draw_all(args: argparse.Namespace, stages: list[Stage]) -> None:
     stores = {store_name(each): each for stage in stages for each in stage.pictures}
-    for name, settings in stores.items():  # so that training can begin with any
-        open_store(args.work / name, settings)
-    for name, settings in stores.items():
-        folder = args.work / name
-        for done in fill(folder, settings):
-            print(f"{folder.name}: {done} of {settings.scenes}", end="\r", flush=True)
-        print(f"{folder.name}: {settings.scenes} scenes        ", flush=True)
+    folders = [args.work / name for name in stores]
+    for folder, settings in zip(folders, stores.values(), strict=True):
+        open_store(folder, settings)  # so that training can begin with any
+    with ProcessPoolExecutor(args.processes, get_context("spawn")) as pool:
+        drawn = zip(stores, pool.map(fill_whole, folders, stores.values()), strict=True)
+        for name, scenes in drawn:
+            print(f"{name}: {scenes} scenes", flush=True)
 
 
 def start(args: argparse.Namespace, stages: list[Stage]) -> None:

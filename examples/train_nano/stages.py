@@ -71,23 +71,27 @@ SCRATCH = [
     ),
     Stage("large", (Settings(24_000, 256, seed=13, mix=TODAY),), steps=3000, helper=(0.1, 0.0)),
 ]
-# The one to ship: grown from the model of before, which names, counts and reads already.
+# The one to ship: grown from the model of before, which names, counts and reads already. Several
+# stores of a size, so that several processes can draw; few sizes, since a GPU prepares for each.
+SMALL = tuple(Settings(5_000, 192, seed=100 + i) for i in range(16))
 SIZES = (
-    Settings(12_000, 192, seed=29),
-    Settings(24_000, 256, seed=23),
-    Settings(4_000, 320, seed=24),
-    Settings(3_000, 384, seed=25),
+    *(Settings(4_000, 192, seed=200 + i) for i in range(4)),
+    *(Settings(4_000, 256, seed=220 + i) for i in range(14)),
+    *(Settings(3_000, 320, seed=240 + i) for i in range(3)),
+    *(Settings(3_000, 384, seed=260 + i) for i in range(3)),
 )
 TALKS = (
-    Settings(3_000, 192, seed=26, mix=EVERYTHING),
-    Settings(12_000, 256, seed=27, mix=EVERYTHING),
-    Settings(1_500, 384, seed=28, mix=EVERYTHING),
+    *(Settings(2_000, 192, seed=300 + i, mix=EVERYTHING) for i in range(2)),
+    *(Settings(2_000, 256, seed=320 + i, mix=EVERYTHING) for i in range(6)),
+    *(Settings(1_000, 384, seed=340 + i, mix=EVERYTHING) for i in range(2)),
 )
 SHIP = [
-    Stage("decoder", (Settings(8_000, 256, seed=21),), steps=500, singles=4, vision=FROZEN),
-    Stage("small", (Settings(30_000, 192, seed=22),), steps=2500),
-    Stage("large", SIZES, steps=4000),
-    Stage("talk", TALKS, steps=1500, singles=4, talks=2, vision=FROZEN, rate=3e-4),
+    Stage(
+        "decoder", (Settings(8_000, 256, seed=21),), steps=300, scenes=48, singles=4, vision=FROZEN
+    ),
+    Stage("small", SMALL, steps=2200, scenes=64, singles=4, rate=7e-4, vision_rate=7e-4),
+    Stage("large", SIZES, steps=2300, scenes=64, singles=4),
+    Stage("talk", TALKS, steps=1000, scenes=48, singles=4, talks=2, vision=FROZEN, rate=3e-4),
 ]
 RECIPES = {"scratch": SCRATCH, "ship": SHIP}
 

@@ -155,6 +155,13 @@ def fill(folder: Path, settings: Settings) -> Iterator[int]:
         yield done
 
 
+def fill_whole(folder: Path, settings: Settings) -> int:
+    """Draw all that is missing; the number of scenes."""
+    for _ in fill(folder, settings):
+        pass
+    return settings.scenes
+
+
 def draw_one(settings: Settings, index: int) -> tuple[Scene, list[Row]]:
     if settings.strips:
         return draw_strip(settings.seed, index, STRIP)
