@@ -166,8 +166,8 @@ def pixels_of(folder: Path) -> list[bytes]:
 
 def kill_after(out: str, seconds: float) -> bool:
     """Start a run, and kill it so long after it wrote first; whether it had not ended."""
-    beside = {"xmp": "p/.fastvlm-captions"}.get(out, f"p/.fastvlm-captions{out}")
-    log = Path(f"{beside if out == 'xmp' or out[0] == '.' else out}.manifest-wal")
+    beside = f"p/.fastvlm-captions{'-' if out in KINDS else ''}{out}"
+    log = Path(f"{beside if out in KINDS or out[0] == '.' else out}.manifest-wal")
 
     def written() -> int:
         return log.stat().st_mtime_ns if log.exists() else 0
