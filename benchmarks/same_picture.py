@@ -65,11 +65,15 @@ def ask_everything(folder: Path, cache: Path) -> dict[str, float]:
 
 
 def first_token(url: str, interface: Interface, image: bytes | None, word: str) -> float:
-    """Seconds to the first token of the answer to a question of its own."""
+    """Seconds to the end of an answer of one token to a question of its own.
+
+    Pieces of a longer one would come later than their tokens: a random model's are seldom whole
+    characters, and wait for those that follow.
+    """
     client = Client(url, "fastvlm")
-    answer = client.ask(interface, Ask(f"Is it {word} there?", image, 4), stream=True)
+    answer = client.ask(interface, Ask(f"Is it {word} there?", image, 1), stream=True)
     client.close()
-    return answer.first if answer.first is not None else answer.seconds
+    return answer.seconds
 
 
 def as_bmp(image: Path) -> bytes:
