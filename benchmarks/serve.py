@@ -156,7 +156,7 @@ def result(
         (
             f"memory of the server, growth over {args.seconds:g} s",
             f"≤ {MOST_DRIFT:.0%}",
-            drift(held),
+            f"{drift(held):+.1%}",
         ),
         ("wrong or missing answers", "0", len(failed)),
         *(beside(both[OURS], both[PEER]) if both else ()),
