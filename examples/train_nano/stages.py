@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, replace
 
 from fastvlm_mlx.train.settings import FROZEN, FULL
@@ -42,7 +43,10 @@ class Stage:
     @property
     def size(self) -> int:
         """The side of the pictures that most are of, in pixels."""
-        return max(self.pictures, key=lambda each: each.scenes).size
+        scenes: Counter[int] = Counter()
+        for each in self.pictures:
+            scenes[each.size] += each.scenes
+        return scenes.most_common(1)[0][0]
 
     def scenes_of(self, pictures: Settings) -> int:
         """Scenes of a batch of these pictures."""

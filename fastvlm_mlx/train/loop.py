@@ -369,7 +369,7 @@ def steps_of(data: Data, options: TrainOptions) -> int:
 
 
 def _tokens(batch: Any) -> int:
-    return int(getattr(batch, "tokens", batch.input_ids.size))
+    return int(batch.tokens if hasattr(batch, "tokens") else batch.input_ids.size)
 
 
 def _images(batch: Any) -> int:
