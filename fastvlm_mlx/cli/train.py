@@ -110,7 +110,16 @@ def train(
     quiet: Quiet = False,
     **options: Any,
 ) -> None:
-    """Fine-tune a model on conversations about images."""
+    """Fine-tune a model on conversations about images.
+
+    fastvlm train --model 0.5b --data chats.json --images photos --out run --check
+
+    fastvlm train --model 0.5b --data chats.json --images photos --out run --validation 0.05
+
+    fastvlm train --model 7b --data scans.csv --out run --quantize 4 --rank 32
+
+    Stopped at any moment, the same command goes on from the last checkpoint.
+    """
     given = dict(read_settings(config)) if config is not None else {}
     given.pop("model", None)  # which options.json names beside them
     given |= {name: value for name, value in options.items() if value not in (None, [])}
