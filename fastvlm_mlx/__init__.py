@@ -6,6 +6,8 @@ model, processor = fv.load()
 print(fv.generate(model, processor, "Describe the image.", image="photo.jpg"))
 """
 
+from typing import TYPE_CHECKING, Any
+
 from .start import quiet_start
 
 try:
@@ -17,11 +19,9 @@ except ImportError as error:
         "pip install 'fastvlm-mlx[cpu]', or with the extra cuda12 or cuda13."
     ) from error
 
-from .caption import CaptionJob, caption_images
 from .checkpoint.load import load, load_model
 from .config import CheckpointError, FastVLMConfig
 from .convert import convert
-from .finetune import finetune
 from .fuse import fuse
 from .generation.batch import batch_generate
 from .generation.chat import Chat
@@ -30,10 +30,14 @@ from .generation.prompt_cache import PromptCache
 from .generation.response import Response
 from .image.load import load_image
 from .image.preprocess import preprocess
-from .live.watch import watch
 from .model.fastvlm import FastVLM
 from .processor import Processor
 from .version import __version__
+
+if TYPE_CHECKING:
+    from .caption import CaptionJob, caption_images
+    from .finetuning import finetune
+    from .live.watch import watch
 
 __all__ = [
     "CaptionJob",
@@ -58,3 +62,24 @@ __all__ = [
     "stream_generate",
     "watch",
 ]
+
+# What few programs use is imported when it is first asked for: `import fastvlm_mlx` stays instant.
+_LATER = {
+    "CaptionJob": ".caption",
+    "caption_images": ".caption",
+    "finetune": ".finetuning",
+    "watch": ".live.watch",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    globals()[name] = getattr(import_module(_LATER[name], __name__), name)
+    return globals()[name]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

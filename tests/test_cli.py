@@ -317,7 +317,7 @@ def test_malformed_files_of_messages(content: str, said: str, run: Run, tmp_path
     assert_one_error(run("generate", "--messages", path), str(path))
 
 
-LOAD = {"revision": "v2", "dtype": "float16", "quantize": 4}
+LOAD = {"revision": "v2", "dtype": "float16", "quantize": 4, "adapter": "run/adapter"}
 SHARED = {
     "system": "Hi.",
     "max_tokens": 5,

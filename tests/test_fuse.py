@@ -16,7 +16,7 @@ from sources import LAYOUTS, full_nano, with_tokenizer
 from training import trained
 
 import fastvlm_mlx as fv
-from fastvlm_mlx.checkpoint.files import read_tensors
+from fastvlm_mlx.checkpoint.files import read_file, read_tensors
 from fastvlm_mlx.checkpoint.layouts import adapters
 from fastvlm_mlx.checkpoint.layouts.adapters import Adapter
 from fastvlm_mlx.checkpoint.load import load_for_training
@@ -138,7 +138,7 @@ def test_what_an_adapter_holds(adapter, base):
     ends = "down_proj gate_proj k_proj o_proj q_proj up_proj v_proj"
     assert settings["target_modules"] == ends.split()
     assert settings["r"] in (2, 3, 4) and len(settings["rank_pattern"]) in range(8, 11)
-    names = read_tensors(adapter).keys()
+    names = read_file(adapter / "adapter_model.safetensors").keys()
     assert "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight" in names
     assert "base_model.model.model.mm_projector.2.bias" in names
     files = {path.name for path in adapter.iterdir()}
@@ -148,6 +148,7 @@ def test_what_an_adapter_holds(adapter, base):
         "adapter_model.safetensors",
         "config.json",
         "non_lora_trainables.bin",
+        "non_lora_trainables.safetensors",
     }
 
 

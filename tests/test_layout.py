@@ -24,7 +24,7 @@ ORDER = (
     "bench evaluate train serve live caption",
     "convert",
     "fuse",
-    "finetune",
+    "finetuning",
     "__init__",
     "cli __main__",
 )

@@ -74,12 +74,13 @@ def write_adapter(
                 settings["ensure_weight_tying"] = True  # or PEFT leaves the output layer behind
             write_json(folder / adapters.SETTINGS, settings)
             _save(folder / adapters.ADAPTER[0], tensors, about)
-        if beside:
+        # What LLaVA's loader reads, and would otherwise look for on the Hub
+        has_twin = layout == "llava" and (bool(adapter.low_rank) or is_projector)
+        if beside or has_twin:  # even empty, or reading the twin would need PyTorch
             _save(folder / f"{stem}.safetensors", NAMES[layout].from_mlx(beside), about)
         if layout == "llava":
             write_json(folder / "config.json", _llava_config(adapter, base, config))
-        if layout == "llava" and (adapter.low_rank or is_projector):
-            # What LLaVA's loader reads, and would otherwise look for on the Hub
+        if has_twin:
             write_torch(folder / f"{stem}.bin", llava.from_mlx(beside))
         record = read_run(target.parent)
         write_record(record, folder)

@@ -11,8 +11,8 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from ..finetune import ADAPTER, finetune
-from ..finetune import check as look
+from ..finetuning import ADAPTER, finetune
+from ..finetuning import check as look
 from ..train.loop import NotFinite, Nothing
 from ..train.settings import TrainOptions, help_of, read_settings
 from .arguments import Model, Revision
