@@ -152,13 +152,17 @@ def result(
     ours = [load for found in (alone, many, [long], both.get(OURS, [])) for load in found]
     failed = [text for load in ours for text in (*load.errors, *load.wrong)]
     goals = [
-        (f"answers per second of {args.clients} clients, of one's", f"≥ {LEAST_TIMES}", times),
+        (
+            f"answers per second of {args.clients} clients, of one's",
+            f"≥ {LEAST_TIMES}",
+            shown(times),
+        ),
         (
             f"memory of the server, growth over {args.seconds:g} s",
             f"≤ {MOST_DRIFT:.0%}",
             f"{drift(held):+.1%}",
         ),
-        ("wrong or missing answers", "0", len(failed)),
+        ("wrong or missing answers", "0", str(len(failed))),
         *(beside(both[OURS], both[PEER]) if both else ()),
     ]
     return {
@@ -173,24 +177,26 @@ def result(
             f"{max(held) / 1e6:.0f} MB.",
         ],
         "results": [row(name, found) for name, found in loads.items()],
-        "goals": [(what, goal, shown(found)) for what, goal, found in goals],
+        "goals": goals,
         "memory": held,
         "failed": failed[:20],
         "failure": f"{len(failed)} answers are wrong or missing: {failed[0]}" if failed else None,
     }
 
 
-def beside(ours: list[Load], theirs: list[Load]) -> Iterable[tuple[str, str, float]]:
+def beside(ours: list[Load], theirs: list[Load]) -> Iterable[tuple[str, str, str]]:
     """How many times better this server is than mlx-vlm's."""
     yield (
         f"answers per second, times those of {PEER}",
         "> 1",
-        ratio([load.per_second for load in ours], [load.per_second for load in theirs]),
+        shown(ratio([load.per_second for load in ours], [load.per_second for load in theirs])),
     )
     yield (
         f"time to first token that 95 % keep within: {PEER}'s, of this server's",
         "> 1",
-        ratio([load.first_at(0.95) for load in theirs], [load.first_at(0.95) for load in ours]),
+        shown(
+            ratio([each.first_at(0.95) for each in theirs], [each.first_at(0.95) for each in ours])
+        ),
     )
 
 
