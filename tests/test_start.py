@@ -73,6 +73,6 @@ def test_a_program_that_imports_the_library_is_interrupted_as_ever(tmp_path: Pat
     (tmp_path / "sitecustomize.py").write_text(CUSTOMIZE)
     program = tmp_path / "fastvlm.py"
     program.write_text("try:\n    import fastvlm_mlx\nexcept KeyboardInterrupt:\n    print('mine')")
-    process = begin([sys.executable, str(program)], tmp_path, "fastvlm_mlx.live.watch")
+    process = begin([sys.executable, str(program)], tmp_path, "fastvlm_mlx.model.fastvlm")
     out, _ = process.communicate(timeout=60)
     assert (process.returncode, out) == (0, "mine\n")
