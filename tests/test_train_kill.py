@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
@@ -13,8 +12,8 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from models import PANDA, PENGUINS
 from sources import with_tokenizer
+from training import write_rows
 
 from fastvlm_mlx.train.log import read_log
 
@@ -30,18 +29,7 @@ def start(small_folder: Path, tmp_path_factory: pytest.TempPathFactory):
     """Begins the command in a process of its own, with a run's folder for the result."""
     root = tmp_path_factory.mktemp("killed")
     model, data = with_tokenizer(small_folder, root / "model"), root / "rows.json"
-    rows = [
-        {
-            "id": f"row {n}",
-            "image": str((PANDA, PENGUINS)[n % 2]) if n % 3 else None,
-            "conversations": [
-                {"from": "human", "value": ("<image>\n" if n % 3 else "") + f"What is {n}?"},
-                {"from": "gpt", "value": "An animal" + "!" * (n % 5)},
-            ],
-        }
-        for n in range(18)
-    ]
-    data.write_text(json.dumps(rows), encoding="utf-8")
+    write_rows(data, 18, 5)
 
     def begin(out: str, hash_seed: int = 0) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "fastvlm_mlx", "train", "--model", str(model)]

@@ -15,8 +15,8 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from models import PANDA, PENGUINS
 from sources import with_tokenizer
+from training import write_rows
 
 from fastvlm_mlx.train.log import read_log
 from fastvlm_mlx.train.ranks import GONE, LOST
@@ -32,18 +32,7 @@ def files(small_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
     """A model, rows, and a folder for runs."""
     root = tmp_path_factory.mktemp("ranks")
     model, data = with_tokenizer(small_folder, root / "model"), root / "rows.json"
-    rows = [
-        {
-            "id": f"row {n}",
-            "image": str((PANDA, PENGUINS)[n % 2]) if n % 3 else None,
-            "conversations": [
-                {"from": "human", "value": ("<image>\n" if n % 3 else "") + f"What is {n}?"},
-                {"from": "gpt", "value": "An animal" + "!" * (n % 7)},
-            ],
-        }
-        for n in range(28)
-    ]
-    data.write_text(json.dumps(rows), encoding="utf-8")
+    write_rows(data, 28, 7)
     return model, data, root
 
 

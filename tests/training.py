@@ -1,11 +1,13 @@
-"""What training would leave in a model, drawn at random."""
+"""What training would leave in a model, drawn at random; and rows to train on."""
 
+import json
 from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.optimizers import Adam
 from mlx.utils import tree_map, tree_unflatten
+from models import PANDA, PENGUINS
 
 from fastvlm_mlx.checkpoint.layouts.adapters import LowRank
 from fastvlm_mlx.checkpoint.load import load_for_training
@@ -76,3 +78,19 @@ def learn(model: FastVLM, steps: int = 3) -> FastVLM:
         losses.append(value.item())
     assert losses[-1] < losses[0]
     return model
+
+
+def write_rows(file: Path, count: int, lengths: int) -> None:
+    """Write rows in LLaVA's layout, one in three without an image, with answers of some lengths."""
+    rows = [
+        {
+            "id": f"row {n}",
+            "image": str((PANDA, PENGUINS)[n % 2]) if n % 3 else None,
+            "conversations": [
+                {"from": "human", "value": ("<image>\n" if n % 3 else "") + f"What is {n}?"},
+                {"from": "gpt", "value": "An animal" + "!" * (n % lengths)},
+            ],
+        }
+        for n in range(count)
+    ]
+    file.write_text(json.dumps(rows), encoding="utf-8")

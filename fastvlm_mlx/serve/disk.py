@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
-import time
 from collections import OrderedDict
 from hashlib import blake2b
 from io import BytesIO
@@ -15,14 +13,12 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..checkpoint.files import cached_entries
 from ..checks import check_whole_number, reason, shown
 
 LOG = logging.getLogger(__name__)
 MAX_DISK_BYTES = 4 * 2**30
 MOST_WAITING = 16  # arrays to be written; beyond, the disk is too slow to be of use
-OURS = re.compile(r"[0-9a-f]{32}\.safetensors")
-UNFINISHED = re.compile(OURS.pattern + r"\.\d+\.tmp")
-ABANDONED = 3600  # seconds after which nobody goes on writing an unfinished file
 
 
 class Disk:
@@ -52,7 +48,7 @@ class Disk:
         self._warned = False
         self._sizes: OrderedDict[str, int] = OrderedDict()  # the least recently used first
         try:
-            self._look()
+            self._sizes.update(cached_entries(self.folder))
         except OSError as error:
             where = shown(os.fspath(self.folder))
             raise type(error)(f"The cache can't be kept in {where}: {reason(error)}.") from None
@@ -102,19 +98,6 @@ class Disk:
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.safetensors"
-
-    def _look(self) -> None:
-        """Note the files that are there, and delete those that nobody finishes."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(self.folder, os.W_OK):
-            raise PermissionError("it can't be written to")
-        found, before = [], time.time() - ABANDONED
-        for entry in os.scandir(self.folder):
-            if OURS.fullmatch(entry.name) and entry.is_file():
-                found.append((entry.stat().st_mtime, entry.name[:32], entry.stat().st_size))
-            elif UNFINISHED.fullmatch(entry.name) and entry.stat().st_mtime < before:
-                os.unlink(entry.path)
-        self._sizes.update((name, size) for _, name, size in sorted(found))
 
     def _write(self, name: str, data: bytes) -> None:
         path = self._path(name)

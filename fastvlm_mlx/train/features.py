@@ -9,8 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,6 +22,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from ..checkpoint.files import cached_entries
 from ..checks import check_whole_number, reason, shown
 
 if TYPE_CHECKING:
@@ -33,9 +32,6 @@ LOG = logging.getLogger(__name__)
 MAX_BYTES = 32 * 2**30
 MOST_WAITING = 16  # entries that wait to be written
 ENCODED_AT_ONCE = 8  # images
-OURS = re.compile(r"[0-9a-f]{32}\.safetensors")
-UNFINISHED = re.compile(OURS.pattern + r"\.\d+\.tmp")
-ABANDONED = 3600  # seconds after which nobody goes on writing an unfinished file
 
 Encode = Callable[[mx.array], mx.array]
 
@@ -80,7 +76,7 @@ class FeatureCache:
         self._lock = Lock()
         self._is_full = False
         try:
-            self._sizes = self._look()
+            self._sizes = cached_entries(self.folder)
         except OSError as error:
             where = shown(os.fspath(self.folder))
             raise type(error)(f"Features can't be kept in {where}: {reason(error)}.") from None
@@ -155,20 +151,6 @@ class FeatureCache:
 
     def _path(self, key: str) -> Path:
         return self.folder / f"{key}.safetensors"
-
-    def _look(self) -> dict[str, int]:
-        """The sizes of the entries that are there, the longest unused first; unfinished files that
-        nobody finishes are deleted."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(self.folder, os.W_OK):
-            raise PermissionError("it can't be written to")
-        found, before = [], time.time() - ABANDONED
-        for entry in os.scandir(self.folder):
-            if OURS.fullmatch(entry.name) and entry.is_file():
-                found.append((entry.stat().st_mtime, entry.name[:32], entry.stat().st_size))
-            elif UNFINISHED.fullmatch(entry.name) and entry.stat().st_mtime < before:
-                os.unlink(entry.path)
-        return {name: size for _, name, size in sorted(found)}
 
     def _write(self, key: str, data: bytes) -> None:
         try:
