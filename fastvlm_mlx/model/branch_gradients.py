@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from .. import ops
 from ..ops import BatchNorm, cpu_training
 from .layer_gradients import (
     Gradients,
@@ -18,6 +17,7 @@ from .layer_gradients import (
     depthwise_several,
     first_conv,
     gelu,
+    heads,
     in_turn,
     linear,
     together,
@@ -176,12 +176,8 @@ def _rep_mixer_block(module: RepMixerBlock) -> Layer:
 
 
 def _attention(module: Attention) -> Layer:
-    def heads(qkv: mx.array) -> mx.array:
-        B, H, W, C = qkv.shape
-        qkv = qkv.reshape(B, H * W, 3 * module.num_heads, -1)
-        return ops.attention(qkv, module.scale, training=True).reshape(B, H, W, C // 3)
-
-    return in_turn(qkv=linear(module.qkv), _heads=by_autodiff(heads), proj=linear(module.proj))
+    attend = heads(module.num_heads, module.scale)
+    return in_turn(qkv=linear(module.qkv), _heads=attend, proj=linear(module.proj))
 
 
 def _attention_block(module: AttentionBlock) -> Layer:

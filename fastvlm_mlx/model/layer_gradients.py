@@ -194,3 +194,14 @@ def first_conv(conv: Any) -> Layer:
         return cast(mx.array, conv(x)), back
 
     return run
+
+
+def heads(number: int, scale: float) -> Layer:
+    """Attention of all positions to all: queries, keys and values [B, H, W, 3 C] → [B, H, W, C]."""
+
+    def attend(qkv: mx.array) -> mx.array:
+        B, H, W, C = qkv.shape
+        qkv = qkv.reshape(B, H * W, 3 * number, -1)
+        return ops.attention(qkv, scale, training=True).reshape(B, H, W, C // 3)
+
+    return by_autodiff(attend)

@@ -23,6 +23,7 @@ from .layer_gradients import (
     depthwise_several,
     first_conv,
     gelu,
+    heads,
     in_turn,
     linear,
 )
@@ -157,12 +158,8 @@ def _rep_mixer_block(module: RepMixerBlock) -> Layer:
 
 
 def _attention(module: Attention) -> Layer:
-    def heads(qkv: mx.array) -> mx.array:
-        B, H, W, C = qkv.shape
-        qkv = qkv.reshape(B, H * W, 3 * module.num_heads, -1)
-        return ops.attention(qkv, module.scale, training=True).reshape(B, H, W, C // 3)
-
-    return in_turn(qkv=linear(module.qkv), _heads=by_autodiff(heads), proj=linear(module.proj))
+    attend = heads(module.num_heads, module.scale)
+    return in_turn(qkv=linear(module.qkv), _heads=attend, proj=linear(module.proj))
 
 
 def _attention_block(module: AttentionBlock) -> Layer:
