@@ -201,6 +201,7 @@ def test_the_pieces_of_a_row_are_the_prompt_that_generate_makes():
     ids, supervised = encoder.row(rows.Row("follow_up", turns))
     prefix, places = encoder.prefix(2, 3)
     whole = [-200 if n in places else token for n, token in enumerate(prefix)] + ids
+    whole = encoder.ids(batches.OPENED) + whole
     messages = [{"role": "user", "content": [{"type": "image"}] * 2 + [turn(turns[0][0])]}]
     messages += [
         {"role": "assistant", "content": turns[0][1]},
@@ -270,8 +271,8 @@ def test_batches_are_the_same_from_any_start(tmp_path, nano_for_training):
     assert len(whole) == data.count(1) > 2
     for found, again in zip(whole[1:], data.batches(1, 1), strict=True):
         assert found.ids == again.ids
-        for name, value in found.arrays.items():
-            assert mx.array_equal(value, again.arrays[name])
+        same = dict(tree_flatten(again.arrays))
+        assert all(mx.array_equal(value, same[n]) for n, value in tree_flatten(found.arrays))
     assert [batch.ids for batch in data.batches(2, 0)] != [batch.ids for batch in whole]
 
 
@@ -282,31 +283,27 @@ def test_the_loss_is_that_of_each_row_by_itself(tmp_path, nano_for_training):
     for batch in list(data.batches(0, 0))[:3]:
         total, count = learn.loss(model, batch.arrays)
         arrays = batch.arrays
-        prefix, length = arrays["prefix"], arrays["prefix"].shape[1]
+        opened, prefix = arrays["opened"][0], arrays["prefix"]
+        places = [divmod(place, prefix.shape[1]) for place in arrays["places"].tolist()]
         tokens = model.encode_image(arrays["pixel_values"]).flatten(0, 1)
-        expected = supervised = 0.0
-        for name, number in (("single", 2), ("talk", 1)):
-            ids = arrays[f"{name}_input_ids"]
-            flat = length * ids.shape[1]
-            assert flat
+        asked = Counter(n for group in arrays["questions"] for n in group["scenes"].tolist())
+        assert set(asked.values()) == {3}
+        expected, supervised = 0.0, 0.0
+        for group in arrays["questions"]:
             states = []
-            for n, row in enumerate(ids):
-                scene = n // number
-                whole = mx.concatenate([prefix[scene], row])[None]
-                own = [
-                    p - scene * length for p in arrays["places"].tolist() if p // length == scene
-                ]
-                first = sum(p // length < scene for p in arrays["places"].tolist())
-                embeddings = model.embed_at(whole, tokens[first : first + len(own)], mx.array(own))
-                states.append(
-                    model.language_model.hidden_states(None, None, embeddings)[0, length:]
-                )
+            for scene, row in zip(group["scenes"].tolist(), group["input_ids"], strict=True):
+                whole = mx.concatenate([opened, prefix[scene], row])[None]
+                own = [n for n, (of, _) in enumerate(places) if of == scene]
+                at = mx.array([len(opened) + places[n][1] for n in own])
+                embeddings = model.embed_at(whole, tokens[own[0] : own[-1] + 1], at)
+                read = model.language_model.hidden_states(None, None, embeddings)
+                states.append(read[0, -len(row) :])
             logits = model.language_model.logits(mx.concatenate(states))
-            chosen = logits[arrays[f"{name}_positions"]]
+            chosen = logits[group["positions"]]
             shifted = chosen - mx.logsumexp(chosen, axis=-1, keepdims=True)
-            own_loss = -mx.take_along_axis(shifted, arrays[f"{name}_targets"][:, None], axis=-1)
-            expected += (own_loss[:, 0] * arrays[f"{name}_weights"]).sum().item()
-            supervised += arrays[f"{name}_weights"].sum().item()
+            own_loss = -mx.take_along_axis(shifted, group["targets"][:, None], axis=-1)
+            expected += (own_loss[:, 0] * group["weights"]).sum().item()
+            supervised += group["weights"].sum().item()
         assert count.item() == supervised > 0
         assert abs(total.item() - expected) < 1e-4 * expected
 

@@ -22,12 +22,14 @@ if TYPE_CHECKING:
     from .features import Features
     from .rows import Row
 
+Arrays = dict[str, Any]
 OPENED = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n"
 ASKED = "<|im_end|>\n<|im_start|>assistant\n"
 ANSWERED = "<|im_end|>"
 NEXT = "\n<|im_start|>user\n"
 LENGTHS = 8  # rows are padded to a multiple of it
 POSITIONS = 64  # supervised positions likewise
+GROUPS = 8  # of rows of about one length in a batch
 LONGEST_TEXT = 12
 CHARACTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.:%$/-"
 POLL = 1.0  # seconds between looks at a store that is being filled
@@ -50,8 +52,8 @@ class Encoder:
         return self._cache[text]
 
     def prefix(self, images: int, visual_tokens: int) -> tuple[list[int], list[int]]:
-        """Ids before the question, 0 at visual tokens, and the places of these."""
-        ids = list(self.ids(OPENED))
+        """Ids of the images, 0 at visual tokens, and the places of these."""
+        ids: list[int] = []
         places: list[int] = []
         for _ in range(images):
             places += range(len(ids), len(ids) + visual_tokens)
@@ -85,16 +87,24 @@ class Batch:
         return self.arrays["prefix"]
 
 
-def questions_of(
-    encoder: Encoder, rows: Sequence[Sequence[Row]], name: str
-) -> tuple[dict[str, Any], int]:
-    """Arrays of the same number of rows for each scene, padded to one length."""
-    encoded = [encoder.row(row) for scene in rows for row in scene]
-    longest = max(len(ids) for ids, _ in encoded) - 1
-    length = -(-longest // LENGTHS) * LENGTHS
+def questions_of(encoder: Encoder, rows: Sequence[Sequence[Row]]) -> tuple[list[Arrays], int]:
+    """Arrays of the rows of all scenes, in groups of about one length; and the tokens in them.
+
+    Rows are sorted by length, so that little of a group is padding.
+    """
+    encoded = [(n, *encoder.row(row)) for n, scene in enumerate(rows) for row in scene]
+    encoded.sort(key=lambda row: len(row[1]))
+    each = -(-len(encoded) // GROUPS)
+    groups = [group_of(encoded[i : i + each]) for i in range(0, len(encoded), each)]
+    return groups, sum(group["input_ids"].size for group in groups)
+
+
+def group_of(encoded: Sequence[tuple[int, list[int], list[bool]]]) -> Arrays:
+    """Arrays of rows (scene, ids, supervised), the last of which is the longest."""
+    length = -(-(len(encoded[-1][1]) - 1) // LENGTHS) * LENGTHS
     input_ids = np.zeros((len(encoded), length), np.int32)
     positions, targets = [], []
-    for n, (ids, supervised) in enumerate(encoded):
+    for n, (_, ids, supervised) in enumerate(encoded):
         input_ids[n, : len(ids) - 1] = ids[:-1]
         for at in range(1, len(ids)):
             if supervised[at]:
@@ -102,13 +112,13 @@ def questions_of(
                 targets.append(ids[at])
     room = -len(positions) % POSITIONS
     weights = [1.0] * len(positions) + [0.0] * room
-    arrays = {
+    return {
         "input_ids": mx.array(input_ids),
+        "scenes": mx.array([scene for scene, _, _ in encoded]),
         "positions": mx.array(positions + [0] * room),
         "targets": mx.array(targets + [0] * room),
         "weights": mx.array(weights),
     }
-    return {f"{name}_{key}": value for key, value in arrays.items()}, input_ids.size
 
 
 def labels_of(scenes: Sequence[Stored]) -> dict[str, mx.array]:
@@ -203,17 +213,18 @@ class StoreData:
         images = len(scenes[0].pictures)
         ids, places = self.encoder.prefix(images, self.visual_tokens)
         starts = np.arange(len(scenes))[:, None] * len(ids)
+        rows = [
+            _chosen(scene, False, self.singles, rng) + _chosen(scene, True, self.talks, rng)
+            for scene in scenes
+        ]
+        questions, tokens = questions_of(self.encoder, rows)
         arrays = {
+            "opened": mx.array([self.encoder.ids(OPENED)]),
             "prefix": mx.array([ids] * len(scenes)),
             "places": mx.array((starts + np.array(places)).ravel()),
+            "questions": questions,
         }
-        tokens = len(ids) * len(scenes)
-        for name, talk, number in (("single", False, self.singles), ("talk", True, self.talks)):
-            if number:
-                rows = [_chosen(scene, talk, number, rng) for scene in scenes]
-                found, size = questions_of(self.encoder, rows, name)
-                arrays |= found
-                tokens += size
+        tokens += len(ids) * len(scenes)
         pictures = [picture for scene in scenes for picture in scene.pictures]
         if self.features is not None:
             arrays["features"] = self.features.read(pictures)

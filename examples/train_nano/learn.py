@@ -42,24 +42,31 @@ class Heads(nn.Module):
 
 
 class PrefixCache:
-    """Keys and values of one layer: those of the prefix, to which each question adds its own.
+    """Keys and values of one layer of what was read before, which goes on in many ways.
 
     Nothing is written in place, so that gradients pass through it.
     """
 
     def __init__(self) -> None:
-        self.offset, self.questions = 0, 0
+        self.offset = 0
+        self.rows = mx.array([0])
         self.kept: tuple[mx.array, mx.array] | None = None
+        self.keeps = True
+
+    def go_on(self, rows: mx.array, keeps: bool) -> None:
+        """Row i of what is read next follows `rows[i]` of what is kept; and is kept, or not."""
+        self.offset = 0 if self.kept is None else self.kept[0].shape[2]
+        self.rows, self.keeps = rows, keeps
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        if self.kept is None:
-            self.kept = keys, values
-            return keys, values
-        before = (mx.repeat(each, self.questions, axis=0) for each in self.kept)
-        found = [
-            mx.concatenate([a, b], axis=2) for a, b in zip(before, (keys, values), strict=True)
-        ]
-        return found[0], found[1]
+        found = keys, values
+        if self.kept is not None:
+            before = (each[self.rows] for each in self.kept)
+            pairs = zip(before, found, strict=True)
+            found = tuple(mx.concatenate([a, b], axis=2) for a, b in pairs)
+        if self.keeps:
+            self.kept = found
+        return found
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Any:
         rows = mx.arange(self.offset, self.offset + N)[:, None]
@@ -81,22 +88,23 @@ def answers_loss(
     model: FastVLM, features: mx.array, arrays: dict[str, Any]
 ) -> tuple[mx.array, mx.array]:
     """As `loss`, from visual features [pictures, n, C]."""
-    decoder, prefix = model.language_model, arrays["prefix"]
-    visual_tokens = model.mm_projector(features).flatten(0, 1)
-    scenes, length = prefix.shape
-    embeddings = model.embed_at(prefix, visual_tokens, arrays["places"])
+    decoder = model.language_model
     caches = [PrefixCache() for _ in model.layers]
-    decoder.hidden_states(None, caches, embeddings)
-    total = count = mx.array(0.0)
-    for name in ("single", "talk"):
-        if f"{name}_input_ids" not in arrays:
-            continue
-        input_ids = arrays[f"{name}_input_ids"]
+
+    def read(rows: mx.array, keeps: bool, ids: mx.array, embeddings: Any = None) -> mx.array:
         for cache in caches:
-            cache.offset, cache.questions = length, len(input_ids) // scenes
-        states = decoder.hidden_states(input_ids, caches)
-        states = states.flatten(0, 1)[arrays[f"{name}_positions"]]
-        weights = arrays[f"{name}_weights"]
-        each = nn.losses.cross_entropy(decoder.logits(states), arrays[f"{name}_targets"])
-        total, count = total + (each * weights).sum(), count + weights.sum()
+            cache.go_on(rows, keeps)
+        return decoder.hidden_states(ids, caches, embeddings)
+
+    visual_tokens = model.mm_projector(features).flatten(0, 1)
+    read(mx.array([0]), True, arrays["opened"])
+    embeddings = model.embed_at(arrays["prefix"], visual_tokens, arrays["places"])
+    read(mx.zeros(len(embeddings), mx.int32), True, arrays["prefix"], embeddings)
+    total = count = mx.array(0.0)
+    for group in arrays["questions"]:
+        states = read(group["scenes"], False, group["input_ids"])
+        states = states.flatten(0, 1)[group["positions"]]
+        each = nn.losses.cross_entropy(decoder.logits(states), group["targets"])
+        total = total + (each * group["weights"]).sum()
+        count = count + group["weights"].sum()
     return total, count

@@ -11,8 +11,10 @@ from .draw import MIX
 from .store import Settings
 
 TODAY = {name: MIX[name] for name in ("emoji", "counting", "handwriting")}
-# For the last stage: conversations, refusals and comparisons need every kind of scene.
-EVERYTHING = dict.fromkeys(MIX, 10) | {"pairs": 20}
+# For the last stage: conversations, refusals and comparisons need every kind of scene, and today's
+# tasks more than half, since a decoder that learns the others only would read and name worse.
+TALKED = {"emoji": 15, "counting": 16, "handwriting": 28, "kinds": 7, "places": 7, "shapes": 7}
+TALKED |= {"print": 7, "charts": 4, "pairs": 9}
 
 
 @dataclass(frozen=True)
@@ -81,13 +83,12 @@ SMALL = tuple(Settings(5_000, 192, seed=100 + i) for i in range(16))
 SIZES = (
     *(Settings(4_000, 192, seed=200 + i) for i in range(4)),
     *(Settings(4_000, 256, seed=220 + i) for i in range(14)),
-    *(Settings(3_000, 320, seed=240 + i) for i in range(3)),
-    *(Settings(3_000, 384, seed=260 + i) for i in range(3)),
 )
 TALKS = (
-    *(Settings(2_000, 192, seed=300 + i, mix=EVERYTHING) for i in range(2)),
-    *(Settings(2_000, 256, seed=320 + i, mix=EVERYTHING) for i in range(6)),
-    *(Settings(1_000, 384, seed=340 + i, mix=EVERYTHING) for i in range(2)),
+    *(Settings(2_000, 192, seed=400 + i, mix=TALKED) for i in range(1)),
+    *(Settings(2_000, 256, seed=420 + i, mix=TALKED) for i in range(12)),
+    *(Settings(2_000, 320, seed=440 + i, mix=TALKED) for i in range(1)),
+    *(Settings(2_000, 384, seed=460 + i, mix=TALKED) for i in range(1)),
 )
 SHIP = [
     Stage(
@@ -95,7 +96,7 @@ SHIP = [
     ),
     Stage("small", SMALL, steps=2200, scenes=64, singles=4, rate=7e-4, vision_rate=7e-4),
     Stage("large", SIZES, steps=2300, scenes=64, singles=4),
-    Stage("talk", TALKS, steps=1000, scenes=48, singles=4, talks=2, vision=FROZEN, rate=3e-4),
+    Stage("talk", TALKS, steps=1000, scenes=32, singles=4, talks=1, vision=FROZEN, rate=3e-4),
 ]
 RECIPES = {"scratch": SCRATCH, "ship": SHIP}
 
