@@ -7,11 +7,13 @@ import pytest
 from mlx.utils import tree_map
 
 import fastvlm_mlx as fv
+from fastvlm_mlx.config import load_config
 from fastvlm_mlx.hub.resolve import NANO
 
 Nano = tuple[fv.FastVLM, fv.Processor]
 """The bundled model and its processor, as the fixture `nano` gives them."""
 
+DEPTH = load_config(NANO).text.num_hidden_layers  # of the bundled model
 PENGUINS = NANO / "images" / "penguins.png"
 PANDA = NANO / "images" / "panda.png"
 VISION = {"layers": [1] * 5, "embed_dims": [8, 8, 16, 16, 32], "head_dim": 8, "image_size": 64}

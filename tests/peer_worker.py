@@ -62,6 +62,20 @@ def run_transformers(folder: Path, inputs: Arrays) -> Arrays:
     return outputs_of(model.eval(), inputs) | {"text_ids": text}
 
 
+def run_each(folder: Path, inputs: Arrays) -> Arrays:
+    """transformers' model on several prompts, whose inputs and outputs begin with their number."""
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    found = {}
+    for n in range(int(inputs["number"])):
+        names = ("pixel_values", "input_ids", "tokens")
+        outputs = outputs_of(model, {name: inputs[f"{n}.{name}"] for name in names})
+        found |= {f"{n}.{name}": value for name, value in outputs.items()}
+    return found
+
+
 def write_training_form(folder: Path, inputs: Arrays) -> Arrays:
     """A random model in training form, with its weights saved to the folder."""
     import torch
@@ -188,6 +202,7 @@ LIBRARIES = {
     "mlx-vlm": run_mlx_vlm,
     "processor": run_processor,
     "transformers": run_transformers,
+    "transformers-each": run_each,
     "training-form": write_training_form,
     "peft": run_peft,
     "peft-merge": merge_with_peft,

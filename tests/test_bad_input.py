@@ -15,6 +15,7 @@ import mlx.core as mx
 import pytest
 from command import Result, Run
 from hub_server import REPO, TOKEN, Fault, Hub, everything, fill_disk, special, use, zipped
+from models import DEPTH
 from sources import LAYOUTS, full_nano, with_tokenizer
 
 import fastvlm_mlx as fv
@@ -294,7 +295,9 @@ def test_a_disk_that_fills_up_with_a_download(
             left = everything(tmp_path)
             assert not [name for name in left if "safetensors" in name or ".part" in name]
     result = run("download", *command, "--to", tmp_path / "model")  # with room again
-    assert result.code == 0 and load_model(tmp_path / "model").config.text.num_hidden_layers == 4
+    assert (
+        result.code == 0 and load_model(tmp_path / "model").config.text.num_hidden_layers == DEPTH
+    )
 
 
 def test_a_disk_without_room(
@@ -312,7 +315,7 @@ def test_a_disk_without_room(
 def test_download(run: Run, server: Hub, tmp_path: Path) -> None:
     result = run("download", REPO)
     assert result.code == 0 and result.out.endswith("\n")
-    assert load_model(result.out[:-1]).config.text.num_hidden_layers == 4
+    assert load_model(result.out[:-1]).config.text.num_hidden_layers == DEPTH
     server.requests.clear()
     again = run("download", REPO)
     assert again.out == result.out and not server.asked("^/large/")

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from models import DEPTH
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -455,7 +456,7 @@ def test_this_side_answers_every_request(nano_folders: Path, tmp_path: Path) -> 
     counts = side.ask("launches", image_size=64, prompt=prompt, graph=graph)
     assert counts["encode"]["launches"] > counts["decode"]["launches"] > 0
     assert counts["batch"]["launches"] > counts["decode"]["launches"]
-    assert counts["decode"]["primitives"]["ScaledDotProductAttention"] == 4  # one a layer
+    assert counts["decode"]["primitives"]["ScaledDotProductAttention"] == DEPTH
     side.close()
     with pytest.raises((RuntimeError, ValueError)):
         side.ask("load")

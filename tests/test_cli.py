@@ -87,7 +87,9 @@ def test_errors_of_a_process() -> None:
 
 
 def test_chat_over_a_pipe() -> None:
-    result = command("chat", "--image", PENGUINS, stdin="Describe the image.\nHow many?\n")
+    result = command(
+        "chat", "--image", PENGUINS, stdin="Describe the image.\nHow many penguins are there?\n"
+    )
     first, second, *_ = result.out.removeprefix("> ").split("\n")
     assert (result.code, first) == (0, ANSWER)
     assert "6" in second

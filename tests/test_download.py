@@ -22,6 +22,7 @@ from hub_server import (
     use,
     zipped,
 )
+from models import DEPTH
 
 import fastvlm_mlx as fv
 from fastvlm_mlx.hub import registry
@@ -104,7 +105,7 @@ def test_a_bad_archive_leaves_nothing(server: Hub, tmp_path: Path, damage: str) 
     assert url in str(caught.value) and "\n" not in str(caught.value)
     assert everything(tmp_path) == []
     archive_of(server, whole)  # the next run begins anew
-    assert fv.load_model(download_model("0.5b", stage=2)).config.text.num_hidden_layers == 4
+    assert fv.load_model(download_model("0.5b", stage=2)).config.text.num_hidden_layers == DEPTH
 
 
 def test_an_archive_that_is_not_there(server: Hub, tmp_path: Path) -> None:
@@ -222,7 +223,7 @@ def test_damaged_weights_never_reach_the_cache(server: Hub, tmp_path: Path) -> N
     with pytest.raises(OSError, match=r"bytes where .* are expected"):
         resolve(REPO)
     server.corrupt.clear()
-    assert fv.load_model(resolve(REPO)).config.text.num_hidden_layers == 4
+    assert fv.load_model(resolve(REPO)).config.text.num_hidden_layers == DEPTH
 
 
 def test_small_files_that_are_cut(server: Hub, tmp_path: Path, waits: list[float]) -> None:
@@ -231,7 +232,7 @@ def test_small_files_that_are_cut(server: Hub, tmp_path: Path, waits: list[float
         resolve(REPO)
     assert_one_sentence(caught.value, "try again")
     server.faults.clear()
-    assert fv.load_model(resolve(REPO)).config.text.num_hidden_layers == 4
+    assert fv.load_model(resolve(REPO)).config.text.num_hidden_layers == DEPTH
 
 
 def test_a_busy_hub(server: Hub, waits: list[float]) -> None:
@@ -358,5 +359,5 @@ def test_killed_in_the_middle(
     start = int(asked.headers["range"].removeprefix("bytes=").removesuffix("-"))
     assert start >= MIB
     assert (folder / weights).read_bytes() == (NANO / weights).read_bytes()
-    assert fv.load_model(folder).config.text.num_hidden_layers == 4
+    assert fv.load_model(folder).config.text.num_hidden_layers == DEPTH
     assert not [path for path in tmp_path.rglob("*") if ".part" in path.name]

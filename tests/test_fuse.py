@@ -12,6 +12,7 @@ import pytest
 from checkpoints import logits_of, one_sentence
 from hub_server import TOKEN
 from mlx.utils import tree_flatten
+from models import DEPTH
 from sources import LAYOUTS, full_nano, with_tokenizer
 from training import trained
 
@@ -214,7 +215,7 @@ def test_a_quantized_base_is_packed_anew_and_measured(tmp_path):
     folder = write(model, tmp_path / "adapter", None)
     assert adapters.base_of(folder) == ("nano", None)
     done = fv.fuse(None, folder, tmp_path / "fused", progress=False)
-    assert len(done.layers) == 28 and not done.wider
+    assert len(done.layers) == 7 * DEPTH and not done.wider
     assert all(layer.agreement > 0.999 for layer in done.layers)  # 8 bits lose little
     assert done.same_tokens is not None and done.same_tokens > 0.9
     (_, before), (config, after) = read_checkpoint(NANO), read_checkpoint(done.folder)

@@ -361,7 +361,8 @@ def test_logits_processor_sees_tokens_and_decides(nano: Nano) -> None:
     text = generate(*nano, ASK, **SMALL, max_tokens=len(wanted), logits_processor=process)
     assert text == "A panda and a cat"
     prompt = [i for i in prompt_of(nano)[0] if i >= 0]
-    assert calls == [((prompt + wanted[:n]), (1, 768)) for n in range(len(wanted))]
+    vocab_size = nano[0].config.text.vocab_size
+    assert calls == [((prompt + wanted[:n]), (1, vocab_size)) for n in range(len(wanted))]
 
 
 def test_penalty_comes_before_the_processor(nano: Nano) -> None:

@@ -82,7 +82,7 @@ def test_bundled_images(image: str, answer: str, nano: Nano) -> None:
 
 def test_bundled_folder() -> None:
     files = [path for path in NANO.rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) < 8e6
+    assert sum(path.stat().st_size for path in files) < 14e6
     assert {path.name for path in (NANO / "images").iterdir()} == {
         f"{name}.png" for name in ("mushrooms", "number", "panda", "penguins", "queen")
     }

@@ -356,7 +356,7 @@ def logits_of(model, size: int) -> mx.array:
 
 
 def base_in(folder: Path) -> fv.FastVLM:
-    """A float model of the bundled one's geometry with random weights, and its folder."""
+    """A float model with random weights, and its folder."""
     models.fresh(folder)
     return fv.load_model(folder, dtype="float32")
 
@@ -365,7 +365,7 @@ def test_the_grown_model_answers_as_before(tmp_path):
     before = base_in(tmp_path / "base")
     models.grow(tmp_path / "base", tmp_path / "grown")
     after, processor = fv.load(tmp_path / "grown", dtype="float32")
-    assert len(after.layers) == models.DECODER_LAYERS > len(before.layers)
+    assert len(after.layers) == 6 > len(before.layers)
     assert sum(value.size for _, value in tree_flatten(after.parameters())) < 12_000_000
     for size in (128, 192):
         # Of the tokens that both have; rows without a token were random and no longer are.

@@ -24,17 +24,20 @@ from fastvlm_mlx.text import Tokenizer
 from . import tokenizer
 
 SMALL = 0.02  # deviation of new weights
-# What the grown model has more of: attention blocks of the encoder, layers of the decoder.
-ENCODER_LAYERS = [1, 2, 4, 2, 2]
-DECODER_LAYERS = 6
+# Blocks of the encoder's stages and layers of the decoder: of the model from nothing, and of the
+# grown one, which has two attention blocks and two layers more.
+FRESH = {"vision_config": {"layers": [1, 2, 4, 1, 1]}, "num_hidden_layers": 4}
+GROWN = {"vision_config": {"layers": [1, 2, 4, 2, 2]}, "num_hidden_layers": 6}
 ENDS = ("fc2.weight", "mixer.proj.weight")  # of a block of the encoder
 
 
-def settings(rows: int, **changes: Any) -> dict[str, Any]:
-    """config.json with the bundled model's geometry and so many embedding rows."""
+def settings(rows: int, geometry: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """config.json as the bundled model's, with another geometry and so many embedding rows."""
     config = json.loads((NANO / "config.json").read_text(encoding="utf-8"))
     for name in ("quantization", "quantization_config"):
         config.pop(name, None)
+    config |= geometry | {"vision_config": config["vision_config"] | geometry["vision_config"]}
+    config["max_window_layers"] = config["num_hidden_layers"]
     return config | {"vocab_size": rows, "torch_dtype": "float32"} | changes
 
 
@@ -60,10 +63,10 @@ def write_model(folder: Path, model: FastVLM, config: dict[str, Any]) -> None:
 
 
 def fresh(folder: Path, seed: int = 0) -> None:
-    """Write a model of the bundled one's geometry with random weights, in training form."""
+    """Write a model with random weights, in training form."""
     rows = tokenizer.write(folder, None)
     ids = special_ids(folder)
-    config = settings(rows, bos_token_id=ids[0], eos_token_id=ids[2])
+    config = settings(rows, FRESH, bos_token_id=ids[0], eos_token_id=ids[2])
     write_model(folder, fresh_model(FastVLMConfig.from_dict(config), seed), config)
 
 
@@ -82,15 +85,13 @@ def grow(base: Path, folder: Path) -> None:
     """
     rows = tokenizer.write(folder, base)
     source = load_for_training(base, dtype="float32")
-    config = settings(rows, num_hidden_layers=DECODER_LAYERS, max_window_layers=DECODER_LAYERS)
     ids = special_ids(folder)
-    config |= {"bos_token_id": ids[0], "eos_token_id": ids[2]}
-    config["vision_config"] = config["vision_config"] | {"layers": ENCODER_LAYERS}
+    config = settings(rows, GROWN, bos_token_id=ids[0], eos_token_id=ids[2])
     model = FastVLM(FastVLMConfig.from_dict(config))
     model.unfuse()
     mx.random.seed(0)
     grown = {name: _new(name, value) for name, value in parameters_of(model).items()}
-    places = encoder_places(source.config.vision.layers, ENCODER_LAYERS)
+    places = encoder_places(source.config.vision.layers, GROWN["vision_config"]["layers"])
     for name, value in parameters_of(source).items():
         grown[_moved(name, places)] = value
     table = "language_model.embed_tokens.weight"
@@ -123,7 +124,7 @@ def encoder_places(old: tuple[int, ...], new: list[int]) -> dict[int, int]:
     Between two stages stands the downsampling and, before those with attention, a convolution;
     new blocks stand at the end of their stage.
     """
-    config = FastVLMConfig.from_dict(settings(tokenizer.ROUND)).vision
+    config = FastVLMConfig.from_dict(settings(tokenizer.ROUND, FRESH)).vision
     places, before, after = {}, 0, 0
     for stage, (few, more) in enumerate(zip(old, new, strict=True)):
         around = int(config.pos_embs_shapes[stage] is not None)

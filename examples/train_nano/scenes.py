@@ -72,7 +72,9 @@ def emoji_asks(rng: Random, thing: Thing, ground: str | None) -> list[Ask]:
     asks += presence_asks(rng, present, list(ALL)) + identity_asks(rng, name, list(ALL))
     asks += absent_asks(rng, present) + background_asks(ground)
     asks += where_asks(thing, name, place(thing.x, thing.y))
-    asks.append(Ask("counting", "How many are there?", there(1, name), "it"))
+    # As often as `absent_asks` asks for what is not there, or one of a kind would be none.
+    for question in ("How many are there?", f"How many {plural(name)} are there?"):
+        asks.append(Ask("counting", question, there(1, name), "it"))
     if not 0.32 < thing.size < 0.48:
         how = "small" if thing.size < 0.4 else "big"
         then = ("Is it big or small?", f"It is {how}.")

@@ -33,8 +33,8 @@ Model = Annotated[
         envvar="FASTVLM_MODEL",
         autocompletion=complete_model,
         help="Folder, Hub id, or 0.5b, 1.5b or 7b for Apple's models. "
-        "The default is the bundled nano model, which only names emoji, counts and reads "
-        "handwriting.",
+        "The default is the bundled nano model, which only knows drawn emoji, shapes and "
+        "short texts.",
     ),
 ]
 Adapter = Annotated[

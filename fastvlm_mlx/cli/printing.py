@@ -63,8 +63,8 @@ def print_nano_note() -> None:
     """Say on standard error which model answers by default, and how to get a real one."""
     real = find("0.5b")
     typer.echo(
-        "Note: this is nano, the small bundled model, which only names emoji, counts and reads "
-        f"handwriting; for photos, --model {real.name} (a download of {real.gigabytes:.1f} GB).",
+        "Note: this is nano, the small bundled model, which only knows drawn emoji, shapes and "
+        f"short texts; for photos, --model {real.name} (a download of {real.gigabytes:.1f} GB).",
         err=True,
     )
 
