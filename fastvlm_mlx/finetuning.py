@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -34,10 +34,10 @@ from .train.memory import Memory, estimate, largest_arrays
 from .train.parts import frozen, prepare
 from .train.plot import draw_losses
 from .train.ranks import Ranks
-from .train.report import TENSORBOARD, WANDB
+from .train.report import TENSORBOARD, WANDB, check_reporter
 from .train.rows import find_rows
 from .train.score import scorer
-from .train.sets import Sets, batches_of, held_out_batches, read_sets
+from .train.sets import Sets, batches_of, divide, held_out_batches, read_sets
 from .train.settings import FULL, TrainOptions
 from .train.state import FOLDER, Checkpoints, step_of
 
@@ -101,6 +101,7 @@ def finetune(
     """
     settings = TrainOptions.of(options)
     check_dtype(settings.dtype)
+    check_reporter(settings.report_to)
     out = Path(out).expanduser()
     check_out(out)
     folder = resolve(model, revision=revision)
@@ -173,6 +174,7 @@ def check(
     """
     settings = TrainOptions.of(options)
     check_dtype(settings.dtype)
+    check_reporter(settings.report_to)
     folder = resolve(model, revision=revision)
     processor, config = load_processor(folder), load_config(folder)
     reading: dict[str, Any] = {
@@ -187,10 +189,14 @@ def check(
         "max_length": settings.max_length,
         "too_long": settings.too_long,
     }
-    found = check_data(find_rows(_source(data), **reading), processor, config, **seeing)
+    rows, held_out = divide(list(find_rows(_source(data), **reading)), settings, **reading)
+    found = check_data(rows, processor, config, held_out=held_out, **seeing)
     memory = None
     if found.problem is None:
-        memory = estimate_memory(folder, processor, found.examples.kept, settings)
+        try:
+            memory = estimate_memory(folder, processor, found.examples.kept, settings)
+        except ValueError as error:  # said behind the rows
+            found = replace(found, obstacle=str(error))
     return Checked(found, memory, processor)
 
 

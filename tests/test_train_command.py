@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -130,12 +131,8 @@ def test_the_same_command_after_the_end_does_nothing_twice(
 
 
 def test_check_shows_rows_and_memory_and_reads_no_weight(
-    run: Run, model: Path, rows: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, model: Path, rows: str, tmp_path: Path, no_weights: None
 ) -> None:
-    def read(model: Any) -> None:
-        raise AssertionError("a weight was read")
-
-    monkeypatch.setattr(loading, "_evaluate", read)
     code, said, errors = run(*arguments(model, rows, tmp_path / "run"), "--check")
     assert code == 0, errors
     assert "What is 0?" in said and "⟦Blue<|im_end|>⟧" in said
@@ -143,11 +140,51 @@ def test_check_shows_rows_and_memory_and_reads_no_weight(
     assert not (tmp_path / "run").exists()
 
 
+def test_check_shows_the_rows_also_if_they_are_too_few(
+    run: Run, model: Path, tmp_path: Path, no_weights: None
+) -> None:
+    few = write(tmp_path, [row(0)])
+    code, said, errors = run(*arguments(model, few, tmp_path / "run"), "--check")
+    assert code == 2 and "fewer than the 2 of a batch" in one_error(errors)
+    assert "⟦Blue.<|im_end|>⟧" in said and "Memory" not in said
+
+
+def test_check_divides_the_rows_as_the_run_will(
+    run: Run, model: Path, rows: str, tmp_path: Path, no_weights: None
+) -> None:
+    given = arguments(model, rows, tmp_path / "run", "--check", "--validation")
+    code, said, errors = run(*given, "0.25")
+    assert code == 0, errors
+    assert re.search(r"held out +\d", said) and not re.search(r"rows +8 ", said)
+    other = tmp_path / "held.jsonl"
+    other.write_text('{"answer": "x"}\n{"answer": ""}\n', encoding="utf-8")
+    code, said, errors = run(*given, str(other))
+    assert code == 2 and "1 of 10 row(s) can't be used" in one_error(errors)
+    assert "held.jsonl, line 2: turn 2 is an empty answer" in said
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_rows_to_validate_with_are_looked_at_first(
+    run: Run, model: Path, rows: str, tmp_path: Path
+) -> None:
+    held = tmp_path / "held.jsonl"
+    wrong = {
+        '{"image": "none.png", "answer": "x"}': "held.jsonl, line 1: its image 'none.png'",
+        json.dumps({"image": __file__, "answer": "x"}): "is not an image",
+        json.dumps({"answer": "x" * 9000}): "None of the 1 row(s) to validate with",
+        "": "holds no rows to validate with",
+    }
+    for text, said in wrong.items():
+        held.write_text(text, encoding="utf-8")
+        code, _, errors = run(*arguments(model, rows, tmp_path / "r", "--validation", str(held)))
+        assert code == 2 and said in one_error(errors)
+
+
 BAD: dict[str, tuple[list[Row], list[str], str]] = {
     "a missing image": (
         [row(0), row(1, Path("no.png")), row(2)],
         [],
-        "row 2: its image 'no.png' does not exist",
+        "row 2, line 1: its image 'no.png' does not exist",
     ),
     "a mark without an image": (
         [row(0), {**row(1), "image": None}, row(2)],
@@ -161,10 +198,23 @@ BAD: dict[str, tuple[list[Row], list[str], str]] = {
     "a mode": (many(), ["--decoder", "qlora"], "decoder must be one of"),
     "no split": (many(), ["--validation", "2"], "validation"),
     "too long": (many(), ["--max-length", "9"], "tokens, more than 9"),
+    "an image that is none": ([row(0), row(1, Path(__file__)), row(2)], [], "is not an image"),
+    "a missing library": (many(), ["--report-to", "wandb"], "fastvlm-mlx[wandb]"),
 }
 
 
+@pytest.fixture
+def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail where a weight is read."""
+
+    def read(model: Any) -> None:
+        raise AssertionError("a weight was read")
+
+    monkeypatch.setattr(loading, "_evaluate", read)
+
+
 @pytest.mark.parametrize("case", BAD)
+@pytest.mark.usefixtures("no_weights")
 def test_bad_input_is_one_sentence_and_leaves_nothing(
     run: Run, model: Path, tmp_path: Path, case: str
 ) -> None:
@@ -256,8 +306,14 @@ def test_numbers_go_to_tensorboard_and_wandb_too(
     for name in REPORTERS:
         log = Log(tmp_path / LOG, report=reporter(name, tmp_path / "run", {"rank": 3}))
         log.write(step=4, loss=1.5, rows=["a"])
+        log.close()
     assert found == [(("loss", 1.5), 4), ("loss", 1.5, 4)]
-    assert begun[0]["config"] == {"rank": 3} and begun[0]["id"] == "run"
+    assert begun[0]["config"] == {"rank": 3} and begun[0]["name"] == "run"
+    again, other = (tmp_path / name / "run" for name in ("", "elsewhere"))
+    for out in (again, other):
+        reporter("wandb", out, {})
+    ids = [each["id"] for each in begun if "id" in each]
+    assert ids[0] == ids[1] != ids[2]  # a run goes on, and another one is another
     assert begun[1]["folder"] == str(tmp_path / "run" / "tensorboard")
 
 

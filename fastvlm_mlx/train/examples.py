@@ -25,6 +25,8 @@ from .row_files import BadRow
 from .rows import MANY, BadRows, Row
 
 TOO_LONG = ("error", "skip", "truncate")
+# How rows are seen that nothing is learned from: whole, as far as the model can.
+VALIDATION: dict[str, Any] = {"max_length": None, "too_long": "skip"}
 
 
 class Span(NamedTuple):
