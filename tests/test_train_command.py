@@ -105,6 +105,25 @@ def test_from_rows_to_an_adapter_that_answers(
     assert isinstance(fv.generate(adapted, processor, "What?", max_tokens=2), str)
 
 
+@pytest.mark.parametrize("merge", ["flat", "spatial"])
+@pytest.mark.parametrize("vision", ["frozen", "full"])
+def test_images_in_tiles_are_trained_on_too(
+    run: Run, model: Path, rows: str, tmp_path: Path, merge: str, vision: str
+) -> None:
+    tiled, out = tmp_path / "tiled", tmp_path / "run"
+    shutil.copytree(model, tiled)
+    config = json.loads((tiled / "config.json").read_text())
+    config |= {"image_aspect_ratio": "anyres", "mm_patch_merge_type": merge}
+    config["image_grid_pinpoints"] = [[128, 64], [64, 128], [128, 128]]
+    (tiled / "config.json").write_text(json.dumps(config))
+    given = arguments(tiled, rows, out, "--vision", vision, "--epochs", "2")
+    code, said, errors = run(*given, "--check")
+    assert code == 0 and "Memory: about" in said, errors
+    code, _, errors = run(*given)
+    assert code == 0, errors
+    assert all(line["loss"] > 0 for line in read_log(out / "log.jsonl"))
+
+
 def test_a_decoder_in_full_becomes_a_whole_model(
     run: Run, model: Path, rows: str, tmp_path: Path
 ) -> None:

@@ -19,9 +19,10 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from .. import ops
 from ..bench.graph import VIEWS
+from ..image.grid import anyres_grid
 from ..model.fastvlm import FastVLM
 from .batches import Batches
-from .examples import Example
+from .examples import Example, ExampleImage
 from .features import ENCODED_AT_ONCE
 from .loss import AT_ONCE, Arrays, bucket, loss
 from .optimizer import HALF
@@ -146,14 +147,14 @@ def step_bytes(model: FastVLM, arrays: Arrays) -> int:
     """The most that the gradients of a batch take, without parameters and batch."""
     parameters: Arrays = dict(tree_flatten(model.parameters()))
     names = list(parameters)
-    flat: Arrays = dict(tree_flatten(arrays))
+    flat, sizes = _named_leaves(arrays), arrays.get("image_sizes")
     gradients_of = nn.value_and_grad(model, loss)
 
     def run(*values: mx.array) -> list[mx.array]:
         given = dict(zip(names, values, strict=False))
         model.update(tree_unflatten(list(given.items())))
-        batch = list(zip(flat, values[len(names) :], strict=True))
-        (total, count), gradients = gradients_of(model, tree_unflatten(batch))
+        batch: Arrays = dict(tree_unflatten(list(zip(flat, values[len(names) :], strict=True))))
+        (total, count), gradients = gradients_of(model, batch | {"image_sizes": sizes})
         return [total, count, *_leaves(gradients)]
 
     try:
@@ -252,7 +253,7 @@ def largest_arrays(
     examples = [[batches.examples[n] for n in row] for row in rows]
     length = length_bucket(max(sum(map(len, row)) for row in examples))
     every = [example for row in examples for example in row]
-    images, places = (sum(len(e.images) for e in every), sum(e.num_visual for e in every))
+    places = sum(e.num_visual for e in every)
     # Logits of more are not held together.
     supervised = min(AT_ONCE, bucket(sum(e.num_supervised for e in every)))
     arrays = {
@@ -264,12 +265,24 @@ def largest_arrays(
     }
     if packed:
         arrays["segments"] = mx.zeros((len(rows), length), mx.int32)
-    if images and is_encoded:
-        features = (images, places // images, model.config.mm_hidden_size)
-        arrays["features"] = mx.zeros(features, _dtype(model))
-    elif images:
-        arrays["pixel_values"] = mx.zeros((images, side, side, 3), mx.uint8)
-    return arrays
+    images = [image for example in every for image in example.images]
+    return arrays | (_image_arrays(images, model, side, is_encoded=is_encoded) if images else {})
+
+
+def _image_arrays(
+    images: Sequence[ExampleImage], model: FastVLM, side: int, *, is_encoded: bool
+) -> Arrays:
+    config = model.config
+    square = (side // config.vision.patch_size) ** 2
+    name, shape, dtype = "pixel_values", (side, side, 3), mx.uint8
+    if is_encoded:
+        name, shape, dtype = "features", (square, config.mm_hidden_size), _dtype(model)
+    if config.image_aspect_ratio != "anyres":
+        return {name: mx.zeros((len(images), *shape), dtype)}
+    sizes = [image.size or (side, side) for image in images]
+    grids = [anyres_grid(size, config.image_grid_pinpoints, side) for size in sizes]
+    tiles = [mx.zeros((1 + across * down, *shape), dtype) for across, down in grids]
+    return {name: tiles, "image_sizes": sizes}
 
 
 def _size(rows: Sequence[Sequence[int]], examples: Sequence[Example]) -> int:
@@ -283,4 +296,9 @@ def _dtype(model: FastVLM) -> mx.Dtype:
 
 
 def _leaves(arrays: Arrays) -> list[mx.array]:
-    return list(dict(tree_flatten(arrays)).values())
+    return list(_named_leaves(arrays).values())
+
+
+def _named_leaves(arrays: Arrays) -> Arrays:
+    found: Arrays = dict(tree_flatten(arrays))
+    return {name: leaf for name, leaf in found.items() if isinstance(leaf, mx.array)}
