@@ -285,6 +285,19 @@ def test_pixels_are_those_of_preprocess_bit_for_bit() -> None:
             assert mx.array_equal(batch.pixel_values / 255, wanted).item()
 
 
+def test_photos_are_decoded_as_exactly_as_by_generate(tmp_path: Path) -> None:
+    from PIL import Image
+
+    photo = (
+        tmp_path / "photo.jpg"
+    )  # which a JPEG decoder could make smaller by itself, less exactly
+    Image.open(PANDA).convert("RGB").resize((2000, 1500)).save(photo)
+    found = READER.read(photo).pixels
+    assert mx.array_equal(mx.array(found), PROCESSOR.preprocess(photo, dtype=mx.uint8)).item()
+    fast = PROCESSOR.preprocess(photo, dtype=mx.uint8, fast=True)
+    assert not mx.array_equal(mx.array(found), fast).item()
+
+
 def test_tiled_images_stay_apart() -> None:
     pinpoints = [[512, 256], [256, 512]]
     processor = fv.Processor(PROCESSOR.tokenizer, 256, "anyres", pinpoints)

@@ -18,6 +18,7 @@ from sources import with_tokenizer
 
 import fastvlm_mlx as fv
 from fastvlm_mlx.checkpoint import load as loading
+from fastvlm_mlx.model.vision import FastViTHD
 from fastvlm_mlx.train.log import LOG, Log, read_log
 from fastvlm_mlx.train.plot import draw_losses, ticks
 from fastvlm_mlx.train.report import REPORTERS, reporter
@@ -103,6 +104,32 @@ def test_from_rows_to_an_adapter_that_answers(
     ids = mx.array([[5, 6, 7]])
     assert not mx.allclose(plain(ids), adapted(ids), atol=1e-4)
     assert isinstance(fv.generate(adapted, processor, "What?", max_tokens=2), str)
+
+
+def test_a_frozen_encoder_sees_each_image_once(
+    run: Run, model: Path, rows: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FASTVLM_CACHE", str(tmp_path / "cache"))
+    encoded: list[int] = []
+    original = FastViTHD.__call__
+
+    def count(encoder: FastViTHD, pixels: mx.array) -> mx.array:
+        encoded.append(len(pixels))
+        return original(encoder, pixels)
+
+    monkeypatch.setattr(FastViTHD, "__call__", count)
+    found = {}
+    for name, more in (("first", []), ("second", []), ("without", ["--no-cache-features"])):
+        given = arguments(model, rows, tmp_path / name, "--epochs", "3", "--learning-rate", "0.01")
+        code, _, errors = run(*given, *more)
+        assert code == 0, errors
+        found[name] = mx.load(str(tmp_path / name / "adapter" / "adapter_model.safetensors"))
+        assert sum(encoded) == {"first": 2, "second": 0}.get(name, sum(encoded))
+        assert name != "without" or sum(encoded) > 10
+        encoded.clear()
+    for name, value in found["first"].items():
+        assert mx.array_equal(value, found["second"][name])
+        assert mx.abs(value - found["without"][name]).max() <= 1e-6
 
 
 @pytest.mark.parametrize("merge", ["flat", "spatial"])
@@ -212,6 +239,11 @@ BAD: dict[str, tuple[list[Row], list[str], str]] = {
     ),
     "an empty answer": ([row(0), row(1, answer=""), row(2)], [], "row 2"),
     "fewer rows than a batch": ([row(0)], [], "fewer than the 2 of a batch"),
+    "nothing to learn": (
+        [{**row(0), "conversations": row(0)["conversations"][:1]}] * 3,
+        [],
+        "None of the 3 row(s) has a token to learn",
+    ),
     "half precision": (many(), ["--dtype", "bfloat16"], "Training in bfloat16 is too slow"),
     "a pattern": (many(), ["--layers", "*.q_prj"], "matches no linear layer"),
     "a mode": (many(), ["--decoder", "qlora"], "decoder must be one of"),
