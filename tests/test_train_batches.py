@@ -205,7 +205,13 @@ def test_packing_fills_rows_and_keeps_to_the_length() -> None:
 
 
 def test_targets_are_the_next_tokens_and_weights_the_answers() -> None:
-    examples = MIXED[:4]
+    messages = [
+        {"role": role, "content": content}
+        for role, content in (("user", "Who?"), ("assistant", "Me."), ("user", "Sure?"))
+    ]
+    two = Row("two", [*messages, {"role": "assistant", "content": "Yes."}], [], "row")
+    examples = [*MIXED[:4], build_example(two, PROCESSOR, CONFIG)]
+    assert len(examples[-1].answers) == 2
     images = [READER.read(i.source) for e in examples for i in e.images]
     batch = collate([[e] for e in examples], READER, images)
     length = batch.input_ids.shape[1]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from checkpoints import one_sentence
@@ -18,7 +19,7 @@ from models import PANDA, PENGUINS
 
 import fastvlm_mlx as fv
 from fastvlm_mlx.checkpoint import cache_folder
-from fastvlm_mlx.checkpoint.cache_folder import from_entry
+from fastvlm_mlx.checkpoint.cache_folder import CacheFolder, from_entry
 from fastvlm_mlx.checkpoint.load import load_processor
 from fastvlm_mlx.config import load_config
 from fastvlm_mlx.hub.resolve import NANO
@@ -139,7 +140,15 @@ def test_nano_s_features_are_those_of_its_encoder(
     assert cache.encoded == 2
 
 
-def test_one_image_of_many_rows_is_encoded_once(files: list[Path], tmp_path: Path) -> None:
+def test_one_image_of_many_rows_is_encoded_once(
+    files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wait_and_write(folder: CacheFolder, name: str, data: bytes) -> bool:
+        time.sleep(0.3)  # meanwhile it is known from memory only
+        return write(folder, name, data)
+
+    write = CacheFolder.write
+    monkeypatch.setattr(CacheFolder, "write", wait_and_write)
     cache = cache_in(tmp_path / "cache")
     reader = ImageReader(PROCESSOR, SIDE, features=cache)
     (one,) = examples_of(files[:1])
@@ -190,6 +199,16 @@ def test_a_digest_tells_weights_and_types_apart(small_folder: Path) -> None:
     name, layer = next((n, m) for n, m in again.named_modules() if "weight" in m)
     layer.weight = layer.weight * (1 + 1e-6)
     assert len({whole, digest_weights(half), digest_weights(again)}) == 3, name
+
+
+def test_a_digest_tells_names_shapes_and_dtypes_of_equal_bytes_apart() -> None:
+    values = mx.arange(6, dtype=mx.int32)
+    arrays = [values, values.reshape(2, 3), values.reshape(3, 2), values.view(mx.float32)]
+    modules = [nn.Module() for _ in range(len(arrays) + 1)]
+    for module, array in zip(modules, arrays, strict=False):
+        module.weight = array
+    modules[-1].bias = values
+    assert len({digest_weights(module) for module in modules}) == len(modules)
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])

@@ -354,16 +354,18 @@ def test_a_split_keeps_every_image_on_one_side(folder: Path) -> None:
     rows += [{"id": "copy", "image": "copy.png", "answer": "x"}]
     rows += [{"id": f"text {n}", "answer": f"{n % 4}"} for n in range(8)]
     found = read_rows(write(folder, rows))
-    train, validation = split_rows(found, 0.2, seed=1)
-    assert len(train) + len(validation) == 70 and 10 <= len(validation) <= 14
-    held = [
-        {image.read_bytes() for row in side for image in row.images} for side in (train, validation)
-    ]
-    assert held[0] & held[1] == set() != held[1]
-    sides = {row.id: side for side in (0, 1) for row in (train, validation)[side]}
-    assert sides["3"] == sides["23"] == sides["4"] == sides["pair"] == sides["copy"]
-    assert all(sides[f"text {n}"] == sides[f"text {n + 4}"] for n in range(4))
-    assert [row.id for row in train] == [row.id for row in found if sides[row.id] == 0]
+    for seed in range(8):
+        train, validation = split_rows(found, 0.2, seed=seed)
+        assert len(train) + len(validation) == 70 and 10 <= len(validation) <= 14
+        held = [
+            {image.read_bytes() for row in side for image in row.images}
+            for side in (train, validation)
+        ]
+        assert held[0] & held[1] == set() != held[1]
+        sides = {row.id: side for side in (0, 1) for row in (train, validation)[side]}
+        assert sides["3"] == sides["23"] == sides["4"] == sides["pair"] == sides["copy"]
+        assert all(sides[f"text {n}"] == sides[f"text {n + 4}"] for n in range(4))
+        assert [row.id for row in train] == [row.id for row in found if sides[row.id] == 0]
     chosen = {tuple(row.id for row in split_rows(found, 0.2, seed=s)[1]) for s in range(5)}
     assert len(chosen) > 1
 
