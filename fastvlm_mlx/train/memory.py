@@ -274,9 +274,8 @@ def _image_arrays(
 ) -> Arrays:
     config = model.config
     square = (side // config.vision.patch_size) ** 2
-    name, shape, dtype = "pixel_values", (side, side, 3), mx.uint8
-    if is_encoded:
-        name, shape, dtype = "features", (square, config.mm_hidden_size), _dtype(model)
+    name, dtype = ("features", _dtype(model)) if is_encoded else ("pixel_values", mx.uint8)
+    shape = (square, config.mm_hidden_size) if is_encoded else (side, side, 3)
     if config.image_aspect_ratio != "anyres":
         return {name: mx.zeros((len(images), *shape), dtype)}
     sizes = [image.size or (side, side) for image in images]

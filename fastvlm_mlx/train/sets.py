@@ -87,8 +87,8 @@ def read_sets(
     (rows, _), (held_out, bad) = sort_rows(found), sort_rows(others)
     if bad := [*bad, *find_unreadable([*rows, *held_out])]:
         raise BadRows(bad)
-    seeing = {"image_size": options.image_size}
-    lengths = {"max_length": options.max_length, "too_long": options.too_long}
+    seeing: dict[str, Any] = {"image_size": options.image_size}
+    lengths: dict[str, Any] = {"max_length": options.max_length, "too_long": options.too_long}
     training = build_examples(rows, processor, config, **seeing, **lengths)
     validation = collect_examples(held_out, processor, config, **seeing, **VALIDATION)
     if validation.bad:
