@@ -215,6 +215,7 @@ def test_what_names_no_choice_is_unparsed_and_wrong():
 
 def test_a_reference_is_a_letter_or_a_choice():
     assert mcq("b", ["cat"], CHOICES) == 1 and mcq("b", ["Cat."], CHOICES) == 1
+    assert mcq("b", ["B. cat"], CHOICES) == 1 and mcq("a", ["B. cat"], CHOICES) == 0
     assert mcq("H", ["H"]) == 1 and mcq("Z", ["H"]) == 0
     assert mcq("e", ["E"], [*CHOICES, "blue"]) == 1
     assert mcq("cat", ["B"], ["cat", "cat"]) == 0  # both say so
@@ -310,7 +311,7 @@ def test_cider_of_captions_worked_out_by_hand():
 
 
 def test_cider_needs_two_images():
-    with pytest.raises(ValueError, match="two or more; there are 1"):
+    with pytest.raises(ValueError, match="two or more, not 1"):
         score_answers("cider", ["a"], [["a"]])
 
 

@@ -40,10 +40,22 @@ def test_a_quantized_source_is_refused():
         list(precision_report(NANO, {"4": 4}))
 
 
+def test_what_can_t_be_scored_ends_a_conversion_before_it_begins(run, tmp_path, questions):
+    convert = ("convert", str(NANO), str(tmp_path / "to"), "--eval")
+    for arguments, said in {
+        (questions,): "--eval is part of a --report",
+        (questions, "--report", "--metric", "f2"): "no metric 'f2'",
+        (tmp_path / "none.jsonl", "--report"): "none.jsonl",
+    }.items():
+        found = run(*convert, *arguments)
+        assert found.code == 2 and said in found.err
+    assert not (tmp_path / "to").exists()
+
+
 def test_questions_that_are_none(tmp_path):
     with pytest.raises(FileNotFoundError):
         read_questions(tmp_path / "none.jsonl")
-    (tmp_path / "bad.jsonl").write_text('{"image": "a.png", "question": "?"}')
+    (tmp_path / "bad.jsonl").write_text('{"image": "a.png", "question": 5}')
     with pytest.raises(ValueError, match="line 1"):
         read_questions(tmp_path / "bad.jsonl")
 

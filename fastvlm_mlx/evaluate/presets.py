@@ -49,6 +49,7 @@ class Preset:
         config: the folder of the data set's files.
         split: that is asked.
         metric: by name.
+        own_metrics: that some rows have instead.
         ask: a row → what it asks.
         columns: that `ask` reads.
         max_tokens: of an answer.
@@ -67,6 +68,7 @@ class Preset:
     max_tokens: int
     published: Mapping[str, float] = field(default_factory=dict)
     config: str | None = None
+    own_metrics: Sequence[str] = ()
     only: tuple[str, str] | None = None
     images: tuple[str, str] | None = None
     note: str = ""
@@ -265,6 +267,7 @@ PRESETS: dict[str, Preset] = {
         MMMU_COLUMNS,
         128,
         _published(33.9, 37.8, 45.4),
+        own_metrics=("open",),
     ),
     "vqav2": Preset(
         f"{LMMS}/VQAv2",
@@ -324,6 +327,7 @@ PRESETS: dict[str, Preset] = {
         ("question", "answer", "dataset", "question_type", "image"),
         128,
         _published(63.9, 70.2, 73.1),
+        own_metrics=("formula",),
         note="Published as a share of its 1000 questions, as here.",
     ),
     "realworldqa": Preset(
@@ -334,6 +338,7 @@ PRESETS: dict[str, Preset] = {
         ("question", "answer", "image"),
         16,
         _published(56.1, 61.2, 67.2),
+        own_metrics=("caseless",),
     ),
     "seedbench": Preset(
         f"{LMMS}/SEED-Bench",

@@ -87,7 +87,7 @@ def preset_table(presets: Mapping[str, Preset], results: Mapping[str, list[dict[
             name,
             preset.source,
             preset.split,
-            preset.metric,
+            ", ".join([preset.metric, *preset.own_metrics]),
             *published,
             _measured(results.get(name)),
         )

@@ -44,20 +44,23 @@ def score_choice(answer: str, references: Sequence[str], choices: Sequence[str] 
         references: letters or texts of right choices.
         choices: the texts of A, B, C and so on.
     """
-    letters = ascii_uppercase[: len(choices)] or LETTERS
-    wanted = {_letter_of(reference, letters, choices) for reference in references} - {None}
+    wanted = {named_by(reference, choices) for reference in references} - {None}
     if not wanted and not choices:
         return mean_score(caseless(answer, references))
     said = parse_choice(answer, choices)
     return mean_score(float(said in wanted), said, unparsed=said is None)
 
 
-def _letter_of(reference: str, letters: str, choices: Sequence[str]) -> str | None:
+def named_by(reference: str, choices: Sequence[str]) -> str | None:
+    """The letter of a right choice, given as a letter, as its text, or as both ("B. cat")."""
+    letters = ascii_uppercase[: len(choices)] or LETTERS
     letter = reference.strip().strip("().").upper()
     if len(letter) == 1 and letter in letters:
         return letter
     plain = [_plain(choice) for choice in choices]
-    return letters[plain.index(_plain(reference))] if _plain(reference) in plain else None
+    if _plain(reference) in plain:
+        return letters[plain.index(_plain(reference))]
+    return parse_choice(reference, choices) if choices else None
 
 
 def parse_choice(answer: str, choices: Sequence[str] = ()) -> str | None:
