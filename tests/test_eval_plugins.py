@@ -22,6 +22,7 @@ from fastvlm_mlx.evaluate.metrics.open_ended import open_ended
 from fastvlm_mlx.evaluate.metrics.text import (
     anls,
     caseless,
+    cer,
     contains,
     edit_distance,
     exact,
@@ -112,6 +113,16 @@ def test_edits_equal_lmms_eval():
 
     for one, other in zip(texts(300), texts(300, seed=3), strict=True):
         assert edit_distance(one, other) == levenshtein_distance(one, other)
+
+
+@in_lmms
+def test_character_errors_are_lmms_eval_s_edits_per_character():
+    from lmms_eval.api.metrics import levenshtein_distance
+
+    for answer, references in cases(references=2):
+        texts = [(answer.strip(), reference.strip()) for reference in references]
+        rates = [levenshtein_distance(*pair) / max(1, len(pair[1])) for pair in texts]
+        assert cer(answer, references) == pytest.approx(min(rates)), (answer, references)
 
 
 NUMBERS = """

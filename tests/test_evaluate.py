@@ -27,9 +27,11 @@ from fastvlm_mlx.evaluate.log import Answer, Log
 from fastvlm_mlx.evaluate.metrics import METRICS, check_metrics, figures_of, score_answers
 from fastvlm_mlx.evaluate.metrics.score import Score, mean_score
 from fastvlm_mlx.evaluate.page import mistakes_page
+from fastvlm_mlx.evaluate.presets import PRESETS
 from fastvlm_mlx.evaluate.results import Scored, as_json, compare, measured, score_records
 from fastvlm_mlx.evaluate.run import Record, answer_items
 from fastvlm_mlx.evaluate.statistics import difference, interval, percentiles
+from fastvlm_mlx.evaluate.table import difference_lines, preset_table, result_table
 from fastvlm_mlx.generation.prompt_cache import PromptCache
 from fastvlm_mlx.hub.resolve import NANO
 from fastvlm_mlx.train.adapters import write
@@ -558,6 +560,27 @@ def test_the_page_shows_mistakes_and_runs_nothing(tmp_path):
     assert policy == "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     assert evil in found.texts  # as text
     assert "http://" not in page and "https://" not in page
+
+
+def test_the_tables_show_names_as_they_are(capsys):
+    from rich.console import Console
+
+    result = score_records("[b]n", "m[/]", "anls", [record("1", "x", ["x"], task="[red]t[/red]")])
+    Console(width=100).print(result_table(result))
+    shown = capsys.readouterr().out
+    assert "[b]n: m[/]" in shown and "[red]t[/red]" in shown
+    found = as_json(result) | {"model": "m[/]"}
+    Console(width=200).print(preset_table(PRESETS, {"docvqa": [found]}))
+    assert "m[/]: 100.0 %, 1 answers" in capsys.readouterr().out
+
+
+def test_differences_are_said_in_the_metric_s_own_unit():
+    one = [record("1", "a red cat", ["a red cat"]), record("2", "x", ["a blue dog"])]
+    two = [one[0], record("2", "a blue dog", ["a blue dog"])]
+    for metric, said in {"cider": "b − a = +3.75 [95 %: ", "exact": "+50.0 points [95 %: "}.items():
+        first, second = (score_records("n", m, metric, r) for m, r in (("a", one), ("b", two)))
+        (line,) = difference_lines(first, second, compare(first, second))
+        assert said in line and "1 answers better, 0 worse" in line
 
 
 def test_results_are_kept_and_found_again(tmp_path, nano):
