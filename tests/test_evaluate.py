@@ -33,6 +33,7 @@ from fastvlm_mlx.evaluate.run import Record, answer_items
 from fastvlm_mlx.evaluate.statistics import difference, interval, percentiles
 from fastvlm_mlx.evaluate.table import difference_lines, preset_table, result_table
 from fastvlm_mlx.generation.prompt_cache import PromptCache
+from fastvlm_mlx.generation.scheduler import Batch
 from fastvlm_mlx.hub.resolve import NANO
 from fastvlm_mlx.train.adapters import write
 
@@ -128,11 +129,18 @@ def test_a_file_of_another_kind_is_named(run):
 
 
 class Calls:
-    """Counts what the encoder and the batch are asked for."""
+    """Counts the squares that the encoder sees, and the answers that go on in one step."""
 
     def __init__(self, monkeypatch):
-        self.squares = 0
-        encode = fv.FastVLM.encode_image
+        self.squares, self.together = 0, 0
+        encode, step = fv.FastVLM.encode_image, Batch.step
+
+        def stepped(batch):
+            responses = step(batch)
+            self.together = max(self.together, len({id for id, _ in responses}))
+            return responses
+
+        monkeypatch.setattr(Batch, "step", stepped)
 
         def counted(model, pixel_values):
             self.squares += len(pixel_values)
@@ -144,7 +152,7 @@ class Calls:
 def test_answers_are_those_of_generate_and_each_image_is_encoded_once(nano, questions, monkeypatch):
     calls = Calls(monkeypatch)
     records = answer_items(*nano, read_items(questions), max_tokens=TOKENS)
-    assert calls.squares == len(IMAGES)
+    assert calls.squares == len(IMAGES) and calls.together == len(records)
     expected = [
         fv.generate(*nano, question, image=image, max_tokens=TOKENS)
         for image in IMAGES
