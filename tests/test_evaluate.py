@@ -350,6 +350,33 @@ answer_items(model, processor, read_items(Path(sys.argv[1])), sys.argv[2], max_b
 """
 
 
+# Whoever runs the tests in the background ignores SIGINT, and so would the command.
+STOPPED = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from fastvlm_mlx.cli.main import main
+main()
+"""
+
+
+def test_ctrl_c_says_how_to_go_on(questions, tmp_path):
+    asked = [{"image": str(IMAGES[0]), "question": f"Say {n}.", "answer": "?"} for n in range(50)]
+    write_lines(questions, *asked)
+    command = [sys.executable, "-c", STOPPED, "eval", "--data", str(questions), "--max-batch", "1"]
+    command += ["--out", str(tmp_path / "o"), "--max-tokens", "4"]
+    root = Path(fv.__file__).parents[1]
+    with subprocess.Popen(command, cwd=root, stderr=subprocess.PIPE, text=True) as process:
+        while (
+            process.poll() is None and sum(map(len, map(lines_of, (tmp_path / "o").glob("*")))) < 3
+        ):
+            time.sleep(0.005)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert said == "Stopped; the same command goes on from here.\n"
+    assert 3 <= len(lines_of(next((tmp_path / "o").glob("*.jsonl")))) < 51
+
+
 def test_a_killed_run_goes_on_and_repeats_nothing(nano, tmp_path):
     asked = [
         {"question": f"{question} {n}", "answer": "?"} for n in range(6) for question in QUESTIONS

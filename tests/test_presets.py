@@ -242,8 +242,12 @@ def test_files_that_are_no_good_are_named(tmp_path):
         PresetItems(preset, other)
     rows = [ROWS["chartqa"][0] | {"image": {"bytes": None, "path": "a.png"}}]
     lost = write_parquet(tmp_path / "lost.parquet", rows)
-    with pytest.raises(ValueError, match="instead of an image's bytes"):
+    with pytest.raises(ValueError, match=r"Row 1 is not as lmms-lab.* of an image's bytes"):
         list(PresetItems(preset, lost))
+    rows = [ROWS["ai2d"][0], ROWS["ai2d"][0] | {"answer": "99"}]
+    beyond = write_parquet(tmp_path / "beyond.parquet", rows)
+    with pytest.raises(ValueError, match=r"Row 2 is not as lmms-lab-encoder/ai2d has them: .*\.$"):
+        list(PresetItems(PRESETS["ai2d"], beyond))
 
 
 def test_without_pyarrow_the_extra_is_named(monkeypatch, tmp_path):

@@ -14,7 +14,7 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import Any, TypeAlias
 
-from ..checks import shown
+from ..checks import reason, shown
 from .items import ALL, Item, with_choices
 from .metrics.choices import LETTERS
 from .parquet import check_columns, count_rows, hub_files, image_bytes, local_files, read_rows
@@ -85,7 +85,7 @@ class PresetItems:
     Raises:
         ImportError: pyarrow is not installed.
         FileNotFoundError, OSError: the files can't be found or downloaded.
-        ValueError: a file is damaged or lacks a column.
+        ValueError: a file is damaged or lacks a column, or a row is not as the Hub has them.
     """
 
     def __init__(self, preset: Preset, source: Path | None = None):
@@ -103,16 +103,24 @@ class PresetItems:
         kept = filter(self._is_kept, read_rows(self.files))
         pictures = self._pictures()
         for number, row in enumerate(kept, 1):
-            asked = self.preset.ask(row)
-            yield Item(
-                id=str(number),
-                images=tuple(self._images(row, asked, pictures)),
-                prompt=asked.prompt,
-                references=tuple(asked.references),
-                choices=tuple(asked.choices),
-                task=asked.task,
-                metric=asked.metric,
-            )
+            try:
+                yield self._item(number, row, pictures)
+            except (ValueError, TypeError, LookupError, SyntaxError, AttributeError) as error:
+                raise ValueError(
+                    f"Row {number} is not as {self.preset.source} has them: {reason(error)}."
+                ) from None
+
+    def _item(self, number: int, row: Row, pictures: Mapping[str, bytes]) -> Item:
+        asked = self.preset.ask(row)
+        return Item(
+            id=str(number),
+            images=tuple(self._images(row, asked, pictures)),
+            prompt=asked.prompt,
+            references=tuple(asked.references),
+            choices=tuple(asked.choices),
+            task=asked.task,
+            metric=asked.metric,
+        )
 
     def _is_kept(self, row: Row) -> bool:
         return self.preset.only is None or row[self.preset.only[0]] == self.preset.only[1]
