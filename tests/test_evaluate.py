@@ -185,6 +185,12 @@ def test_a_question_without_images_is_a_group_of_its_own(nano):
     assert result.rows[0].figures["exact"].low is not None and result.ttft() == {}
 
 
+def test_two_questions_with_one_id_are_refused(nano):
+    items = [Item("same", (), "One?", ("?",)), Item("same", (), "Two?", ("?",))]
+    with pytest.raises(ValueError, match="Two questions have the id 'same'"):
+        answer_items(*nano, items, max_tokens=1)
+
+
 def test_what_fails_is_listed_and_the_others_are_answered(nano, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"no image")
     asked = {"question": "Read the text.", "answer": "?"}

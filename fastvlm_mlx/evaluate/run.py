@@ -85,8 +85,8 @@ def answer_items(
         **options: the fields of `Options` that batches take; greedy by default.
 
     Raises:
-        ValueError: an option is out of range, or the log belongs to other weights or options. What
-            is wrong with an item stands in its record.
+        ValueError: an option is out of range, the log belongs to other weights or options, or two
+            items have one id. What else is wrong with an item stands in its record.
         OSError: the log can't be written.
     """
     run = _Run(model, processor, batch_options(options), max_batch)
@@ -135,6 +135,8 @@ class _Run:
                 self._fail(self.asked.pop(error.id).record, error.error)
 
     def _enter(self, batch: Batch, item: Item) -> None:
+        if item.id in self.records:
+            raise ValueError(f"Two questions have the id {shown(item.id)}.")
         record = _record(item)
         self.records[item.id] = record  # keeps their order
         try:
