@@ -1,7 +1,6 @@
 """The scorers beside lmms-eval's own, and FastVLM as a model of lmms-eval and VLMEvalKit."""
 
 import ast
-import base64
 import itertools
 import json
 import os
@@ -550,30 +549,6 @@ def test_vlmevalkit_s_answers_are_those_of_generate(nano):
     two = [str(IMAGES[0]), str(IMAGES[1]), "Compare them."]
     expected = fv.generate(*bundled, "Compare them.", image=IMAGES, max_tokens=6)
     assert model.generate(two) == expected
-
-
-@in_kit
-def test_vlmevalkit_runs_a_local_task(tmp_path):
-    rows = [["index", "image", "question", "A", "B", "answer"]]
-    for number, image in enumerate(IMAGES):
-        coded = base64.b64encode(image.read_bytes()).decode()
-        rows.append([str(number), coded, "What is it?", "a cat", "a dog", "A"])
-    table = "\n".join(map("\t".join, rows)) + "\n"
-    (tmp_path / "fastvlm_local.tsv").write_text(table, encoding="utf-8")
-    command = "-m fastvlm_mlx.evaluate.vlmevalkit --data fastvlm_local --model FastVLM-MLX-nano"
-    command += f" --judge exact_matching --work-dir {tmp_path / 'out'}"
-    paths = [str(Path(fv.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    environment = {"PYTHONPATH": os.pathsep.join(paths), "LMUData": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, *command.split()],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env=os.environ | environment,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    (scores,) = (tmp_path / "out").rglob("*_acc.csv")
-    assert "Overall" in scores.read_text()
 
 
 @in_kit
