@@ -29,7 +29,7 @@ from .train.examples import Example
 from .train.features import FeatureCache, digest_weights
 from .train.images import ImageReader
 from .train.log import read_log
-from .train.loop import Result, Trainer
+from .train.loop import NotFinite, Nothing, Result, Stopped, Trainer
 from .train.memory import Memory, estimate, largest_arrays
 from .train.parts import frozen, prepare
 from .train.plot import draw_losses
@@ -38,7 +38,7 @@ from .train.report import TENSORBOARD, WANDB, check_reporter
 from .train.rows import find_rows
 from .train.score import scorer
 from .train.sets import Sets, batches_of, divide, held_out_batches, read_sets
-from .train.settings import FULL, TrainOptions
+from .train.settings import FULL, PACKED_LENGTH, TrainOptions
 from .train.state import FOLDER, Checkpoints, step_of
 
 ADAPTER, MODEL = "adapter", "model"
@@ -57,10 +57,12 @@ class Finetuned:
     Attributes:
         folder: an adapter to load with its base, or a whole model.
         result: how the run ended.
+        rank: of this process among those that trained together.
     """
 
     folder: Path
     result: Result
+    rank: int = 0
 
 
 def finetune(
@@ -97,7 +99,8 @@ def finetune(
         ValueError: an option is out of range, rows can't be used, or the folder holds another run.
         FileNotFoundError, FileExistsError, OSError: a file or folder is missing, in the way, or
             can't be written.
-        KeyboardInterrupt: after the step in progress was saved.
+        NotFinite, Nothing: a loss is no number, or stays 0.
+        Stopped: a KeyboardInterrupt, after the step in progress was saved.
     """
     settings = TrainOptions.of(options)
     check_dtype(settings.dtype)
@@ -130,15 +133,15 @@ def finetune(
     ranks.check_same(0 if last is None else step_of(last))
     try:
         result = trainer.train()
-    except KeyboardInterrupt:
+    except (Stopped, NotFinite, Nothing):  # which come in all processes
         ranks.close()
         raise
     if ranks.rank == 0:
         trainer.take_best()
         draw_losses(read_log(out / LOG), out / PLOT)
-        written = write_result(network, settings, model, revision, out)
+        write_result(network, settings, model, revision, out)
     ranks.close()
-    return Finetuned(written if ranks.rank == 0 else out, result)
+    return Finetuned(result_folder(settings, out), result, ranks.rank)
 
 
 @dataclass
@@ -220,7 +223,9 @@ def estimate_memory(
 
 def pack_length(options: TrainOptions, processor: Processor) -> int | None:
     """Tokens of a row that holds several examples; None if none does."""
-    return (options.max_length or processor.max_length) if options.pack else None
+    if not options.pack:
+        return None
+    return options.max_length or min(PACKED_LENGTH, processor.max_length)
 
 
 def keeps_features(options: TrainOptions) -> bool:
@@ -285,21 +290,24 @@ def image_reader(model: FastVLM, processor: Processor, options: TrainOptions) ->
     return ImageReader(processor, options.image_size, features=cache)
 
 
+def result_folder(options: TrainOptions, out: Path) -> Path:
+    """Where a run's result is: a whole model where a large part of it is new."""
+    return out / (MODEL if FULL in (options.vision, options.decoder) else ADAPTER)
+
+
 def write_result(
     model: FastVLM,
     options: TrainOptions,
     base: str | os.PathLike[str] | None,
     revision: str | None,
     out: Path,
-) -> Path:
-    """Write what was trained: an adapter, or a whole model where a large part is new."""
-    target = out / ADAPTER
-    adapters.write(model, target, base, revision=revision, overwrite=True)
-    if FULL not in (options.vision, options.decoder):
-        return target
-    fused = fuse(base, target, out / MODEL, revision=revision, overwrite=True, progress=False)
-    shutil.rmtree(target)
-    return fused.folder
+) -> None:
+    """Write what was trained: an adapter, or a whole model."""
+    adapter, target = out / ADAPTER, result_folder(options, out)
+    adapters.write(model, adapter, base, revision=revision, overwrite=True)
+    if target != adapter:
+        fuse(base, adapter, target, revision=revision, overwrite=True, progress=False)
+        shutil.rmtree(adapter)
 
 
 def describe(options: TrainOptions, folder: Path, sets: Sets, processes: int) -> dict[str, Any]:

@@ -18,10 +18,14 @@ from sources import with_tokenizer
 
 import fastvlm_mlx as fv
 from fastvlm_mlx.checkpoint import load as loading
+from fastvlm_mlx.checkpoint.load import load_processor
+from fastvlm_mlx.finetuning import Finetuned, pack_length
 from fastvlm_mlx.model.vision import FastViTHD
 from fastvlm_mlx.train.log import LOG, Log, read_log
+from fastvlm_mlx.train.loop import Result, Stopped
 from fastvlm_mlx.train.plot import draw_losses, ticks
 from fastvlm_mlx.train.report import REPORTERS, reporter
+from fastvlm_mlx.train.settings import PACKED_LENGTH, TrainOptions
 
 QUICK = ["--no-compiled", "--image-size", "64", "--batch-size", "2", "-q"]
 Row = dict[str, Any]
@@ -330,6 +334,46 @@ def test_a_damaged_last_checkpoint_costs_only_its_steps(
     code, _, errors = run(*arguments(model, rows, out, "--save-every", "1", "--keep", "3"))
     assert code == 0, errors
     assert (out / "adapter" / "adapter_model.safetensors").read_bytes() == expected
+
+
+@pytest.mark.parametrize(
+    ("interrupt", "said"),
+    [
+        (Stopped(), "Stopped and saved; the same command goes on from here.\n"),
+        (
+            KeyboardInterrupt(),
+            "Stopped at once; the same command goes on from the last checkpoint.",
+        ),
+    ],
+)
+def test_what_is_said_of_an_interrupt_is_true(
+    run: Run, monkeypatch: pytest.MonkeyPatch, interrupt: BaseException, said: str
+) -> None:
+    def finetune(*_: Any, **__: Any) -> None:
+        raise interrupt
+
+    monkeypatch.setattr("fastvlm_mlx.cli.train.finetune", finetune)
+    code, _, errors = run("train", "--data", "x", "--out", "y")
+    assert code == 130 and said in errors
+
+
+def test_only_the_first_of_several_processes_says_how_it_went(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def finetune(*_: Any, **__: Any) -> Finetuned:
+        return Finetuned(Path("run/adapter"), Result(3, 1.0, None, None), rank)
+
+    monkeypatch.setattr("fastvlm_mlx.cli.train.finetune", finetune)
+    for rank in range(2):
+        code, _, errors = run("train", "--data", "x", "--out", "y")
+        assert code == 0 and ("Trained 3 steps." in errors) == (rank == 0)
+
+
+def test_rows_are_packed_to_a_length_that_attention_can_bear(model: Path) -> None:
+    processor = load_processor(model)
+    assert pack_length(TrainOptions(), processor) is None
+    assert pack_length(TrainOptions(pack=True), processor) == PACKED_LENGTH < processor.max_length
+    assert pack_length(TrainOptions(pack=True, max_length=700), processor) == 700
 
 
 # Reports

@@ -25,6 +25,7 @@ from train_runs import (
     weights_of,
 )
 
+from fastvlm_mlx.model.vision_training import TrainingFastViTHD
 from fastvlm_mlx.train import loop
 from fastvlm_mlx.train.dropout import draw_all
 from fastvlm_mlx.train.loop import NotFinite, Nothing, evaluate
@@ -202,6 +203,14 @@ def test_computing_activations_again_changes_nothing_and_no_other_model() -> Non
     ]
 
 
+def test_activations_of_the_training_form_are_not_computed_again(tmp_path: Path) -> None:
+    model = small_model()
+    model.update_modules({"vision_tower": TrainingFastViTHD(model.config.vision)})
+    with pytest.raises(ValueError, match="gradient_checkpointing is for an encoder in inference"):
+        trainer(tmp_path, model=model, vision="full", gradient_checkpointing=True)
+    trainer(tmp_path, model=model, vision="frozen", gradient_checkpointing=True)  # the decoder's
+
+
 def test_dropout_drops_the_same_where_activations_are_computed_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -274,6 +283,42 @@ def test_a_loss_that_is_no_number_stops_before_it_is_saved_and_names_its_rows(
     assert "broken-0, broken-1" in str(error.value) and "2-0" not in str(error.value)
     last = run.checkpoints.last()
     assert last is not None and last.name == "step-00000001"
+
+
+def test_rows_of_another_process_are_named_there(tmp_path: Path) -> None:
+    def reduce(sums: Any) -> Any:
+        return sums._replace(loss=sums.loss + math.nan)
+
+    run = trainer(tmp_path, reduce=reduce)
+    with pytest.raises(NotFinite, match=r"loss of step 1 .*; another process names its rows"):
+        run.train()
+
+
+def test_a_gradient_that_is_no_number_names_all_rows_of_the_step(tmp_path: Path) -> None:
+    run = trainer(tmp_path, InMemory([batch(0)]), accumulation=1)
+    run.step.apply = lambda sums, factor: mx.array(math.inf)
+    with pytest.raises(NotFinite, match=r"gradient of step 1 .*; its rows are 0-0, 0-1"):
+        run.train()
+
+
+def test_a_validation_loss_that_is_no_number_stops_the_run_and_names_its_rows(
+    tmp_path: Path,
+) -> None:
+    bad = batch(9, name="broken")
+    bad.pixel_values = bad.pixel_values * math.nan
+    held_out = InMemory([batch(8), bad])
+    run = trainer(tmp_path, held_out=held_out, eval_every=2, save_every=1)
+    with pytest.raises(NotFinite, match=r"validation loss .*; its rows are broken-0, broken-1"):
+        run.train()
+    assert run.position.best is None and run.model.training
+    assert run.checkpoints.last() == run.checkpoints.at(1)
+
+
+def test_float16_is_named_where_numbers_are_too_large(tmp_path: Path) -> None:
+    model = small_model()
+    model.set_dtype(mx.float16)
+    assert "in bfloat16 or float32" in str(loop.not_finite("The loss", ["a"], model))
+    assert "bfloat16" not in str(loop.not_finite("The loss", ["a"], small_model()))
 
 
 def test_a_loss_that_stays_zero_stops_the_run(tmp_path: Path) -> None:

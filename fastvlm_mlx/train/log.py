@@ -14,6 +14,7 @@ from ..fields import CheckpointError
 from .report import Report, numbers_of
 
 LOG = "log.jsonl"
+ESCAPED = "backslashreplace"  # halves of surrogate pairs, which JSON then reads as they were
 SAY_EVERY = 20.0  # seconds between lines where there is no terminal
 RECENT = 20  # steps over which speeds are averaged
 
@@ -32,12 +33,12 @@ class Log:
         file.parent.mkdir(parents=True, exist_ok=True)
         kept = [line for line in read_log(file) if line.get("step", 0) <= step]
         partial = file.with_name(f".{file.name}.partial")
-        with partial.open("w", encoding="utf-8") as stream:
+        with partial.open("w", encoding="utf-8", errors=ESCAPED) as stream:
             stream.writelines(_as_line(line) for line in kept)
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(partial, file)
-        self._stream = file.open("a", encoding="utf-8")
+        self._stream = file.open("a", encoding="utf-8", errors=ESCAPED)
 
     def write(self, **values: Any) -> None:
         """Add a line."""
@@ -45,6 +46,10 @@ class Log:
         self._stream.flush()
         if self._report is not None:
             self._report(values["step"], numbers_of(values))
+
+    def sync(self) -> None:
+        """What was written is on the disk, whatever happens to the system."""
+        os.fsync(self._stream.fileno())
 
     def close(self) -> None:
         """Nothing is written any more."""
@@ -63,7 +68,8 @@ def read_log(file: Path) -> list[dict[str, Any]]:
     """
     if not file.is_file():
         return []
-    lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    # Not `splitlines`, which also splits at what may stand within a text, such as U+2028.
+    lines = file.read_text(encoding="utf-8", errors="replace").rstrip("\n").split("\n")
     found: list[dict[str, Any]] = []
     for number, line in enumerate(lines, 1):
         try:

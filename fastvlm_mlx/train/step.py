@@ -11,6 +11,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from ..model.fastvlm import FastVLM
+from ..model.vision import FastViTHD
 from ..model.vision_gradients import trains_by_layer, value_and_grad
 from .dropout import draw_all
 from .loss import Arrays, loss
@@ -106,6 +107,20 @@ def add(sums: Sums | None, found: Sums) -> Sums:
         name: sums.gradients[name].astype(mx.float32) + g for name, g in found.gradients.items()
     }
     return Sums(sums.loss + found.loss, sums.tokens + found.tokens, gradients)
+
+
+def layers_of(encoder: nn.Module) -> list[nn.Module]:
+    """Those that `checkpoint_activations` takes.
+
+    Raises:
+        ValueError: the encoder is in training form, whose BatchNorms would count each batch twice.
+    """
+    if not isinstance(encoder, FastViTHD):
+        raise ValueError(
+            "gradient_checkpointing is for an encoder in inference form: the BatchNorms of the "
+            "training form would count each batch twice."
+        )
+    return encoder.network
 
 
 def checkpoint_activations(layers: Iterable[Any]) -> None:
