@@ -13,11 +13,22 @@ from typing import Any
 import mlx.core as mx
 
 from . import ops
+from .checkpoint import record
 from .checkpoint.files import write_json
-from .checkpoint.load import load_for_training, load_processor, resolve_dtype
+from .checkpoint.load import (
+    inference_weights,
+    load_for_training,
+    load_processor,
+    processor_folder,
+    resolve_dtype,
+)
 from .checkpoint.record import DATA, LOG, OPTIONS, PLOT
+from .checkpoint.target import atomic_folder
+from .checkpoint.training_form import fresh_model
 from .checks import is_litter, shown
 from .config import load_config
+from .convert import prepare as prepare_files
+from .convert import write as write_files
 from .fuse import fuse
 from .hub.resolve import cache_folder, resolve
 from .model.fastvlm import FastVLM
@@ -122,7 +133,7 @@ def finetune(
     run = describe(settings, folder, sets, ranks.size)
     check_same_run(out, run, settings.keep)
     check_fit(folder, processor, sets, settings, ranks)
-    network = load_for_training(folder, dtype=settings.dtype, quantize=settings.quantize)
+    network = load_network(folder, settings)
     mx.random.seed(settings.seed)
     prepared = prepare(network, settings)
     trainer = make_trainer(network, processor, sets, settings, out, run, ranks, progress=progress)
@@ -139,7 +150,10 @@ def finetune(
     if ranks.rank == 0:
         trainer.take_best()
         draw_losses(read_log(out / LOG), out / PLOT)
-        write_result(network, settings, model, revision, out)
+        if settings.from_scratch:
+            write_new(network, folder, out)
+        else:
+            write_result(network, settings, model, revision, out)
     ranks.close()
     return Finetuned(result_folder(settings, out), result, ranks.rank)
 
@@ -207,9 +221,7 @@ def estimate_memory(
     folder: Path, processor: Processor, examples: Sequence[Example], options: TrainOptions
 ) -> Memory:
     """What training on examples takes; the model's tensors have shapes and are not read."""
-    network = load_for_training(
-        folder, dtype=options.dtype, quantize=options.quantize, computed=False
-    )
+    network = load_network(folder, options, computed=False)
     prepare(network, options)
     side = options.image_size or processor.image_size
     reader = ImageReader(processor, options.image_size)
@@ -219,6 +231,16 @@ def estimate_memory(
         batches, network, side, is_encoded=keeps_features(options), packed=options.pack
     )
     return estimate(network, arrays, options, side)
+
+
+def load_network(folder: Path, options: TrainOptions, *, computed: bool = True) -> FastVLM:
+    """The model to train: of the folder, or a new one of its geometry."""
+    if options.from_scratch:
+        config = replace(load_config(folder), quantization={})
+        return fresh_model(config, options.seed, dtype=options.dtype, computed=computed)
+    return load_for_training(
+        folder, dtype=options.dtype, quantize=options.quantize, computed=computed
+    )
 
 
 def pack_length(options: TrainOptions, processor: Processor) -> int | None:
@@ -310,11 +332,28 @@ def write_result(
         shutil.rmtree(adapter)
 
 
+def write_new(model: FastVLM, source: Path, out: Path) -> None:
+    """Write a model that was made from nothing, folded; it has no base to name in a card.
+
+    Args:
+        model: that was trained.
+        source: whose tokenizer it has.
+        out: the run's folder.
+    """
+    weights = inference_weights(model)
+    folder = processor_folder(source)
+    checkpoint = prepare_files(folder, model.config, weights, "mlx", None, None, shown=False)
+    with atomic_folder(out / MODEL, overwrite=True) as temporary:
+        record.write_record(record.read_run(out), temporary)
+        write_files(checkpoint, temporary, "mlx", "float32", shown=False)
+
+
 def describe(options: TrainOptions, folder: Path, sets: Sets, processes: int) -> dict[str, Any]:
     """What makes a run this one: options, model, rows and the number of processes."""
     settings = {name: v for name, v in options.as_dict().items() if name not in FREE}
     found = blake2b(digest_size=8)
-    for file in sorted(path for path in folder.rglob("*") if path.suffix in WEIGHTS):
+    files = [path for path in folder.rglob("*") if path.suffix in WEIGHTS]
+    for file in [folder / "config.json"] if options.from_scratch else sorted(files):
         found.update(str(file.stat().st_size).encode())
         with file.open("rb") as stream:
             found.update(stream.read(HEAD))
@@ -357,8 +396,7 @@ def check_fit(
     reader, pack = ImageReader(processor, options.image_size), pack_length(options, processor)
     place = {"rank": ranks.rank, "ranks": ranks.size}
     batches_of(sets.training.kept, reader, options, pack_length=pack, **place).count(0)
-    lazy = load_for_training(folder, dtype=options.dtype, quantize=options.quantize, computed=False)
-    prepare(lazy, options)
+    prepare(load_network(folder, options, computed=False), options)
 
 
 def check_same_run(out: Path, run: dict[str, Any], keep: int) -> None:

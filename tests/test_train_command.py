@@ -17,10 +17,12 @@ from models import PANDA, PENGUINS
 from sources import with_tokenizer
 
 import fastvlm_mlx as fv
+from fastvlm_mlx import finetuning
 from fastvlm_mlx.checkpoint import load as loading
 from fastvlm_mlx.checkpoint.load import load_processor
 from fastvlm_mlx.finetuning import Finetuned, pack_length
 from fastvlm_mlx.model.vision import FastViTHD
+from fastvlm_mlx.model.vision_training import TrainingFastViTHD
 from fastvlm_mlx.train.log import LOG, Log, read_log
 from fastvlm_mlx.train.loop import Result, Stopped
 from fastvlm_mlx.train.plot import draw_losses, ticks
@@ -167,6 +169,38 @@ def test_a_decoder_in_full_becomes_a_whole_model(
     assert not mx.allclose(before(ids), after(ids), atol=1e-5)
     pixels = mx.random.uniform(shape=(1, 64, 64, 3), key=mx.random.key(0))
     assert not mx.allclose(before.encode_image(pixels), after.encode_image(pixels), atol=1e-5)
+
+
+def test_a_model_from_nothing_is_trained_in_training_form_and_folded(
+    run: Run, model: Path, rows: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = tmp_path / "geometry", tmp_path / "run"
+    shutil.copytree(model, source, ignore=shutil.ignore_patterns("*.safetensors*"))
+    towers: list[Any] = []
+    note = finetuning.prepare
+    monkeypatch.setattr(
+        finetuning, "prepare", lambda m, o: towers.append(m.vision_tower) or note(m, o)
+    )
+    command = arguments(source, rows, out, "--from-scratch", "--steps", "2", "--image-size", "128")
+    code, said, errors = run(*command, "--check")
+    assert code == 0 and "Memory: about " in said, errors
+    code, _, errors = run(*command)
+    assert code == 0, errors
+    assert f"--model {out / 'model'}" in errors
+    assert {type(tower) for tower in towers} == {TrainingFastViTHD}
+    trained, processor = fv.load(out / "model", dtype="float32")
+    pixels = mx.random.uniform(shape=(2, 128, 128, 3), key=mx.random.key(0))
+    towers[-1].eval()
+    expected = towers[-1](pixels)
+    distance = mx.abs(trained.vision_tower(pixels) - expected).max()
+    assert (distance / mx.abs(expected).max()).item() < 1e-4
+    assert (out / "model" / "training.json").is_file()
+    assert isinstance(fv.generate(trained, processor, "What?", max_tokens=2), str)
+    assert run(*command)[0] == 0  # it is over
+    code, _, errors = run(
+        *arguments(model, rows, tmp_path / "b", "--from-scratch", "--vision", "lora")
+    )
+    assert code == 2 and "from_scratch trains everything" in one_error(errors)
 
 
 def test_the_same_command_after_the_end_does_nothing_twice(

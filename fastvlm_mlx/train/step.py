@@ -16,6 +16,7 @@ from ..model.vision_gradients import trains_by_layer, value_and_grad
 from .dropout import draw_all
 from .loss import Arrays, loss
 from .optimizer import Optimizer, clip
+from .settings import CHECKPOINTED
 
 Loss = Callable[[FastVLM, Arrays], tuple[mx.array, mx.array]]
 
@@ -116,10 +117,7 @@ def layers_of(encoder: nn.Module) -> list[nn.Module]:
         ValueError: the encoder is in training form, whose BatchNorms would count each batch twice.
     """
     if not isinstance(encoder, FastViTHD):
-        raise ValueError(
-            "gradient_checkpointing is for an encoder in inference form: the BatchNorms of the "
-            "training form would count each batch twice."
-        )
+        raise ValueError(CHECKPOINTED)
     return encoder.network
 
 
