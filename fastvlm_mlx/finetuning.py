@@ -228,7 +228,7 @@ def estimate_memory(
     pack = pack_length(options, processor)
     batches = batches_of(examples, reader, options, pack_length=pack)
     arrays = largest_arrays(
-        batches, network, side, is_encoded=keeps_features(options), packed=options.pack
+        batches, network, side, is_encoded=frozen(options, "vision"), packed=options.pack
     )
     return estimate(network, arrays, options, side)
 

@@ -25,11 +25,13 @@ from train_runs import (
     weights_of,
 )
 
+from fastvlm_mlx import ops
 from fastvlm_mlx.model.vision_training import TrainingFastViTHD
 from fastvlm_mlx.train import loop
 from fastvlm_mlx.train.dropout import draw_all
+from fastvlm_mlx.train.log import LOG, read_log
 from fastvlm_mlx.train.loop import NotFinite, Nothing, evaluate
-from fastvlm_mlx.train.loss import AT_ONCE, arrays_of, bucket, hidden_states, loss
+from fastvlm_mlx.train.loss import AT_ONCE, arrays_of, bucket, encoded, hidden_states, loss
 from fastvlm_mlx.train.optimizer import Optimizer
 from fastvlm_mlx.train.parts import prepare
 from fastvlm_mlx.train.settings import TrainOptions
@@ -76,6 +78,28 @@ def test_the_loss_is_that_of_all_logits_masked() -> None:
     entropy = np.log(np.exp(logits).sum(-1)) - picked
     assert count.item() == 10
     assert total.item() == pytest.approx((entropy * np.array(found.weights)).sum(), rel=1e-5)
+
+
+def test_a_frozen_encoder_is_no_part_of_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, arrays, seen = prepared(vision="frozen"), arrays_of(batch(0, rows=3)), []
+    expected = loss(model, arrays)[0].item()
+    original = type(model.vision_tower).__call__
+
+    def encode(self: Any, pixels: Any) -> Any:
+        seen.append(len(pixels))
+        return original(self, pixels)
+
+    monkeypatch.setattr(type(model.vision_tower), "__call__", encode)
+    given: list[set[str]] = []
+    step = step_of(model)
+    step._compute = lambda arrays: given.append(set(arrays)) or step._sums(arrays)
+    assert step.compute(arrays).loss.item() == pytest.approx(expected, rel=1e-6)
+    assert "features" in given[0] and "pixel_values" not in given[0]
+    assert seen == [1, 1, 1]  # on the CPU one after the other, which takes less memory
+    tiled = arrays | {"pixel_values": [arrays["pixel_values"]]}
+    assert [f.shape[0] for f in encoded(model, tiled)["features"]] == [3]
+    trained = prepared(vision="full")
+    assert encoded(trained, arrays) is arrays
 
 
 def test_logits_are_computed_at_supervised_positions_only(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,7 +159,12 @@ def test_the_last_window_of_an_epoch_counts_with_its_true_tokens(tmp_path: Path)
     expected.data.batches = lambda epoch, start: iter([first, second][start:])
     expected.train()
     assert run.position.step == expected.position.step == 2
-    # Adam's first steps have the size of the learning rate, whatever the gradient's.
+    # Adam's steps have the size of the learning rate, whatever the gradient's; norms have not.
+    logs = [read_log(tmp_path / name / LOG) for name in ("a", "b")]
+    for line, other in zip(*logs, strict=True):
+        assert line["supervised"] == other["supervised"]
+        assert line["norm"] == pytest.approx(other["norm"], rel=1e-4)
+        assert line["loss"] == pytest.approx(other["loss"], rel=1e-4)
     assert distance(weights_of(run), weights_of(expected)) < 1e-3
 
 
@@ -149,6 +178,27 @@ def test_gradients_are_clipped_once_after_they_are_added_up(tmp_path: Path) -> N
     run.train()
     expected = math.sqrt(sum((g.astype(mx.float32) ** 2).sum().item() for g in mean.values()))
     assert norms[0].item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_float16_needs_no_scaling_of_the_loss() -> None:
+    """Of a batch's sum: the gradients of a mean over many tokens would vanish."""
+    found = batch(0, rows=4, images=False)
+    with ops.assume("cuda"):  # float16 is not refused there
+        exact, *_ = gradients_of(prepared(vision="frozen"), [found])
+        model = prepared(vision="frozen")
+        model.set_dtype(mx.float16)
+        half = step_of(model).compute(arrays_of(found)).gradients
+    one, other = (
+        np.concatenate([np.array(g[n].astype(mx.float32)).ravel() for n in exact])
+        for g in (exact, half)
+    )
+    assert one @ other > 0.9999 * np.linalg.norm(one) * np.linalg.norm(other)
+    assert np.mean((other == 0) & (one != 0)) < 0.01
+
+
+def test_warm_up_counts_optimizer_steps_and_not_batches(tmp_path: Path) -> None:
+    trainer(tmp_path, accumulation=2, epochs=2, warmup=2, schedule="constant").train()
+    assert [line["rate_factor"] for line in read_log(tmp_path / LOG)] == [0.5, 1.0, 1.0, 1.0]
 
 
 # Packing

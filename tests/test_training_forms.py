@@ -138,6 +138,22 @@ def test_gradients_of_an_operation_are_those_of_its_formula(assume, name, device
     assert_close(found, expected)
 
 
+def test_for_the_gradients_of_swiglu_only_its_inputs_are_held():
+    wide, layers = mx.random.normal((2**18,)), 16
+
+    def of(x: mx.array) -> mx.array:
+        for _ in range(layers):
+            x = ops.swiglu(x, wide, training=True)
+        return x.sum()
+
+    mx.eval(wide)
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    mx.eval(mx.grad(of)(wide))
+    # Otherwise a sigmoid and a product would be held, too, for each.
+    assert mx.get_peak_memory() - before < 2 * layers * wide.nbytes
+
+
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=str)
 @pytest.mark.parametrize("name", FORMS)
 def test_gradients_in_half_precision(assume, name, dtype):

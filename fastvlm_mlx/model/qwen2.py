@@ -42,19 +42,14 @@ class Attention(nn.Module):
         self, x: mx.array, mask: Mask, cache: LayerCache | None, rope: RoPE, residual: mx.array
     ) -> mx.array:
         B, T, _ = x.shape
-        heads = self.num_heads + 2 * self.num_kv_heads
-        qkv = self._project(x).reshape(B, T, heads, -1)
-        if "q_norm" in self:
-            qkv = self._normalise(qkv)
         if _is_step(cache, T):
-            qkv = rope(qkv.reshape(B * heads, 1, -1)).reshape(B, heads, 1, -1)
+            heads = self.num_heads + 2 * self.num_kv_heads
+            qkv = rope(self._project(x).reshape(B * heads, 1, -1)).reshape(B, heads, 1, -1)
             queries, keys_and_values = mx.split(qkv, [self.num_heads], axis=1)
             keys_and_values = keys_and_values.reshape(B, 2, self.num_kv_heads, 1, -1)
             keys, values = cache.append(keys_and_values.swapaxes(0, 1))
         else:
-            qkv = qkv.transpose(0, 2, 1, 3)
-            rotated, values = rope(qkv[:, : -self.num_kv_heads]), qkv[:, -self.num_kv_heads :]
-            queries, keys = rotated[:, : self.num_heads], rotated[:, self.num_heads :]
+            queries, keys, values = self._rotated(x, rope)
             if cache is not None:
                 keys, values = cache.update_and_fetch(keys, values)
         y = ops.causal_attention(queries, keys, values, cache, self.scale, mask)
@@ -70,12 +65,35 @@ class Attention(nn.Module):
             nn.Linear(weight.shape[1], n * D, bias=has_bias) for n in heads
         )
 
-    def _project(self, x: mx.array) -> mx.array:
-        """[B, T, C] → queries, keys and values, one after the other."""
+    def _rotated(self, x: mx.array, rope: RoPE) -> list[mx.array]:
+        """[B, T, C] → queries, keys and values [B, heads, T, D], the first two rotated."""
+        ends = [self.num_heads, self.num_heads + self.num_kv_heads]
         if "qkv_proj" in self:
-            return linear(self.qkv_proj, x)
-        parts = (self.q_proj, self.k_proj, self.v_proj)
-        return mx.concatenate([linear(part, x) for part in parts], axis=-1)
+            qkv = self._project(x).transpose(0, 2, 1, 3)
+            queries, keys = mx.split(rope(qkv[:, : ends[1]]), ends[:1], axis=1)
+            return [queries, keys, qkv[:, ends[1] :]]
+        # Apart from the start: for gradients, a part of one array would hold all of it.
+        queries, keys, values = (part.transpose(0, 2, 1, 3) for part in self._parts(x))
+        return [rope(queries), rope(keys), values]
+
+    def _project(self, x: mx.array) -> mx.array:
+        """[B, T, C] → queries, keys and values, one after the other: [B, T, heads, D]."""
+        if "qkv_proj" not in self:
+            return mx.concatenate(self._parts(x), axis=2)
+        heads = self.num_heads + 2 * self.num_kv_heads
+        qkv = linear(self.qkv_proj, x).reshape(*x.shape[:2], heads, -1)
+        return self._normalise(qkv) if "q_norm" in self else qkv
+
+    def _parts(self, x: mx.array) -> list[mx.array]:
+        """[B, T, C] → queries, keys and values [B, T, heads, D], after `unfuse`."""
+        heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
+        queries, keys, values = (
+            linear(part, x).reshape(*x.shape[:2], n, -1)
+            for part, n in zip((self.q_proj, self.k_proj, self.v_proj), heads, strict=True)
+        )
+        if "q_norm" in self:
+            queries, keys = self.q_norm(queries), self.k_norm(keys)
+        return [queries, keys, values]
 
     def _normalise(self, qkv: mx.array) -> mx.array:
         """[B, T, heads, D] with each head of queries and keys normalised (`Qwen3Attention`)."""

@@ -19,6 +19,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from .. import ops
 from ..checkpoint.cache_folder import CacheFolder, bytes_of, from_entry, to_entry
 from ..checks import reason, shown
 
@@ -28,9 +29,17 @@ if TYPE_CHECKING:
 LOG = logging.getLogger(__name__)
 MAX_BYTES = 32 * 2**30
 MOST_WAITING = 16  # entries that wait to be written
-ENCODED_AT_ONCE = 8  # images
 
 Encode = Callable[[mx.array], mx.array]
+
+
+def encode_in_parts(encode: Encode, pixels: np.ndarray | mx.array) -> mx.array:
+    """The features of images, computed of some at a time, so that they take less memory."""
+    parts = []
+    for at in range(0, len(pixels), ops.images_at_once()):
+        parts.append(encode(mx.array(pixels[at : at + ops.images_at_once()])))
+        mx.eval(parts[-1])
+    return mx.concatenate(parts)
 
 
 class FeatureCache:
@@ -110,12 +119,7 @@ class FeatureCache:
         import numpy as np
 
         squares = np.concatenate(pixels)
-        parts = [
-            self._encode(mx.array(squares[at : at + ENCODED_AT_ONCE]))
-            for at in range(0, len(squares), ENCODED_AT_ONCE)
-        ]
-        features = mx.concatenate(parts)
-        mx.eval(features)
+        features = encode_in_parts(self._encode, squares)
         self.encoded += len(squares)
         ends = np.cumsum([len(each) for each in pixels]).tolist()
         return [features[end - len(each) : end] for each, end in zip(pixels, ends, strict=True)]

@@ -18,7 +18,7 @@ from ..checks import brief
 from ..model.fastvlm import FastVLM
 from .interrupts import stop_asked
 from .log import LOG, Log, Progress
-from .loss import Arrays, arrays_of, loss
+from .loss import Arrays, arrays_of, encoded, loss
 from .optimizer import Optimizer, schedule_factor
 from .parts import train_mode
 from .report import reporter
@@ -330,7 +330,7 @@ def evaluate(
     wrong: list[str] = []
     try:
         for batch in data.batches(0, 0):
-            found = loss(model, arrays_of(batch))
+            found = loss(model, encoded(model, arrays_of(batch)))
             total, count = total + found[0], count + found[1]
             mx.eval(total, count, found)
             wrong += [] if math.isfinite(number_of(found[0])) else batch.ids

@@ -7,9 +7,11 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from ..model.fastvlm import FastVLM
 from ..model.qwen2 import Qwen2
+from .features import encode_in_parts
 
 AT_ONCE = 1024  # positions whose logits are held together: 600 MB with Qwen2's vocabulary
 LEAST_POSITIONS = 16
@@ -44,6 +46,22 @@ def arrays_of(batch: Any) -> Arrays:
     if any(isinstance(value, list) for value in named.values()):  # tiles, merged by their sizes
         named["image_sizes"] = batch.image_sizes
     return arrays | {name: value for name, value in named.items() if value is not None}
+
+
+def encoded(model: FastVLM, arrays: Arrays) -> Arrays:
+    """A batch with the features of its images, if the encoder is frozen.
+
+    As a part of the step the encoder would hold twice as much, and on the CPU be in slower forms.
+    """
+    encoder = model.vision_tower
+    if "pixel_values" not in arrays or tree_flatten(encoder.trainable_parameters()):
+        return arrays
+    rest = dict(arrays)
+    pixels = rest.pop("pixel_values")
+    is_one = isinstance(pixels, mx.array)
+    each = [encode_in_parts(encoder, part) for part in ([pixels] if is_one else pixels)]
+    features = each[0] if is_one else each
+    return rest | {"features": features}
 
 
 def bucket(count: int) -> int:

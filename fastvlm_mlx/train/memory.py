@@ -23,7 +23,6 @@ from ..image.grid import anyres_grid
 from ..model.fastvlm import FastVLM
 from .batches import Batches
 from .examples import Example, ExampleImage
-from .features import ENCODED_AT_ONCE
 from .loss import AT_ONCE, Arrays, bucket, loss
 from .optimizer import HALF
 from .order import bucket as length_bucket
@@ -125,7 +124,7 @@ def _trained_bytes(model: FastVLM) -> int:
 def encoder_bytes(model: FastVLM, side: int) -> int:
     """The most that the encoder takes for the images that it is given together."""
     parameters: Arrays = dict(tree_flatten(model.vision_tower.parameters()))
-    names, pixels = list(parameters), mx.zeros((ENCODED_AT_ONCE, side, side, 3), mx.uint8)
+    names, pixels = list(parameters), mx.zeros((ops.images_at_once(), side, side, 3), mx.uint8)
 
     def run(pixels: mx.array, *values: mx.array) -> list[mx.array]:
         model.vision_tower.update(tree_unflatten(list(zip(names, values, strict=True))))
@@ -181,7 +180,8 @@ class Tape:
         self._transposed: set[str] = set()
         self._nodes: list[tuple[str, list[str], list[str]]] = []
         self._results: set[str] = set()
-        mx.export_function(self._read, function, *inputs)
+        with ops.exported():
+            mx.export_function(self._read, function, *inputs)
 
     def _read(self, part: dict[str, Any]) -> None:
         if part["type"] == "outputs":

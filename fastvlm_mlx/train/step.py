@@ -14,7 +14,7 @@ from ..model.fastvlm import FastVLM
 from ..model.vision import FastViTHD
 from ..model.vision_gradients import trains_by_layer, value_and_grad
 from .dropout import draw_all
-from .loss import Arrays, loss
+from .loss import Arrays, encoded, loss
 from .optimizer import Optimizer, clip
 from .settings import CHECKPOINTED
 
@@ -73,7 +73,7 @@ class Step:
 
     def compute(self, arrays: Arrays) -> Sums:
         """What one batch gives, not computed yet."""
-        return Sums(*self._compute(arrays))
+        return Sums(*self._compute(encoded(self._model, arrays)))
 
     def apply(self, sums: Sums, factor: float) -> mx.array:
         """Change the parameters by the mean gradient; its norm, before it is clipped.
