@@ -258,6 +258,24 @@ def test_a_full_disk_ends_a_run_with_one_sentence_and_loses_nothing(
     assert same(weights_of(again), weights_of(unbroken))
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full")
+def test_a_log_that_can_not_be_written_ends_a_run_with_one_sentence(tmp_path: Path) -> None:
+    run = trainer(tmp_path, five(), **RUN)
+    original = run._note
+
+    def fill_the_disk(*given: Any) -> float:
+        if run.position.step == 4:
+            os.dup2(os.open("/dev/full", os.O_WRONLY), run._log._stream.fileno())
+        return original(*given)
+
+    run._note = fill_the_disk
+    with pytest.raises(OSError, match=r"The log .*log.jsonl can't be written \(No space left"):
+        run.train()
+    assert run.checkpoints.last() == run.checkpoints.at(4)
+    trainer(tmp_path, five(), **RUN).train()
+    assert len(rows_of(tmp_path)) == 9
+
+
 def test_the_log_of_a_killed_process_is_read_without_its_last_half_line(tmp_path: Path) -> None:
     file = tmp_path / "log.jsonl"
     file.write_text('{"step": 1}\n{"step": 2}\n{"st', encoding="utf-8")

@@ -6,10 +6,12 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from ..checks import reason
 from ..fields import CheckpointError
 from .report import Report, numbers_of
 
@@ -41,19 +43,32 @@ class Log:
         self._stream = file.open("a", encoding="utf-8", errors=ESCAPED)
 
     def write(self, **values: Any) -> None:
-        """Add a line."""
-        self._stream.write(_as_line(values))
-        self._stream.flush()
+        """Add a line; OSError if there is no room for it."""
+        with self._named_errors():
+            self._stream.write(_as_line(values))
+            self._stream.flush()
         if self._report is not None:
             self._report(values["step"], numbers_of(values))
 
     def sync(self) -> None:
         """What was written is on the disk, whatever happens to the system."""
-        os.fsync(self._stream.fileno())
+        with self._named_errors():
+            os.fsync(self._stream.fileno())
 
     def close(self) -> None:
         """Nothing is written any more."""
-        self._stream.close()
+        with suppress(OSError):  # of a line that `write` told of
+            self._stream.close()
+
+    @contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise OSError(
+                f"The log {self._stream.name} can't be written ({reason(error)}); the same command "
+                "goes on from the last checkpoint once there is room."
+            ) from None
 
 
 def _as_line(values: Mapping[str, Any]) -> str:

@@ -97,7 +97,7 @@ def estimate(model: FastVLM, arrays: Arrays, options: TrainOptions, side: int) -
         optimizer=sum(_state_bytes(p, options.optimizer) for p in trained.values()),
         gradients=gradients * min(2, options.accumulation),
         activations=max(0, peak - gradients) + sum(a.nbytes for a in _leaves(arrays)),
-        encoding=encoder_bytes(model, side) if "features" in arrays else 0,
+        encoding=encoder_bytes(model, side, len(arrays["features"])) if "features" in arrays else 0,
     )
 
 
@@ -121,10 +121,11 @@ def _trained_bytes(model: FastVLM) -> int:
     return sum(p.nbytes for p in trained.values())
 
 
-def encoder_bytes(model: FastVLM, side: int) -> int:
-    """The most that the encoder takes for the images that it is given together."""
+def encoder_bytes(model: FastVLM, side: int, images: int) -> int:
+    """The most that the encoder takes for so many images, as many together as it is given."""
     parameters: Arrays = dict(tree_flatten(model.vision_tower.parameters()))
-    names, pixels = list(parameters), mx.zeros((ops.images_at_once(), side, side, 3), mx.uint8)
+    shape = min(images, ops.images_at_once()), side, side, 3
+    names, pixels = list(parameters), mx.zeros(shape, mx.uint8)
 
     def run(pixels: mx.array, *values: mx.array) -> list[mx.array]:
         model.vision_tower.update(tree_unflatten(list(zip(names, values, strict=True))))
