@@ -20,6 +20,7 @@ from fastvlm_mlx.checkpoint.load import inference_weights, load_for_training
 from fastvlm_mlx.checkpoint.read import read_checkpoint
 from fastvlm_mlx.config import VisionConfig
 from fastvlm_mlx.hub.resolve import NANO
+from fastvlm_mlx.model.segments import Segments
 from fastvlm_mlx.model.vision import FastViTHD
 from fastvlm_mlx.model.vision_gradients import (
     encode_with_pullback,
@@ -248,19 +249,33 @@ def test_segments_take_no_cache(small):
         )
 
 
-def test_positions_in_half_precision_keep_their_angles_in_float32():
-    positions = mx.array([[[0, 1, 1000, 3001, 4095]]])
-    x = mx.random.normal((1, 2, 5, 16), key=mx.random.key(3)).astype(mx.bfloat16)
-    found = ops.RoPE.at(positions, 16, 10_000.0)(x)
+def test_positions_in_half_precision_keep_their_angles_in_float32(assume):
+    assume("cuda")
+    length, width = 4096, 16
+    x = mx.random.normal((1, 1, length, width), key=mx.random.key(3)).astype(mx.bfloat16)
+    found = ops.RoPE(x, length, width, 10_000.0, 0)(x)
     assert found.dtype == mx.bfloat16
     wide = np.array(x.astype(mx.float32), np.float64)
-    angles = np.array([0, 1, 1000, 3001, 4095])[:, None] * 10_000.0 ** (-np.arange(8) / 8)
+    angles = np.arange(length)[:, None] * 10_000.0 ** (-np.arange(8) / 8)
     a, b = wide[..., :8], wide[..., 8:]
     cos, sin = np.cos(angles), np.sin(angles)
     expected = np.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
     error = np.abs(np.array(found.astype(mx.float32)) - expected)
-    # One rounding to bfloat16, and the angle's own in float32: 4095 at most, to 24 bits.
-    assert (error <= 2**-8 * np.abs(expected) + 4 * 4095 * 2**-24).all()
+    # A few roundings to bfloat16; an angle of 4095 in bfloat16 would be off by 8.
+    assert (error <= 2**-6 * np.abs(wide).max()).all()
+
+
+def test_segments_are_brought_apart_and_together_again():
+    numbers = mx.array([[0, 0, 0, 1, 1, 2, 9, 9], [5, 5, 5, 5, 5, 9, 9, 9]])
+    found = Segments.of(numbers, [6, 5], count=lambda n: 8, length=lambda n: 6)
+    assert (found.tokens.shape, found.places.shape) == ((8, 6), (2, 8))
+    x = mx.arange(16 * 3).reshape(2, 8, 3)
+    apart = found.apart(x)
+    for n, (b, start, stop) in enumerate([(0, 0, 3), (0, 3, 5), (0, 5, 6), (1, 0, 5)]):
+        assert (apart[n, : stop - start] == x[b, start:stop]).all()
+    together = found.together(apart)
+    assert (together[0, :6] == x[0, :6]).all() and (together[1, :5] == x[1, :5]).all()
+    assert Segments.of(mx.zeros((1, 4), mx.int32), [0]).tokens.shape == (1, 1)  # only padding
 
 
 # --- Embedding ---

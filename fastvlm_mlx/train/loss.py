@@ -11,7 +11,9 @@ from mlx.utils import tree_flatten
 
 from ..model.fastvlm import FastVLM
 from ..model.qwen2 import Qwen2
+from ..model.segments import Segments
 from .features import encode_in_parts
+from .order import bucket as length_bucket
 
 AT_ONCE = 1024  # positions whose logits are held together: 600 MB with Qwen2's vocabulary
 LEAST_POSITIONS = 16
@@ -42,7 +44,15 @@ def arrays_of(batch: Any) -> Arrays:
         "targets": mx.array(padded[1]),
         "weights": mx.array(supervision),
     }
-    named = {name: getattr(batch, name, None) for name in ("pixel_values", "features", "segments")}
+    if getattr(batch, "segments", None) is not None:
+        found = Segments.of(
+            batch.segments,
+            getattr(batch, "lengths", None),
+            count=bucket,
+            length=length_bucket,
+        )
+        arrays |= {"segment_tokens": found.tokens, "segment_places": found.places}
+    named = {name: getattr(batch, name, None) for name in ("pixel_values", "features")}
     if any(isinstance(value, list) for value in named.values()):  # tiles, merged by their sizes
         named["image_sizes"] = batch.image_sizes
     return arrays | {name: value for name, value in named.items() if value is not None}
@@ -100,7 +110,10 @@ def hidden_states(model: FastVLM, arrays: Arrays) -> mx.array:
         if tokens is None
         else model.embed_at(input_ids, tokens, arrays["places"])
     )
-    return decoder.hidden_states(None, None, embeddings, segments=arrays.get("segments"))
+    segments = None
+    if "segment_tokens" in arrays:
+        segments = Segments(arrays["segment_tokens"], arrays["segment_places"])
+    return decoder.hidden_states(None, None, embeddings, segments)
 
 
 def visual_tokens(model: FastVLM, arrays: Arrays) -> mx.array | None:

@@ -265,7 +265,9 @@ def largest_arrays(
         "weights": mx.zeros(supervised),
     }
     if packed:
-        arrays["segments"] = mx.zeros((len(rows), length), mx.int32)
+        shape = bucket(len(every)), length_bucket(max(map(len, every)))
+        arrays["segment_tokens"] = mx.zeros(shape, mx.int32)
+        arrays["segment_places"] = mx.zeros((len(rows), length), mx.int32)
     images = [image for example in every for image in example.images]
     return arrays | (_image_arrays(images, model, side, is_encoded=is_encoded) if images else {})
 
