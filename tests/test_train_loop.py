@@ -223,6 +223,28 @@ def test_a_packed_row_sees_nothing_of_its_neighbours() -> None:
     assert not mx.array_equal(before, after).item()
 
 
+def test_packed_batches_have_few_shapes(tmp_path: Path) -> None:
+    """However many images and sequences they hold: each has from 2 to 5."""
+    model, data = small_model(), []
+    for number in range(4):
+        found = batch(number, rows=2 + number, supervised=3)
+        found.features = mx.random.normal((2 + number, 1, model.config.mm_hidden_size))
+        found.pixel_values = None
+        row = packed(found)
+        row.features, row.ids = found.features, found.ids
+        spare = 5 * LENGTH - row.input_ids.size
+        for name in ("input_ids", "targets", "weights", "segments"):
+            setattr(row, name, mx.pad(getattr(row, name), [(0, 0), (0, spare)]))
+        row.lengths = [(2 + number) * LENGTH]
+        data.append((found, row))
+    for found, row in data:
+        one, other = (loss(model, arrays_of(each))[0].item() for each in (found, row))
+        assert one == pytest.approx(other, rel=1e-5)
+    run = trainer(tmp_path, InMemory([row for _, row in data]), model, compiled=True)
+    run.train()
+    assert (run.position.step, run.step.shapes) == (4, 1)
+
+
 # Forms of a step
 
 

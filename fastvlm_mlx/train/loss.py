@@ -44,18 +44,28 @@ def arrays_of(batch: Any) -> Arrays:
         "targets": mx.array(padded[1]),
         "weights": mx.array(supervision),
     }
-    if getattr(batch, "segments", None) is not None:
-        found = Segments.of(
-            batch.segments,
-            getattr(batch, "lengths", None),
-            count=bucket,
-            length=length_bucket,
-        )
-        arrays |= {"segment_tokens": found.tokens, "segment_places": found.places}
     named = {name: getattr(batch, name, None) for name in ("pixel_values", "features")}
     if any(isinstance(value, list) for value in named.values()):  # tiles, merged by their sizes
         named["image_sizes"] = batch.image_sizes
-    return arrays | {name: value for name, value in named.items() if value is not None}
+    arrays |= {name: value for name, value in named.items() if value is not None}
+    return arrays if getattr(batch, "segments", None) is None else arrays | _packed(batch, arrays)
+
+
+def _packed(batch: Any, arrays: Arrays) -> Arrays:
+    """Where the sequences of a packed batch stand, and as many features as several numbers of
+    images have together, since it varies; those behind the last image go nowhere."""
+    lengths = getattr(batch, "lengths", None)
+    found = Segments.of(batch.segments, lengths, count=bucket, length=length_bucket)
+    packed = {"segment_tokens": found.tokens, "segment_places": found.places}
+    features = arrays.get("features")
+    if not isinstance(features, mx.array):
+        return packed
+    more = bucket(len(features)) - len(features)
+    nowhere = mx.full(more * features.shape[1], batch.input_ids.size, mx.int32)
+    return packed | {
+        "features": mx.pad(features, [(0, more), (0, 0), (0, 0)]),
+        "places": mx.concatenate([batch.places, nowhere]),
+    }
 
 
 def encoded(model: FastVLM, arrays: Arrays) -> Arrays:
@@ -104,14 +114,14 @@ def _parts(count: int) -> Iterator[tuple[slice, bool]]:
 def hidden_states(model: FastVLM, arrays: Arrays) -> mx.array:
     """[B, T, hidden_size] of a batch, what the output layer reads."""
     decoder, input_ids = model.language_model, arrays["input_ids"]
-    tokens = visual_tokens(model, arrays)
+    tokens, is_packed = visual_tokens(model, arrays), "segment_tokens" in arrays
     embeddings = (
         decoder.embed(input_ids)
         if tokens is None
-        else model.embed_at(input_ids, tokens, arrays["places"])
+        else model.embed_at(input_ids, tokens, arrays["places"], with_spare=is_packed)
     )
     segments = None
-    if "segment_tokens" in arrays:
+    if is_packed:
         segments = Segments(arrays["segment_tokens"], arrays["segment_places"])
     return decoder.hidden_states(None, None, embeddings, segments)
 

@@ -97,7 +97,7 @@ def estimate(model: FastVLM, arrays: Arrays, options: TrainOptions, side: int) -
         optimizer=sum(_state_bytes(p, options.optimizer) for p in trained.values()),
         gradients=gradients * min(2, options.accumulation),
         activations=max(0, peak - gradients) + sum(a.nbytes for a in _leaves(arrays)),
-        encoding=encoder_bytes(model, side, len(arrays["features"])) if "features" in arrays else 0,
+        encoding=encoder_bytes(model, side, _count(arrays["features"])) if "features" in arrays else 0,
     )
 
 
@@ -269,7 +269,13 @@ def largest_arrays(
         arrays["segment_tokens"] = mx.zeros(shape, mx.int32)
         arrays["segment_places"] = mx.zeros((len(rows), length), mx.int32)
     images = [image for example in every for image in example.images]
-    return arrays | (_image_arrays(images, model, side, is_encoded=is_encoded) if images else {})
+    arrays |= _image_arrays(images, model, side, is_encoded=is_encoded) if images else {}
+    features = arrays.get("features")
+    if packed and isinstance(features, mx.array):  # as `loss.arrays_of` pads them
+        count, square, width = bucket(len(features)), *features.shape[1:]
+        arrays["features"] = mx.zeros((count, square, width), features.dtype)
+        arrays["places"] = mx.zeros(count * square, mx.int32)
+    return arrays
 
 
 def _image_arrays(
