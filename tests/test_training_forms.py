@@ -275,6 +275,15 @@ def test_segments_are_brought_apart_and_together_again():
         assert (apart[n, : stop - start] == x[b, start:stop]).all()
     together = found.together(apart)
     assert (together[0, :6] == x[0, :6]).all() and (together[1, :5] == x[1, :5]).all()
+    weights = mx.random.normal(x.shape) * (mx.arange(8) < mx.array([[6], [5]]))[..., None]
+
+    def loss(x: mx.array) -> mx.array:
+        return (weights * found.together(found.apart(x) ** 2)).sum()
+
+    x = x.astype(mx.float32)
+    assert mx.array_equal(mx.grad(loss)(x), 2 * weights * x)
+    with ops.exported():
+        assert mx.array_equal(mx.grad(loss)(x), 2 * weights * x)
     assert Segments.of(mx.zeros((1, 4), mx.int32), [0]).tokens.shape == (1, 1)  # only padding
 
 

@@ -7,16 +7,18 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
+from .. import ops
+
 
 class Segments(NamedTuple):
     """What brings sequences from the rows in which they are packed to a row each, and back.
 
     All layers but attention take the packed rows. B: rows, T: their tokens, N: sequences, L: tokens
-    of the longest. What pads N and L is computed for nobody.
+    of the longest.
 
     Attributes:
-        tokens: int32 [N, L], the place b T + t of each token of a sequence.
-        places: int32 [B, T], where each token stands among them, n L + l.
+        tokens: int32 [N, L], the place b T + t of each token of a sequence; -1 for padding.
+        places: int32 [B, T], where each token stands among them, n L + l; -1 for padding.
     """
 
     tokens: mx.array
@@ -52,15 +54,15 @@ class Segments(NamedTuple):
         (first,) = np.nonzero(starts.ravel())
         within = at - first[sequence]
         shape = count(max(1, len(first))), length(int(within.max(initial=0)) + 1)
-        tokens, places = np.zeros(shape, np.int32), np.zeros(found.size, np.int32)
+        tokens, places = np.full(shape, -1, np.int32), np.full(found.size, -1, np.int32)
         tokens[sequence, within] = at
         places[at] = sequence * shape[1] + within
         return cls(mx.array(tokens), mx.array(places.reshape(found.shape)))
 
     def apart(self, x: mx.array) -> mx.array:
-        """[B, T, ...] → [N, L, ...]."""
-        return x.flatten(0, 1)[self.tokens]
+        """[B, T, ...] → [N, L, ...]; padding has what some token has."""
+        return ops.rearranged(x, self.tokens, self.places)
 
     def together(self, x: mx.array) -> mx.array:
-        """[N, L, ...] → [B, T, ...]; padding gets what some token has."""
-        return x.flatten(0, 1)[self.places]
+        """[N, L, ...] → [B, T, ...]; padding has what some token has."""
+        return ops.rearranged(x, self.places, self.tokens)

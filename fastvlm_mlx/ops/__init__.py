@@ -9,6 +9,7 @@ from .attention import (
     attention,
     causal_attention,
     most_queries,
+    rearranged,
     spread_mask,
     takes_quantized_caches,
 )
@@ -79,6 +80,7 @@ __all__ = [
     "on_cpu",
     "on_metal",
     "quantize",
+    "rearranged",
     "split_linear",
     "spread_mask",
     "swiglu",
