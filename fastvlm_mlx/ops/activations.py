@@ -36,7 +36,7 @@ def gelu(x: mx.array, bias: mx.array | None = None, *, training: bool = False) -
 def swiglu(gate: mx.array, up: mx.array, *, training: bool = False) -> mx.array:
     """silu(gate) * up."""
     if training:
-        return gate * up if is_exported() else _trained_swiglu(gate, up)
+        return gate * up if is_exported() else cast(mx.array, _trained_swiglu(gate, up))
     if on_cpu() and gate.dtype == mx.float32:
         return cast(mx.array, cpu.swiglu(gate, up))
     return _swiglu(gate, up)
@@ -78,7 +78,8 @@ def _trained_swiglu(gate: mx.array, up: mx.array) -> mx.array:
 
 @_trained_swiglu.vjp
 def _(primals: list[mx.array], cotangent: mx.array, _: mx.array) -> list[mx.array]:
-    return _swiglu_gradients(*primals, cotangent)
+    gate, up = primals
+    return _swiglu_gradients(gate, up, cotangent)
 
 
 @partial(mx.compile, shapeless=True)

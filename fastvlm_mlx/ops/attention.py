@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 
@@ -119,7 +119,9 @@ def rearranged(x: mx.array, sources: mx.array, targets: mx.array) -> mx.array:
     Returns:
         [C, D, ...].
     """
-    return _take(x, sources) if is_exported() else _rearranged(x, sources, targets)
+    if is_exported():
+        return _take(x, sources)
+    return cast(mx.array, _rearranged(x, sources, targets))
 
 
 def _take(x: mx.array, rows: mx.array) -> mx.array:

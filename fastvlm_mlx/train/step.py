@@ -110,7 +110,7 @@ def add(sums: Sums | None, found: Sums) -> Sums:
     return Sums(sums.loss + found.loss, sums.tokens + found.tokens, gradients)
 
 
-def layers_of(encoder: nn.Module) -> list[nn.Module]:
+def layers_of(encoder: nn.Module) -> list[Any]:
     """Those that `checkpoint_activations` takes.
 
     Raises:
