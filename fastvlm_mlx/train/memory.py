@@ -97,7 +97,7 @@ def estimate(model: FastVLM, arrays: Arrays, options: TrainOptions, side: int) -
         optimizer=sum(_state_bytes(p, options.optimizer) for p in trained.values()),
         gradients=gradients * min(2, options.accumulation),
         activations=max(0, peak - gradients) + sum(a.nbytes for a in _leaves(arrays)),
-        encoding=encoder_bytes(model, side, _count(arrays["features"])) if "features" in arrays else 0,
+        encoding=_encoding(model, arrays, side),
     )
 
 
@@ -119,6 +119,13 @@ def layer_by_layer_bytes(model: FastVLM, arrays: Arrays) -> int:
 def _trained_bytes(model: FastVLM) -> int:
     trained: Arrays = dict(tree_flatten(model.trainable_parameters()))
     return sum(p.nbytes for p in trained.values())
+
+
+def _encoding(model: FastVLM, arrays: Arrays, side: int) -> int:
+    """What encoding the images of a batch takes, if its features are given."""
+    features = arrays.get("features", ())
+    each = [features] if isinstance(features, mx.array) else features
+    return encoder_bytes(model, side, sum(map(len, each))) if each else 0
 
 
 def encoder_bytes(model: FastVLM, side: int, images: int) -> int:
