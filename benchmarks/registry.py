@@ -20,6 +20,7 @@ from . import (
     launches,
     load,
     memory,
+    packing,
     preprocess,
     same_picture,
     second_question,
@@ -49,6 +50,7 @@ MEASUREMENTS: dict[str, ModuleType] = {
         serve,
         encoder_training,
         train,
+        packing,
     )
 }
 

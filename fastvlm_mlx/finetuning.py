@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,22 @@ from typing import Any
 import mlx.core as mx
 
 from . import ops
+from .checkpoint import record
 from .checkpoint.files import write_json
-from .checkpoint.load import load_for_training, load_processor, resolve_dtype
+from .checkpoint.load import (
+    inference_weights,
+    load_for_training,
+    load_processor,
+    processor_folder,
+    resolve_dtype,
+)
 from .checkpoint.record import DATA, LOG, OPTIONS, PLOT
+from .checkpoint.target import atomic_folder
+from .checkpoint.training_form import fresh_model
 from .checks import is_litter, shown
 from .config import load_config
+from .convert import prepare as prepare_files
+from .convert import write as write_files
 from .fuse import fuse
 from .hub.resolve import cache_folder, resolve
 from .model.fastvlm import FastVLM
@@ -29,16 +40,16 @@ from .train.examples import Example
 from .train.features import FeatureCache, digest_weights
 from .train.images import ImageReader
 from .train.log import read_log
-from .train.loop import Result, Trainer
+from .train.loop import NotFinite, Nothing, Result, Stopped, Trainer
 from .train.memory import Memory, estimate, largest_arrays
 from .train.parts import frozen, prepare
 from .train.plot import draw_losses
 from .train.ranks import Ranks
-from .train.report import TENSORBOARD, WANDB
+from .train.report import TENSORBOARD, WANDB, check_reporter
 from .train.rows import find_rows
 from .train.score import scorer
-from .train.sets import Sets, batches_of, held_out_batches, read_sets
-from .train.settings import FULL, TrainOptions
+from .train.sets import Sets, batches_of, divide, held_out_batches, read_sets
+from .train.settings import FULL, PACKED_LENGTH, TrainOptions
 from .train.state import FOLDER, Checkpoints, step_of
 
 ADAPTER, MODEL = "adapter", "model"
@@ -57,10 +68,12 @@ class Finetuned:
     Attributes:
         folder: an adapter to load with its base, or a whole model.
         result: how the run ended.
+        rank: of this process among those that trained together.
     """
 
     folder: Path
     result: Result
+    rank: int = 0
 
 
 def finetune(
@@ -97,10 +110,12 @@ def finetune(
         ValueError: an option is out of range, rows can't be used, or the folder holds another run.
         FileNotFoundError, FileExistsError, OSError: a file or folder is missing, in the way, or
             can't be written.
-        KeyboardInterrupt: after the step in progress was saved.
+        NotFinite, Nothing: a loss is no number, or stays 0.
+        Stopped: a KeyboardInterrupt, after the step in progress was saved.
     """
     settings = TrainOptions.of(options)
     check_dtype(settings.dtype)
+    check_reporter(settings.report_to)
     out = Path(out).expanduser()
     check_out(out)
     folder = resolve(model, revision=revision)
@@ -118,7 +133,7 @@ def finetune(
     run = describe(settings, folder, sets, ranks.size)
     check_same_run(out, run, settings.keep)
     check_fit(folder, processor, sets, settings, ranks)
-    network = load_for_training(folder, dtype=settings.dtype, quantize=settings.quantize)
+    network = load_network(folder, settings)
     mx.random.seed(settings.seed)
     prepared = prepare(network, settings)
     trainer = make_trainer(network, processor, sets, settings, out, run, ranks, progress=progress)
@@ -129,15 +144,18 @@ def finetune(
     ranks.check_same(0 if last is None else step_of(last))
     try:
         result = trainer.train()
-    except KeyboardInterrupt:
+    except (Stopped, NotFinite, Nothing):  # which come in all processes
         ranks.close()
         raise
     if ranks.rank == 0:
         trainer.take_best()
         draw_losses(read_log(out / LOG), out / PLOT)
-        written = write_result(network, settings, model, revision, out)
+        if settings.from_scratch:
+            write_new(network, folder, out)
+        else:
+            write_result(network, settings, model, revision, out)
     ranks.close()
-    return Finetuned(written if ranks.rank == 0 else out, result)
+    return Finetuned(result_folder(settings, out), result, ranks.rank)
 
 
 @dataclass
@@ -173,6 +191,7 @@ def check(
     """
     settings = TrainOptions.of(options)
     check_dtype(settings.dtype)
+    check_reporter(settings.report_to)
     folder = resolve(model, revision=revision)
     processor, config = load_processor(folder), load_config(folder)
     reading: dict[str, Any] = {
@@ -187,10 +206,14 @@ def check(
         "max_length": settings.max_length,
         "too_long": settings.too_long,
     }
-    found = check_data(find_rows(_source(data), **reading), processor, config, **seeing)
+    rows, held_out = divide(list(find_rows(_source(data), **reading)), settings, **reading)
+    found = check_data(rows, processor, config, held_out=held_out, **seeing)
     memory = None
     if found.problem is None:
-        memory = estimate_memory(folder, processor, found.examples.kept, settings)
+        try:
+            memory = estimate_memory(folder, processor, found.examples.kept, settings)
+        except ValueError as error:  # said behind the rows
+            found = replace(found, obstacle=str(error))
     return Checked(found, memory, processor)
 
 
@@ -198,23 +221,33 @@ def estimate_memory(
     folder: Path, processor: Processor, examples: Sequence[Example], options: TrainOptions
 ) -> Memory:
     """What training on examples takes; the model's tensors have shapes and are not read."""
-    network = load_for_training(
-        folder, dtype=options.dtype, quantize=options.quantize, computed=False
-    )
+    network = load_network(folder, options, computed=False)
     prepare(network, options)
     side = options.image_size or processor.image_size
     reader = ImageReader(processor, options.image_size)
     pack = pack_length(options, processor)
     batches = batches_of(examples, reader, options, pack_length=pack)
     arrays = largest_arrays(
-        batches, network, side, is_encoded=keeps_features(options), packed=options.pack
+        batches, network, side, is_encoded=frozen(options, "vision"), packed=options.pack
     )
     return estimate(network, arrays, options, side)
 
 
+def load_network(folder: Path, options: TrainOptions, *, computed: bool = True) -> FastVLM:
+    """The model to train: of the folder, or a new one of its geometry."""
+    if options.from_scratch:
+        config = replace(load_config(folder), quantization={})
+        return fresh_model(config, options.seed, dtype=options.dtype, computed=computed)
+    return load_for_training(
+        folder, dtype=options.dtype, quantize=options.quantize, computed=computed
+    )
+
+
 def pack_length(options: TrainOptions, processor: Processor) -> int | None:
     """Tokens of a row that holds several examples; None if none does."""
-    return (options.max_length or processor.max_length) if options.pack else None
+    if not options.pack:
+        return None
+    return options.max_length or min(PACKED_LENGTH, processor.max_length)
 
 
 def keeps_features(options: TrainOptions) -> bool:
@@ -279,28 +312,48 @@ def image_reader(model: FastVLM, processor: Processor, options: TrainOptions) ->
     return ImageReader(processor, options.image_size, features=cache)
 
 
+def result_folder(options: TrainOptions, out: Path) -> Path:
+    """Where a run's result is: a whole model where a large part of it is new."""
+    return out / (MODEL if FULL in (options.vision, options.decoder) else ADAPTER)
+
+
 def write_result(
     model: FastVLM,
     options: TrainOptions,
     base: str | os.PathLike[str] | None,
     revision: str | None,
     out: Path,
-) -> Path:
-    """Write what was trained: an adapter, or a whole model where a large part is new."""
-    target = out / ADAPTER
-    adapters.write(model, target, base, revision=revision, overwrite=True)
-    if FULL not in (options.vision, options.decoder):
-        return target
-    fused = fuse(base, target, out / MODEL, revision=revision, overwrite=True, progress=False)
-    shutil.rmtree(target)
-    return fused.folder
+) -> None:
+    """Write what was trained: an adapter, or a whole model."""
+    adapter, target = out / ADAPTER, result_folder(options, out)
+    adapters.write(model, adapter, base, revision=revision, overwrite=True)
+    if target != adapter:
+        fuse(base, adapter, target, revision=revision, overwrite=True, progress=False)
+        shutil.rmtree(adapter)
+
+
+def write_new(model: FastVLM, source: Path, out: Path) -> None:
+    """Write a model that was made from nothing, folded; it has no base to name in a card.
+
+    Args:
+        model: that was trained.
+        source: whose tokenizer it has.
+        out: the run's folder.
+    """
+    weights = inference_weights(model)
+    folder = processor_folder(source)
+    checkpoint = prepare_files(folder, model.config, weights, "mlx", None, None, shown=False)
+    with atomic_folder(out / MODEL, overwrite=True) as temporary:
+        record.write_record(record.read_run(out), temporary)
+        write_files(checkpoint, temporary, "mlx", "float32", shown=False)
 
 
 def describe(options: TrainOptions, folder: Path, sets: Sets, processes: int) -> dict[str, Any]:
     """What makes a run this one: options, model, rows and the number of processes."""
     settings = {name: v for name, v in options.as_dict().items() if name not in FREE}
     found = blake2b(digest_size=8)
-    for file in sorted(path for path in folder.rglob("*") if path.suffix in WEIGHTS):
+    files = [path for path in folder.rglob("*") if path.suffix in WEIGHTS]
+    for file in [folder / "config.json"] if options.from_scratch else sorted(files):
         found.update(str(file.stat().st_size).encode())
         with file.open("rb") as stream:
             found.update(stream.read(HEAD))
@@ -343,8 +396,7 @@ def check_fit(
     reader, pack = ImageReader(processor, options.image_size), pack_length(options, processor)
     place = {"rank": ranks.rank, "ranks": ranks.size}
     batches_of(sets.training.kept, reader, options, pack_length=pack, **place).count(0)
-    lazy = load_for_training(folder, dtype=options.dtype, quantize=options.quantize, computed=False)
-    prepare(lazy, options)
+    prepare(load_network(folder, options, computed=False), options)
 
 
 def check_same_run(out: Path, run: dict[str, Any], keep: int) -> None:

@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from benchmarks import (  # noqa: E402
     constrained,
     memory,
     mlx_sides,
+    packing,
     peers,
     plots,
     random_checkpoint,
@@ -570,3 +572,15 @@ def test_training_of_both_sides_is_compared() -> None:
     title, body, _ = report.section(result)
     assert "1.50 times as fast" in title and "4.00 times in later ones" in title
     assert "0.50 of its memory" in title and "later epochs" in body
+
+
+def test_packing_measures_useful_tokens_of_each_way(
+    small_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packing, "Step", partial(packing.Step, compiled=False))
+    command = ["packing", str(small_folder), "--rows", "48", "--rounds", "1", "--batch-size", "2"]
+    assert __main__.main([*command, "--text-tokens", "20", "--image-size", "64"]) == 0
+    said = capsys.readouterr().out
+    assert "times the useful tokens per second" in said
+    for way in (packing.UNPACKED, packing.LARGER, packing.PACKED):
+        assert f"| {way} |" in said

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ from fastvlm_mlx.evaluate.metrics.open_ended import open_ended
 from fastvlm_mlx.evaluate.metrics.text import (
     anls,
     caseless,
+    cer,
     contains,
     edit_distance,
     exact,
@@ -111,6 +113,16 @@ def test_edits_equal_lmms_eval():
 
     for one, other in zip(texts(300), texts(300, seed=3), strict=True):
         assert edit_distance(one, other) == levenshtein_distance(one, other)
+
+
+@in_lmms
+def test_character_errors_are_lmms_eval_s_edits_per_character():
+    from lmms_eval.api.metrics import levenshtein_distance
+
+    for answer, references in cases(references=2):
+        texts = [(answer.strip(), reference.strip()) for reference in references]
+        rates = [levenshtein_distance(*pair) / max(1, len(pair[1])) for pair in texts]
+        assert cer(answer, references) == pytest.approx(min(rates)), (answer, references)
 
 
 NUMBERS = """
@@ -338,6 +350,33 @@ def test_prompts_equal_lmms_eval(name):
     assert [PRESETS[name].ask(row).prompt for row in ROWS[name]] == [to_text(r) for r in ROWS[name]]
 
 
+def settings_of(file):
+    """The settings of a task's file and of those that it includes, as texts."""
+    text = file.read_text(encoding="utf-8")
+    found = {}
+    for included in re.findall(r"^include: (\S+)", text, re.MULTILINE):
+        found |= settings_of(file.parent / included)
+    names = "dataset_path|dataset_name|test_split|max_new_tokens"
+    return found | dict(re.findall(rf"^ *({names}): (\S+)", text, re.MULTILINE))
+
+
+@in_lmms
+@pytest.mark.parametrize("name", PRESETS)
+def test_data_sets_and_limits_are_those_of_lmms_eval(name):
+    import lmms_eval.tasks
+
+    named = {"scienceqa": "scienceqa_img"} | {
+        each: f"{each}_val" for each in ("mmmu", "vqav2", "textvqa", "infovqa", "docvqa")
+    }
+    folder = Path(lmms_eval.tasks.__path__[0]) / name
+    found = settings_of(folder / f"{named.get(name, name)}.yaml")
+    preset = PRESETS[name]
+    assert found["dataset_path"] == preset.source and found["test_split"] == preset.split
+    assert found.get("dataset_name") == preset.config
+    limit = {"textvqa": None, "seedbench": None}.get(name, str(preset.max_tokens))
+    assert found.get("max_new_tokens") == limit  # those without one would go on to 1024
+
+
 # As a model of lmms-eval
 
 
@@ -409,6 +448,24 @@ def test_likelihoods_are_those_of_greedy_decoding(in_lmms_eval, nano):
     assert greedy and total == pytest.approx(sum(r.logprobs.logprob for r in parts), abs=1e-4)
     other = in_lmms_eval.loglikelihood([request(asked[0], lambda doc: "zebra", *asked[2:])])[0]
     assert other[0] < total and not other[1]
+
+
+@in_lmms
+def test_rounds_go_on_until_their_task_ends_them(in_lmms_eval, nano):
+    images, heard = [Image.open(path) for path in IMAGES], []
+
+    def to_text(doc, previous_output, round_idx, previous_round_info):
+        heard.append((round_idx, previous_round_info, list(previous_output)))
+        if round_idx == 2:
+            return None, None, True, (*previous_output, "end"), None
+        return [images[1]], "Describe the image.", False, previous_output, {"round": round_idx}
+
+    wanted = {"max_new_tokens": 4, "temperature": 0, "top_p": 0, "until": ["ASSISTANT:"]}
+    asked = request("Read the text.", wanted, to_visual, to_text, 0, "local", "test")
+    first = fv.generate(*nano, "Read the text.", image=IMAGES[0], max_tokens=4)
+    second = fv.generate(*nano, "Describe the image.", image=IMAGES[1], max_tokens=4)
+    assert in_lmms_eval.generate_until_multi_round([asked]) == [[first, second, "end"]]
+    assert heard == [(1, None, [first]), (2, {"round": 1}, [first, second])]
 
 
 @in_lmms

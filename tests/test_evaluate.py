@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -22,12 +24,16 @@ import fastvlm_mlx as fv
 from fastvlm_mlx.evaluate.evaluate import evaluate, files_of, write_reports
 from fastvlm_mlx.evaluate.items import Item, first_items, read_items
 from fastvlm_mlx.evaluate.log import Answer, Log
-from fastvlm_mlx.evaluate.metrics import METRICS, figures_of, score_answers
+from fastvlm_mlx.evaluate.metrics import METRICS, check_metrics, figures_of, score_answers
 from fastvlm_mlx.evaluate.metrics.score import Score, mean_score
 from fastvlm_mlx.evaluate.page import mistakes_page
+from fastvlm_mlx.evaluate.presets import PRESETS
 from fastvlm_mlx.evaluate.results import Scored, as_json, compare, measured, score_records
 from fastvlm_mlx.evaluate.run import Record, answer_items
 from fastvlm_mlx.evaluate.statistics import difference, interval, percentiles
+from fastvlm_mlx.evaluate.table import difference_lines, preset_table, result_table
+from fastvlm_mlx.generation.prompt_cache import PromptCache
+from fastvlm_mlx.generation.scheduler import Batch
 from fastvlm_mlx.hub.resolve import NANO
 from fastvlm_mlx.train.adapters import write
 
@@ -88,6 +94,12 @@ BAD = {
     '{"id": 1, "question": "?", "answer": "a"}\n{"id": "1", "question": "?", "answer": "a"}': (
         "line 2: the id '1' stands above"
     ),
+    '{"image": "a", "question": "?", "answer": "owl", "choices": ["cat", "dog"]}': (
+        "line 1: the answer 'owl' is none of the choices"
+    ),
+    json.dumps({"image": "a", "question": "?", "answer": "A", "choices": ["x"] * 27}): (
+        "27 choices; A to Z are 26"
+    ),
     "\n": "holds no questions",
 }
 
@@ -100,15 +112,35 @@ def test_a_bad_line_is_named(tmp_path, text):
     assert len(str(caught.value)) < 400
 
 
+def test_a_line_separator_within_a_text_ends_no_line(tmp_path):
+    row = {"image": "a.png", "question": "one\u2028two\x85", "answer": "x\x0by"}
+    text = json.dumps(row, ensure_ascii=False)
+    (tmp_path / "a.jsonl").write_text(f"{text}\r\n\n{text}\r\n", encoding="utf-8", newline="")
+    items = read_items(tmp_path / "a.jsonl")
+    assert [(item.id, item.prompt) for item in items] == [(n, row["question"]) for n in "13"]
+
+
+def test_a_file_of_another_kind_is_named(run):
+    found = run("eval", "--data", IMAGES[0])
+    assert found.code == 2 and f"{IMAGES[0].name} is not a JSONL file in UTF-8." in found.err
+
+
 # Answers
 
 
 class Calls:
-    """Counts what the encoder and the batch are asked for."""
+    """Counts the squares that the encoder sees, and the answers that go on in one step."""
 
     def __init__(self, monkeypatch):
-        self.squares = 0
-        encode = fv.FastVLM.encode_image
+        self.squares, self.together = 0, 0
+        encode, step = fv.FastVLM.encode_image, Batch.step
+
+        def stepped(batch):
+            responses = step(batch)
+            self.together = max(self.together, len({id for id, _ in responses}))
+            return responses
+
+        monkeypatch.setattr(Batch, "step", stepped)
 
         def counted(model, pixel_values):
             self.squares += len(pixel_values)
@@ -120,7 +152,7 @@ class Calls:
 def test_answers_are_those_of_generate_and_each_image_is_encoded_once(nano, questions, monkeypatch):
     calls = Calls(monkeypatch)
     records = answer_items(*nano, read_items(questions), max_tokens=TOKENS)
-    assert calls.squares == len(IMAGES)
+    assert calls.squares == len(IMAGES) and calls.together == len(records)
     expected = [
         fv.generate(*nano, question, image=image, max_tokens=TOKENS)
         for image in IMAGES
@@ -132,6 +164,31 @@ def test_answers_are_those_of_generate_and_each_image_is_encoded_once(nano, ques
     assert all(record.answer.ttft > 0 for record in records)
     cut = [record.answer.finish_reason == "length" for record in records]
     assert cut == [record.answer.tokens == TOKENS for record in records] and any(cut)
+
+
+def test_mixed_questions_are_asked_image_by_image(nano, questions, monkeypatch):
+    mixed = sorted(read_items(questions), key=lambda item: item.prompt)
+    expected = answer_items(*nano, mixed, max_tokens=2)
+    one = partial(PromptCache, max_bytes=2**18)  # too little for both images and their prompts
+    monkeypatch.setattr("fastvlm_mlx.evaluate.run.PromptCache", one)
+    calls = Calls(monkeypatch)
+    found = answer_items(*nano, mixed, max_batch=1, max_tokens=2)
+    assert calls.squares == len(IMAGES)
+    assert [r.id for r in found] == [r.id for r in expected] == [item.id for item in mixed]
+    assert [r.answer.text for r in found] == [r.answer.text for r in expected]
+
+
+def test_a_question_without_images_is_a_group_of_its_own(nano):
+    items = [Item(str(n), (), f"Say {n}.", ("?",)) for n in range(2)]
+    result = evaluate(*nano, items, max_tokens=1)
+    assert [each.record.group for each in result.scored] == ["0", "1"]
+    assert result.rows[0].figures["exact"].low is not None and result.ttft() == {}
+
+
+def test_two_questions_with_one_id_are_refused(nano):
+    items = [Item("same", (), "One?", ("?",)), Item("same", (), "Two?", ("?",))]
+    with pytest.raises(ValueError, match="Two questions have the id 'same'"):
+        answer_items(*nano, items, max_tokens=1)
 
 
 def test_what_fails_is_listed_and_the_others_are_answered(nano, tmp_path):
@@ -195,10 +252,25 @@ def test_a_log_of_other_conditions_is_refused(tmp_path):
     file.write_bytes(before + b'{"id": 1}\n')
     with pytest.raises(ValueError, match="line 2 is damaged"):
         Log(file, {"weights": "a", "option max_tokens": "5"})
-    file.write_bytes(b"hello\n")
-    with pytest.raises(ValueError, match="not the log of an evaluation"):
+    wrong = json.dumps({**vars(answer()), "text": 5}).encode()
+    file.write_bytes(before + wrong + b"\n")
+    with pytest.raises(ValueError, match="line 2 is damaged"):
+        Log(file, {"weights": "a", "option max_tokens": "5"})
+
+
+@pytest.mark.parametrize("text", ["hello\n", "hello", "one\ntwo", '{"image": "a"}', "[1]\n", "\n"])
+def test_a_file_that_is_no_log_keeps_every_byte(tmp_path, text):
+    file = tmp_path / "notes.txt"
+    file.write_text(text)
+    with pytest.raises(ValueError, match="not the log of an evaluation; name another file"):
         Log(file, {})
-    assert file.read_bytes() == b"hello\n"
+    assert file.read_text() == text
+
+
+@pytest.mark.parametrize("file", ["/dev/zero", "."])
+def test_a_log_is_a_plain_file(file):
+    with pytest.raises(ValueError, match="not the log of an evaluation"):
+        Log(Path(file), {})
 
 
 def test_a_log_is_written_by_one_run_at_a_time(tmp_path):
@@ -263,7 +335,7 @@ def test_a_full_disk_ends_a_run_that_goes_on_later(nano, questions, tmp_path, mo
         sync(file)
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match=r"log.jsonl: No space left on device; the answers before"):
         answer_items(*nano, read_items(questions), log, max_batch=1, max_tokens=2)
     monkeypatch.setattr(os, "fsync", sync)
     before = lines_of(log)
@@ -282,6 +354,33 @@ model, processor = fv.load(dtype="float32")
 answer_items(model, processor, read_items(Path(sys.argv[1])), sys.argv[2], max_batch=1,
              max_tokens=4)
 """
+
+
+# Whoever runs the tests in the background ignores SIGINT, and so would the command.
+STOPPED = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from fastvlm_mlx.cli.main import main
+main()
+"""
+
+
+def test_ctrl_c_says_how_to_go_on(questions, tmp_path):
+    asked = [{"image": str(IMAGES[0]), "question": f"Say {n}.", "answer": "?"} for n in range(50)]
+    write_lines(questions, *asked)
+    command = [sys.executable, "-c", STOPPED, "eval", "--data", str(questions), "--max-batch", "1"]
+    command += ["--out", str(tmp_path / "o"), "--max-tokens", "4"]
+    root = Path(fv.__file__).parents[1]
+    with subprocess.Popen(command, cwd=root, stderr=subprocess.PIPE, text=True) as process:
+        while (
+            process.poll() is None and sum(map(len, map(lines_of, (tmp_path / "o").glob("*")))) < 3
+        ):
+            time.sleep(0.005)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert said == "Stopped; the same command goes on from here.\n"
+    assert 3 <= len(lines_of(next((tmp_path / "o").glob("*.jsonl")))) < 51
 
 
 def test_a_killed_run_goes_on_and_repeats_nothing(nano, tmp_path):
@@ -375,6 +474,17 @@ def test_the_paired_test_of_many_images_agrees_with_mcnemar():
     assert found.interval.low > 0
 
 
+def test_the_paired_test_of_very_many_images_takes_little_memory():
+    random = np.random.default_rng(0)
+    first, second = random.integers(2, size=(2, 2000))
+    groups = [str(n) for n in range(2000)]
+    tracemalloc.start()
+    difference(ratio, means(first), means(second), groups)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2**24  # all swaps together would be 80 million bytes and more
+
+
 def test_equal_runs_don_t_differ():
     found = difference(ratio, means([1, 0, 1]), means([1, 0, 1]), list("abc"))
     assert found.p_value == 1 and found.interval.value == found.interval.low == 0
@@ -425,6 +535,28 @@ def test_an_item_may_have_a_metric_of_its_own():
         score_records("n", "m", "mcq", [record("1", "A", ["A"], metric="none")])
 
 
+@pytest.mark.parametrize("pair", ["exact cer", "cer exact", "exact cider", "relaxed exact"])
+def test_metrics_that_can_t_be_averaged_are_refused_before_anything_is_asked(run, tmp_path, pair):
+    main, own = pair.split()
+    asked = {"image": str(IMAGES[0]), "question": "?", "answer": "5"}
+    file = write_lines(tmp_path / "a.jsonl", asked, asked | {"metric": own})
+    found = run("eval", "--data", file, "--metric", main, "--out", tmp_path / "o")
+    assert found.code == 2 and not (tmp_path / "o").exists()
+    assert f"own metric is {own} can't be counted among those of {main}" in found.err
+    with pytest.raises(ValueError, match=f"those of {main}"):
+        score_records("n", "m", main, [record("1", "A", ["A"], metric=own)])
+    check_metrics("exact", ["vqa", "relaxed", None, "mcq"])
+
+
+def test_captions_of_one_image_have_no_cider(run, tmp_path):
+    records = [record(str(n), "a cat", ["a cat"], group="one") for n in range(2)]
+    with pytest.raises(ValueError, match="two or more, not 1"):
+        score_records("n", "m", "cider", records)
+    asked = {"image": "a.png", "question": "?", "answer": "a cat"}
+    file = write_lines(tmp_path / "a.jsonl", asked, asked)
+    assert "two or more, not 1" in run("eval", "--data", file, "--metric", "cider").err
+
+
 def test_models_are_compared_on_what_both_answered():
     first = score_records("n", "a", "exact", [record("1", "x", ["x"]), record("2", "x", ["y"])])
     second = score_records("n", "b", "exact", [record("2", "y", ["y"]), record("3", "x", ["y"])])
@@ -471,6 +603,27 @@ def test_the_page_shows_mistakes_and_runs_nothing(tmp_path):
     assert "http://" not in page and "https://" not in page
 
 
+def test_the_tables_show_names_as_they_are(capsys):
+    from rich.console import Console
+
+    result = score_records("[b]n", "m[/]", "anls", [record("1", "x", ["x"], task="[red]t[/red]")])
+    Console(width=100).print(result_table(result))
+    shown = capsys.readouterr().out
+    assert "[b]n: m[/]" in shown and "[red]t[/red]" in shown
+    found = as_json(result) | {"model": "m[/]"}
+    Console(width=200).print(preset_table(PRESETS, {"docvqa": [found]}))
+    assert "m[/]: 100.0 %, 1 answers" in capsys.readouterr().out
+
+
+def test_differences_are_said_in_the_metric_s_own_unit():
+    one = [record("1", "a red cat", ["a red cat"]), record("2", "x", ["a blue dog"])]
+    two = [one[0], record("2", "a blue dog", ["a blue dog"])]
+    for metric, said in {"cider": "b − a = +3.75 [95 %: ", "exact": "+50.0 points [95 %: "}.items():
+        first, second = (score_records("n", m, metric, r) for m, r in (("a", one), ("b", two)))
+        (line,) = difference_lines(first, second, compare(first, second))
+        assert said in line and "1 answers better, 0 worse" in line
+
+
 def test_results_are_kept_and_found_again(tmp_path, nano):
     files = files_of(tmp_path / "out", "n", "m", *nano)
     result = score_records("n", "m", "exact", [record("1", "x", ["y"])], {"7B": 50.0})
@@ -480,6 +633,15 @@ def test_results_are_kept_and_found_again(tmp_path, nano):
     assert found == json.loads(json.dumps(as_json(result)))
     assert found["published"] == {"7B": 50.0} and found["items"][0]["answer"] == "x"
     assert measured(tmp_path) == {}
+
+
+def test_only_results_of_presets_are_listed_as_measured(run, tmp_path):
+    asked = {"image": str(tmp_path / "none.png"), "question": "?", "answer": "5"}
+    file = write_lines(tmp_path / "chartqa.jsonl", asked, asked | {"image": str(IMAGES[0])})
+    command = ("eval", "--data", file, "--out", tmp_path / "o", "--max-tokens", 1)
+    for limit in (1, 2):  # nothing is answered; then a question that is not the benchmark's
+        assert run(*command, "--limit", limit).code == 1
+        assert run("eval", "--list", "--out", tmp_path / "o").out.count("not run") == 13
 
 
 def test_captions_are_listed_from_the_worst_on():
@@ -557,13 +719,17 @@ def test_bad_input_ends_the_command_with_a_sentence(run, questions, tmp_path):
             "--compare",
             "0.5b",
         ): "--log holds the answers of one model",
-        ("--data", questions, "--metric", "cider", "--limit", 1): "two or more; there are 1",
+        ("--data", questions, "--metric", "cider", "--limit", 1): "two or more, not 1",
         ("--preset", "gqa", "--suffix", "x"): "leave out --suffix",
-        ("--data", questions, "--compare-quantize", 4): "bundled model is quantized already",
+        ("--data", questions, "--compare-quantize", 4): "quantized already",
+        ("--data", questions, "--compare", "./none"): "no model folder ./none",
+        ("--data", questions, "--compare-adapter", "./none"): "no model folder ./none",
+        ("--data", questions, "--compare-adapter", questions.parent): "is no adapter",
         ("--data", questions, "--compare-adapter", "./none", "--log", "x"): "of one model",
     }.items():
-        found = run("eval", *arguments)
+        found = run("eval", *arguments, "--out", tmp_path / "out")
         assert found.code == 2 and said in found.err and "Traceback" not in found.err
+    assert not (tmp_path / "out").exists()  # nothing was asked before
 
 
 def test_the_help_names_all_metrics(run):

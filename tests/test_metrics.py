@@ -206,6 +206,27 @@ def test_the_letter_of_an_answer(answer):
     assert parse_choice(answer, CHOICES) == CHOSEN[answer]
 
 
+SIGNED = {
+    "-5": "B",
+    "−5.": "B",
+    "5": "A",
+    "The answer is -5": "B",
+    "x = -5, since": "B",
+    "It is 5": "A",
+    ">": "D",
+    "<": "C",
+    "D": "D",
+}
+
+
+@pytest.mark.parametrize("answer", SIGNED)
+def test_signs_part_choices(answer):
+    choices = ["5", "-5", "<", ">"]
+    assert parse_choice(answer, choices) == SIGNED[answer]
+    assert [mcq(c, [c], choices) for c in choices] == [1] * 4
+    assert mcq("A", ["-5"], choices) == mcq("C", [">"], choices) == 0
+
+
 def test_what_names_no_choice_is_unparsed_and_wrong():
     score = score_choice("I can't say", ["B"], CHOICES)
     assert (score.value, score.unparsed, score.parsed) == (0, True, None)
@@ -215,9 +236,11 @@ def test_what_names_no_choice_is_unparsed_and_wrong():
 
 def test_a_reference_is_a_letter_or_a_choice():
     assert mcq("b", ["cat"], CHOICES) == 1 and mcq("b", ["Cat."], CHOICES) == 1
+    assert mcq("b", ["B. cat"], CHOICES) == 1 and mcq("a", ["B. cat"], CHOICES) == 0
     assert mcq("H", ["H"]) == 1 and mcq("Z", ["H"]) == 0
     assert mcq("e", ["E"], [*CHOICES, "blue"]) == 1
     assert mcq("cat", ["B"], ["cat", "cat"]) == 0  # both say so
+    assert mcq("It is a cat", ["A"], ["cat", "cat", "dog"]) == 0
 
 
 def test_an_open_question_is_scored_openly():
@@ -310,7 +333,7 @@ def test_cider_of_captions_worked_out_by_hand():
 
 
 def test_cider_needs_two_images():
-    with pytest.raises(ValueError, match="two or more; there are 1"):
+    with pytest.raises(ValueError, match="two or more, not 1"):
         score_answers("cider", ["a"], [["a"]])
 
 

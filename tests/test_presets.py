@@ -185,6 +185,7 @@ def test_what_a_preset_asks_to_the_byte(name, folder):
     assert len(items) == len(found) and list(items) == found
     assert [item.id for item in found] == [str(n) for n in range(1, len(found) + 1)]
     assert all(item.images[0] in (RED["bytes"], BLUE["bytes"]) for item in found)
+    assert {item.metric for item in found} - {None} <= set(PRESETS[name].own_metrics)
     for item in found:  # its own answers are right, by its metric
         metric = item.metric or PRESETS[name].metric
         right = item.references[0]
@@ -234,15 +235,19 @@ def test_files_that_are_no_good_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="no Parquet file at"):
         PresetItems(preset, tmp_path / "none")
     (tmp_path / "text.parquet").write_text("no parquet")
-    with pytest.raises(ValueError, match=r"text.parquet is not a Parquet file"):
+    with pytest.raises(ValueError, match=r"text.parquet is not a whole Parquet file\.$"):
         PresetItems(preset, tmp_path / "text.parquet")
     other = write_parquet(tmp_path / "other.parquet", [{"question": "?", "label": 1}])
     with pytest.raises(ValueError, match="no column answer, type, image; it has question, label"):
         PresetItems(preset, other)
     rows = [ROWS["chartqa"][0] | {"image": {"bytes": None, "path": "a.png"}}]
     lost = write_parquet(tmp_path / "lost.parquet", rows)
-    with pytest.raises(ValueError, match="instead of an image's bytes"):
+    with pytest.raises(ValueError, match=r"Row 1 is not as lmms-lab.* of an image's bytes"):
         list(PresetItems(preset, lost))
+    rows = [ROWS["ai2d"][0], ROWS["ai2d"][0] | {"answer": "99"}]
+    beyond = write_parquet(tmp_path / "beyond.parquet", rows)
+    with pytest.raises(ValueError, match=r"Row 2 is not as lmms-lab-encoder/ai2d has them: .*\.$"):
+        list(PresetItems(PRESETS["ai2d"], beyond))
 
 
 def test_without_pyarrow_the_extra_is_named(monkeypatch, tmp_path):

@@ -4,10 +4,13 @@ import shutil
 import pytest
 from sources import full_nano
 
-from fastvlm_mlx.cli.convert import quantize_flags
-from fastvlm_mlx.evaluate.precision import precision_report
+from fastvlm_mlx.cli.convert import _print_report, quantize_flags
+from fastvlm_mlx.evaluate.evaluate import evaluate
+from fastvlm_mlx.evaluate.items import read_items
+from fastvlm_mlx.evaluate.precision import QUESTION_TOKENS, Row, accuracy, precision_report
 from fastvlm_mlx.evaluate.questions import read_questions
 from fastvlm_mlx.evaluate.samples import SAMPLES, token_agreement
+from fastvlm_mlx.evaluate.table import said
 from fastvlm_mlx.hub.resolve import NANO
 
 
@@ -35,15 +38,42 @@ def test_fewer_bits_are_smaller_and_less_exact(tmp_path, questions):
     assert source.accuracy["reading"].value == 0.5
 
 
+def test_answers_are_counted_as_by_eval_and_shown_with_intervals(nano, tmp_path, capsys):
+    rows = [
+        {"image": str(image), "question": "Read the text.", "answer": "The note says so."}
+        for image in SAMPLES[-2:]
+    ]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    items = read_items(tmp_path / "a.jsonl")
+    found = accuracy(*nano, items, "cer")
+    figures = evaluate(*nano, items, "cer", max_tokens=QUESTION_TOKENS).rows[0].figures
+    assert found == {"all": figures["cer"]} and found["all"].low < found["all"].high
+    _print_report([Row("float16", 10**6, 16, accuracy=found)], "cer", as_json=False)
+    shown = capsys.readouterr().out
+    assert "all: cer [95 %]" in shown and said(found["all"], percent=True) in shown
+
+
 def test_a_quantized_source_is_refused():
     with pytest.raises(ValueError, match="quantized already"):
         list(precision_report(NANO, {"4": 4}))
 
 
+def test_what_can_t_be_scored_ends_a_conversion_before_it_begins(run, tmp_path, questions):
+    convert = ("convert", str(NANO), str(tmp_path / "to"), "--eval")
+    for arguments, sentence in {
+        (questions,): "--eval is part of a --report",
+        (questions, "--report", "--metric", "f2"): "no metric 'f2'",
+        (tmp_path / "none.jsonl", "--report"): "none.jsonl",
+    }.items():
+        found = run(*convert, *arguments)
+        assert found.code == 2 and sentence in found.err
+    assert not (tmp_path / "to").exists()
+
+
 def test_questions_that_are_none(tmp_path):
     with pytest.raises(FileNotFoundError):
         read_questions(tmp_path / "none.jsonl")
-    (tmp_path / "bad.jsonl").write_text('{"image": "a.png", "question": "?"}')
+    (tmp_path / "bad.jsonl").write_text('{"image": "a.png", "question": 5}')
     with pytest.raises(ValueError, match="line 1"):
         read_questions(tmp_path / "bad.jsonl")
 

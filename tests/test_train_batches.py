@@ -13,16 +13,20 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from checkpoints import one_sentence
-from models import PANDA, PENGUINS
+from models import PANDA, PENGUINS, random_model
 
 import fastvlm_mlx as fv
 from fastvlm_mlx.checkpoint.load import load_processor
 from fastvlm_mlx.config import load_config
+from fastvlm_mlx.generation.inputs import read_inputs
+from fastvlm_mlx.generation.options import Options
 from fastvlm_mlx.hub.resolve import NANO
 from fastvlm_mlx.train.augment import Augment, random_of
 from fastvlm_mlx.train.batches import Batch, Batches, collate
 from fastvlm_mlx.train.examples import Example, Span, build_example
+from fastvlm_mlx.train.features import FeatureCache
 from fastvlm_mlx.train.images import ImageReader
+from fastvlm_mlx.train.loss import arrays_of, hidden_states
 from fastvlm_mlx.train.order import Order, bucket, pack_rows
 from fastvlm_mlx.train.rows import Row
 
@@ -201,7 +205,13 @@ def test_packing_fills_rows_and_keeps_to_the_length() -> None:
 
 
 def test_targets_are_the_next_tokens_and_weights_the_answers() -> None:
-    examples = MIXED[:4]
+    messages = [
+        {"role": role, "content": content}
+        for role, content in (("user", "Who?"), ("assistant", "Me."), ("user", "Sure?"))
+    ]
+    two = Row("two", [*messages, {"role": "assistant", "content": "Yes."}], [], "row")
+    examples = [*MIXED[:4], build_example(two, PROCESSOR, CONFIG)]
+    assert len(examples[-1].answers) == 2
     images = [READER.read(i.source) for e in examples for i in e.images]
     batch = collate([[e] for e in examples], READER, images)
     length = batch.input_ids.shape[1]
@@ -281,6 +291,19 @@ def test_pixels_are_those_of_preprocess_bit_for_bit() -> None:
             assert mx.array_equal(batch.pixel_values / 255, wanted).item()
 
 
+def test_photos_are_decoded_as_exactly_as_by_generate(tmp_path: Path) -> None:
+    from PIL import Image
+
+    photo = (
+        tmp_path / "photo.jpg"
+    )  # which a JPEG decoder could make smaller by itself, less exactly
+    Image.open(PANDA).convert("RGB").resize((2000, 1500)).save(photo)
+    found = READER.read(photo).pixels
+    assert mx.array_equal(mx.array(found), PROCESSOR.preprocess(photo, dtype=mx.uint8)).item()
+    fast = PROCESSOR.preprocess(photo, dtype=mx.uint8, fast=True)
+    assert not mx.array_equal(mx.array(found), fast).item()
+
+
 def test_tiled_images_stay_apart() -> None:
     pinpoints = [[512, 256], [256, 512]]
     processor = fv.Processor(PROCESSOR.tokenizer, 256, "anyres", pinpoints)
@@ -330,3 +353,37 @@ def test_a_stream_that_is_dropped_leaves_no_thread() -> None:
     next(stream)
     stream.close()
     assert not [t for t in threading.enumerate() if t.name.startswith("fastvlm-images")]
+
+
+# Tiles
+
+PINPOINTS = [[128, 64], [64, 128], [128, 128], [192, 64]]
+TILED = {"image_aspect_ratio": "anyres", "image_grid_pinpoints": PINPOINTS, "mm_hidden_size": 64}
+TILED |= {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+TILED |= {"num_key_value_heads": 2, "intermediate_size": 32, "vocab_size": 20000}
+
+
+@pytest.mark.parametrize("merge", ["flat", "spatial", "spatial_unpad"])
+def test_tiles_give_the_logits_that_generate_gives(merge: str, tmp_path: Path) -> None:
+    model = random_model(0, **TILED, mm_patch_merge_type=merge)
+    processor = fv.Processor(PROCESSOR.tokenizer, 64, "anyres", PINPOINTS)
+    wide = mx.zeros((70, 300, 3), mx.uint8)
+    turns = ["<image>\nWho? <image>", "Me.", "And <image>?", "No."]
+    messages = [
+        {"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(turns)
+    ]
+    row = Row("id", messages, [PANDA, PENGUINS, wide], "row 1")
+    tiled = build_example(row, processor, model.config)
+    assert len({image.tokens for image in tiled.images}) > 1
+    cache = FeatureCache(tmp_path, model.vision_tower, "w", mode="anyres")
+    for features in (None, cache, cache):
+        reader = ImageReader(processor, features=features)
+        images = [reader.read(image.source) for image in tiled.images]
+        arrays = arrays_of(collate([[TEXTS[0]], [tiled]], reader, images))
+        logits = model.language_model.logits(hidden_states(model, arrays))[1]
+        for question, (start, _) in zip(row.questions(), tiled.answers, strict=True):
+            inputs = read_inputs(model, processor, question.messages, question.images, Options())
+            assert inputs.input_ids == list(tiled.input_ids[:start])
+            wanted = model(mx.array([inputs.input_ids]), input_embeddings=inputs.embeddings)[0]
+            assert mx.allclose(logits[:start], wanted, rtol=1e-5, atol=1e-5)
+        cache.flush()

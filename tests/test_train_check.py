@@ -1,5 +1,6 @@
 """What `fastvlm train --check` says of the data."""
 
+import base64
 import io
 import json
 import re
@@ -13,6 +14,7 @@ from rich.console import Console
 from fastvlm_mlx.checkpoint.load import load_processor
 from fastvlm_mlx.config import load_config
 from fastvlm_mlx.hub.resolve import NANO
+from fastvlm_mlx.train import check as module
 from fastvlm_mlx.train.check import Check, check_data
 from fastvlm_mlx.train.rows import find_rows
 
@@ -52,7 +54,9 @@ def test_two_examples_with_what_is_learned_marked(folder: Path) -> None:
         {"id": "text", "conversations": TURNS[:2]},
     ]
     said = printed(check(folder, rows))
-    assert "first (data.json, row 1):" in said and "text (data.json, row 3):" in said
+    assert (
+        "first (data.json, row 1, line 1):" in said and "text (data.json, row 3, line 1):" in said
+    )
     assert "again" not in said
     assert re.findall("⟦.*?⟧", said) == [
         "⟦ A panda.<|im_end|>⟧",
@@ -86,8 +90,10 @@ def test_the_statistics_count_every_token(folder: Path) -> None:
     assert numbers["supervised"] == f"{found.num_supervised}"
     assert found.num_supervised == sum(sum(e.supervised) for e in (first, second))
     assert f"{found.num_supervised / text:.1%} of the text" in said
-    assert numbers["longest row"] == f"{len(first)}" and "(data.json, row 1)" in said
-    assert "1 row(s) are left out:\n  data.json, row 3: no token of it is supervised." in said
+    assert numbers["longest row"] == f"{len(first)}" and "(data.json, row 1, line 1)" in said
+    assert (
+        "1 row(s) are left out:\n  data.json, row 3, line 1: no token of it is supervised." in said
+    )
 
 
 def test_bad_rows_are_listed_in_order_the_first_twenty(folder: Path) -> None:
@@ -97,11 +103,50 @@ def test_bad_rows_are_listed_in_order_the_first_twenty(folder: Path) -> None:
     found = check(folder, rows + [{"image": "none.png", "answer": "x"}] * 30, max_length=300)
     assert found.problem == "33 of 34 row(s) can't be used."
     said = printed(found)
-    listed = re.findall(r"^  (data.json, row \d+): (.*)$", said, re.MULTILINE)
+    listed = re.findall(r"^  (data.json, row \d+), line 1: (.*)$", said, re.MULTILINE)
     assert [where for where, _ in listed] == [f"data.json, row {n}" for n in range(2, 22)]
     assert listed[1][1].startswith("Cannot read") and "it is not an image" in listed[1][1]
     assert "more than 300" in listed[2][1] and "none.png" in listed[3][1]
     assert "… and 13 more" in said
+
+
+def test_images_that_are_none_are_found_wherever_they_are(folder: Path) -> None:
+    (folder / "text.png").write_text("no image", encoding="utf-8")
+    panda = base64.b64encode(PANDA.read_bytes()).decode()
+    bad = ["text.png", "data:image/png;base64,AAAA", "file:///nowhere.png", "ftp://a.b/c.png"]
+    good = ["panda.png", f"data:image/png;base64,{panda}", (folder / "panda.png").as_uri()]
+    good += ["https://nowhere.invalid/a.png"]  # nothing is downloaded
+    rows = [{"image": image, "answer": "x"} for image in [*bad, *good]]
+    found = check(folder, rows).examples
+    assert [row.where for row in found.bad] == [f"data.json, row {n}, line 1" for n in range(1, 5)]
+    assert len(found.kept) == 4
+
+
+def test_an_image_of_many_rows_is_opened_once(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[str] = []
+    original = module.open_image
+    monkeypatch.setattr(
+        module, "open_image", lambda file, name: opened.append(name) or original(file, name)
+    )
+    rows = [{"image": "panda.png", "answer": f"{n}"} for n in range(20)]
+    assert check(folder, rows).problem is None and len(opened) == 1
+
+
+def test_rows_to_validate_with_are_checked_too(folder: Path) -> None:
+    long = {"conversations": [TURNS[0], {"from": "gpt", "value": "long " * 9000}]}
+    file = folder / "held.jsonl"
+    rows = [{"image": "none.png", "answer": "x"}, long, {"conversations": TURNS}]
+    file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    found = check(folder, [{"conversations": TURNS}], held_out=find_rows(file), max_length=200)
+    assert found.problem == "1 of 4 row(s) can't be used."
+    said = printed(found)
+    assert "1 row(s) to validate with can't be used:\n  held.jsonl, line 1: its image" in said
+    assert re.search(
+        r"1 row\(s\) to validate with are left out:\n  held.jsonl, line 2: it ha", said
+    )
+    assert re.search(r"held out +1 +to validate with", said)
 
 
 def test_nothing_to_learn_is_a_problem(folder: Path) -> None:

@@ -11,20 +11,22 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from checkpoints import one_sentence
 from models import PANDA, PENGUINS
 
 import fastvlm_mlx as fv
+from fastvlm_mlx.checkpoint import cache_folder
+from fastvlm_mlx.checkpoint.cache_folder import CacheFolder, from_entry
 from fastvlm_mlx.checkpoint.load import load_processor
 from fastvlm_mlx.config import load_config
 from fastvlm_mlx.hub.resolve import NANO
-from fastvlm_mlx.train import features as module
 from fastvlm_mlx.train.augment import Augment
 from fastvlm_mlx.train.batches import Batches
 from fastvlm_mlx.train.examples import Example, build_example
-from fastvlm_mlx.train.features import FeatureCache, digest_weights, from_bytes
+from fastvlm_mlx.train.features import FeatureCache, digest_weights
 from fastvlm_mlx.train.images import ImageReader
 from fastvlm_mlx.train.order import Order
 from fastvlm_mlx.train.rows import Row
@@ -94,7 +96,7 @@ def epoch(
 
 
 def entries(cache: FeatureCache) -> list[Path]:
-    return sorted(cache.folder.glob("*.safetensors"))
+    return sorted(cache.folder.glob("*.array"))
 
 
 def test_the_second_epoch_calls_no_encoder_and_gives_the_same(
@@ -138,7 +140,15 @@ def test_nano_s_features_are_those_of_its_encoder(
     assert cache.encoded == 2
 
 
-def test_one_image_of_many_rows_is_encoded_once(files: list[Path], tmp_path: Path) -> None:
+def test_one_image_of_many_rows_is_encoded_once(
+    files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wait_and_write(folder: CacheFolder, name: str, data: bytes) -> bool:
+        time.sleep(0.3)  # meanwhile it is known from memory only
+        return write(folder, name, data)
+
+    write = CacheFolder.write
+    monkeypatch.setattr(CacheFolder, "write", wait_and_write)
     cache = cache_in(tmp_path / "cache")
     reader = ImageReader(PROCESSOR, SIDE, features=cache)
     (one,) = examples_of(files[:1])
@@ -191,13 +201,23 @@ def test_a_digest_tells_weights_and_types_apart(small_folder: Path) -> None:
     assert len({whole, digest_weights(half), digest_weights(again)}) == 3, name
 
 
+def test_a_digest_tells_names_shapes_and_dtypes_of_equal_bytes_apart() -> None:
+    values = mx.arange(6, dtype=mx.int32)
+    arrays = [values, values.reshape(2, 3), values.reshape(3, 2), values.view(mx.float32)]
+    modules = [nn.Module() for _ in range(len(arrays) + 1)]
+    for module, array in zip(modules, arrays, strict=False):
+        module.weight = array
+    modules[-1].bias = values
+    assert len({digest_weights(module) for module in modules}) == len(modules)
+
+
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
 def test_entries_keep_their_dtype_to_the_bit(tmp_path: Path, dtype: mx.Dtype) -> None:
     features = mx.random.normal((2, PLACES, WIDTH), key=mx.random.key(0)).astype(dtype)
     cache = cache_in(tmp_path)
     cache.write("0" * 32, features)
     cache.flush()
-    found = from_bytes(cache.read("0" * 32) or b"")
+    found = from_entry(cache.read("0" * 32) or b"")
     assert found.dtype == dtype and mx.array_equal(found, features).item()
 
 
@@ -260,7 +280,7 @@ def test_killed_while_filling_only_the_missing_are_encoded(
     for _ in range(3):
         assert run.stdout.readline().startswith(b"encoding")
     deadline = time.monotonic() + 20
-    while not list(folder.glob("*.safetensors")) and time.monotonic() < deadline:
+    while not list(folder.glob("*.array")) and time.monotonic() < deadline:
         time.sleep(0.01)
     os.kill(run.pid, signal.SIGKILL)
     run.wait()
@@ -274,7 +294,7 @@ def test_killed_while_filling_only_the_missing_are_encoded(
 
 
 def test_what_was_left_unfinished_is_removed(tmp_path: Path) -> None:
-    old, new = (tmp_path / f"{c * 32}.safetensors.1.tmp" for c in "ab")
+    old, new = (tmp_path / f"{c * 32}.array.1.tmp" for c in "ab")
     foreign = tmp_path / "notes.txt"
     for file in (old, new, foreign):
         file.write_bytes(b"x")
@@ -324,10 +344,10 @@ def test_a_full_disk_is_said_once_and_stops_nothing(
         raise OSError(28, "No space left on device")
 
     cache = cache_in(tmp_path / "cache")
-    monkeypatch.setattr(module.os, "replace", fail)
+    monkeypatch.setattr(cache_folder.os, "replace", fail)
     with caplog.at_level(logging.WARNING):
         found = epoch(files, cache)
-    assert len(found) == len(files) and not list(cache.folder.iterdir())
+    assert len(found) == len(files) and not entries(cache)
     (record,) = caplog.records
     assert "No space left on device" in record.message
 

@@ -25,10 +25,13 @@ from train_runs import (
     weights_of,
 )
 
+from fastvlm_mlx import ops
+from fastvlm_mlx.model.vision_training import TrainingFastViTHD
 from fastvlm_mlx.train import loop
 from fastvlm_mlx.train.dropout import draw_all
+from fastvlm_mlx.train.log import LOG, read_log
 from fastvlm_mlx.train.loop import NotFinite, Nothing, evaluate
-from fastvlm_mlx.train.loss import AT_ONCE, arrays_of, bucket, hidden_states, loss
+from fastvlm_mlx.train.loss import AT_ONCE, arrays_of, bucket, encoded, hidden_states, loss
 from fastvlm_mlx.train.optimizer import Optimizer
 from fastvlm_mlx.train.parts import prepare
 from fastvlm_mlx.train.settings import TrainOptions
@@ -75,6 +78,28 @@ def test_the_loss_is_that_of_all_logits_masked() -> None:
     entropy = np.log(np.exp(logits).sum(-1)) - picked
     assert count.item() == 10
     assert total.item() == pytest.approx((entropy * np.array(found.weights)).sum(), rel=1e-5)
+
+
+def test_a_frozen_encoder_is_no_part_of_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, arrays, seen = prepared(vision="frozen"), arrays_of(batch(0, rows=3)), []
+    expected = loss(model, arrays)[0].item()
+    original = type(model.vision_tower).__call__
+
+    def encode(self: Any, pixels: Any) -> Any:
+        seen.append(len(pixels))
+        return original(self, pixels)
+
+    monkeypatch.setattr(type(model.vision_tower), "__call__", encode)
+    given: list[set[str]] = []
+    step = step_of(model)
+    step._compute = lambda arrays: given.append(set(arrays)) or step._sums(arrays)
+    assert step.compute(arrays).loss.item() == pytest.approx(expected, rel=1e-6)
+    assert "features" in given[0] and "pixel_values" not in given[0]
+    assert seen == [1, 1, 1]  # on the CPU one after the other, which takes less memory
+    tiled = arrays | {"pixel_values": [arrays["pixel_values"]]}
+    assert [f.shape[0] for f in encoded(model, tiled)["features"]] == [3]
+    trained = prepared(vision="full")
+    assert encoded(trained, arrays) is arrays
 
 
 def test_logits_are_computed_at_supervised_positions_only(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,7 +159,12 @@ def test_the_last_window_of_an_epoch_counts_with_its_true_tokens(tmp_path: Path)
     expected.data.batches = lambda epoch, start: iter([first, second][start:])
     expected.train()
     assert run.position.step == expected.position.step == 2
-    # Adam's first steps have the size of the learning rate, whatever the gradient's.
+    # Adam's steps have the size of the learning rate, whatever the gradient's; norms have not.
+    logs = [read_log(tmp_path / name / LOG) for name in ("a", "b")]
+    for line, other in zip(*logs, strict=True):
+        assert line["supervised"] == other["supervised"]
+        assert line["norm"] == pytest.approx(other["norm"], rel=1e-4)
+        assert line["loss"] == pytest.approx(other["loss"], rel=1e-4)
     assert distance(weights_of(run), weights_of(expected)) < 1e-3
 
 
@@ -148,6 +178,27 @@ def test_gradients_are_clipped_once_after_they_are_added_up(tmp_path: Path) -> N
     run.train()
     expected = math.sqrt(sum((g.astype(mx.float32) ** 2).sum().item() for g in mean.values()))
     assert norms[0].item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_float16_needs_no_scaling_of_the_loss() -> None:
+    """Of a batch's sum: the gradients of a mean over many tokens would vanish."""
+    found = batch(0, rows=4, images=False)
+    with ops.assume("cuda"):  # float16 is not refused there
+        exact, *_ = gradients_of(prepared(vision="frozen"), [found])
+        model = prepared(vision="frozen")
+        model.set_dtype(mx.float16)
+        half = step_of(model).compute(arrays_of(found)).gradients
+    one, other = (
+        np.concatenate([np.array(g[n].astype(mx.float32)).ravel() for n in exact])
+        for g in (exact, half)
+    )
+    assert one @ other > 0.9999 * np.linalg.norm(one) * np.linalg.norm(other)
+    assert np.mean((other == 0) & (one != 0)) < 0.01
+
+
+def test_warm_up_counts_optimizer_steps_and_not_batches(tmp_path: Path) -> None:
+    trainer(tmp_path, accumulation=2, epochs=2, warmup=2, schedule="constant").train()
+    assert [line["rate_factor"] for line in read_log(tmp_path / LOG)] == [0.5, 1.0, 1.0, 1.0]
 
 
 # Packing
@@ -170,6 +221,30 @@ def test_a_packed_row_sees_nothing_of_its_neighbours() -> None:
     rest = [*range(LENGTH + 3), *range(2 * LENGTH, 3 * LENGTH)]
     assert mx.array_equal(before[mx.array(rest)], after[mx.array(rest)]).item()
     assert not mx.array_equal(before, after).item()
+
+
+def test_packed_batches_have_few_shapes(tmp_path: Path) -> None:
+    """However many images and sequences they hold: each has from 2 to 5."""
+    model, data = small_model(), []
+    for number in range(4):
+        found = batch(number, rows=2 + number, supervised=3)
+        found.features = mx.random.normal((2 + number, 1, model.config.mm_hidden_size))
+        found.pixel_values = None
+        row = packed(found)
+        row.features, row.ids = found.features, found.ids
+        spare = 5 * LENGTH - row.input_ids.size
+        for name in ("input_ids", "targets", "weights", "segments"):
+            setattr(row, name, mx.pad(getattr(row, name), [(0, 0), (0, spare)]))
+        row.lengths = [(2 + number) * LENGTH]
+        data.append((found, row))
+    for found, row in data:
+        apart, one, _ = gradients_of(prepared(vision="frozen"), [found])
+        together, other, _ = gradients_of(prepared(vision="frozen"), [row])
+        assert one == pytest.approx(other, rel=1e-5)
+        assert distance(apart, together) < 2e-5
+    run = trainer(tmp_path, InMemory([row for _, row in data]), model, compiled=True)
+    run.train()
+    assert (run.position.step, run.step.shapes) == (4, 1)
 
 
 # Forms of a step
@@ -200,6 +275,14 @@ def test_computing_activations_again_changes_nothing_and_no_other_model() -> Non
     assert [n for n, _ in tree_flatten(model.parameters())] == [
         n for n, _ in tree_flatten(other.parameters())
     ]
+
+
+def test_activations_of_the_training_form_are_not_computed_again(tmp_path: Path) -> None:
+    model = small_model()
+    model.update_modules({"vision_tower": TrainingFastViTHD(model.config.vision)})
+    with pytest.raises(ValueError, match="gradient_checkpointing is for an encoder in inference"):
+        trainer(tmp_path, model=model, vision="full", gradient_checkpointing=True)
+    trainer(tmp_path, model=model, vision="frozen", gradient_checkpointing=True)  # the decoder's
 
 
 def test_dropout_drops_the_same_where_activations_are_computed_again(
@@ -274,6 +357,42 @@ def test_a_loss_that_is_no_number_stops_before_it_is_saved_and_names_its_rows(
     assert "broken-0, broken-1" in str(error.value) and "2-0" not in str(error.value)
     last = run.checkpoints.last()
     assert last is not None and last.name == "step-00000001"
+
+
+def test_rows_of_another_process_are_named_there(tmp_path: Path) -> None:
+    def reduce(sums: Any) -> Any:
+        return sums._replace(loss=sums.loss + math.nan)
+
+    run = trainer(tmp_path, reduce=reduce)
+    with pytest.raises(NotFinite, match=r"loss of step 1 .*; another process names its rows"):
+        run.train()
+
+
+def test_a_gradient_that_is_no_number_names_all_rows_of_the_step(tmp_path: Path) -> None:
+    run = trainer(tmp_path, InMemory([batch(0)]), accumulation=1)
+    run.step.apply = lambda sums, factor: mx.array(math.inf)
+    with pytest.raises(NotFinite, match=r"gradient of step 1 .*; its rows are 0-0, 0-1"):
+        run.train()
+
+
+def test_a_validation_loss_that_is_no_number_stops_the_run_and_names_its_rows(
+    tmp_path: Path,
+) -> None:
+    bad = batch(9, name="broken")
+    bad.pixel_values = bad.pixel_values * math.nan
+    held_out = InMemory([batch(8), bad])
+    run = trainer(tmp_path, held_out=held_out, eval_every=2, save_every=1)
+    with pytest.raises(NotFinite, match=r"validation loss .*; its rows are broken-0, broken-1"):
+        run.train()
+    assert run.position.best is None and run.model.training
+    assert run.checkpoints.last() == run.checkpoints.at(1)
+
+
+def test_float16_is_named_where_numbers_are_too_large(tmp_path: Path) -> None:
+    model = small_model()
+    model.set_dtype(mx.float16)
+    assert "in bfloat16 or float32" in str(loop.not_finite("The loss", ["a"], model))
+    assert "bfloat16" not in str(loop.not_finite("The loss", ["a"], small_model()))
 
 
 def test_a_loss_that_stays_zero_stops_the_run(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from fastvlm_mlx.train.log import read_log
 WITHIN = 0.1
 RUNS = {
     "LoRA with kept features": [],
+    "another size": ["--image-size", "384"],
     "LoRA everywhere": ["--vision", "lora"],
     "checkpointed and accumulated": [
         *("--decoder", "full", "--gradient-checkpointing", "--accumulation", "2")

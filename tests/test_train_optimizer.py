@@ -12,6 +12,7 @@ NAMES = {
     "mm_projector.layers.0.bias": (4,),
     "language_model.norm.weight": (3,),
     "language_model.layers.0.mlp.up_proj.weight": (5, 3),
+    "vision_tower.network.0.0.layer_scale": (1, 1, 3),
 }
 DECAYED = {name for name in NAMES if name.endswith(("layers.0.weight", "up_proj.weight"))}
 

@@ -131,3 +131,13 @@ def same_model(one: Path, other: Path) -> bool:
         (file,) = (out / "model").glob("*.safetensors")
         tensors.append(mx.load(str(file)))
     return all(mx.array_equal(tensors[0][n], tensors[1][n]).item() for n in tensors[1])
+
+
+@pytest.mark.slow
+def test_each_process_says_that_a_loss_is_no_number(
+    start: Callable[..., list[Process]],
+) -> None:
+    for process in start("infinite", 2, 2, "--learning-rate", "1e30"):
+        _, said = process.communicate(timeout=60)
+        assert process.returncode == 2
+        assert "is no finite number" in said and GONE not in said and said.count("\n") == 1

@@ -21,6 +21,13 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "quantized": ({"quantize": 4, "decoder": "full"}, "Quantized weights can't be trained"),
     "layers": ({"decoder": "full", "projector": "full", "layers": ["*"]}, "no part has either"),
     "patience": ({"patience": 2}, "patience needs validation"),
+    "from scratch": ({"from_scratch": True, "vision": "lora"}, "from_scratch trains everything"),
+    "stage 1 from scratch": ({"from_scratch": True, "stage": "1"}, "from_scratch trains everyth"),
+    "from scratch, again": (
+        {"from_scratch": True, "gradient_checkpointing": True},
+        "BatchNorms of the training form would count each batch twice",
+    ),
+    "from scratch, packed": ({"from_scratch": True, "quantize": 4}, "Quantized weights can't be"),
     "None": ({"batch_size": None}, "batch_size must be a whole number from 1, found None."),
 }
 
@@ -49,6 +56,14 @@ def test_a_stage_is_a_preset_that_other_options_overrule() -> None:
     second = TrainOptions.of({"stage": "2", "vision": "frozen", "projector_learning_rate": 1e-4})
     assert (second.vision, second.projector, second.decoder) == ("frozen", "full", "full")
     assert [second.rate(part) for part in ("projector", "decoder")] == [1e-4, 2e-5]
+
+
+def test_a_new_model_is_trained_whole_at_a_high_rate_and_many_images_at_a_time() -> None:
+    new = TrainOptions.of({"from_scratch": True})
+    assert {new.vision, new.projector, new.decoder} == {"full"}
+    assert (new.rate("decoder"), new.batch_size) == (1e-3, 16)
+    changed = TrainOptions.of({"from_scratch": True, "batch_size": 2, "stage": "2"})
+    assert (changed.rate("decoder"), changed.batch_size) == (2e-5, 2)
 
 
 def test_adapters_learn_ten_times_as_fast_as_full_weights_by_default() -> None:

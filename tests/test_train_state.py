@@ -12,7 +12,8 @@ import mlx.core as mx
 import pytest
 from train_runs import InMemory, batch, same, trainer, weights_of
 
-from fastvlm_mlx.train.log import read_log
+from fastvlm_mlx.train.log import LOG, Log, read_log
+from fastvlm_mlx.train.loop import Stopped
 from fastvlm_mlx.train.state import Checkpoint, Checkpoints, Position, differing
 
 RUN = {"epochs": 3, "save_every": 2, "dropout": 0.2, "accumulation": 2, "optimizer": "muon"}
@@ -61,6 +62,31 @@ def test_a_resumed_run_is_the_unbroken_one_and_not_a_cold_one(tmp_path: Path, st
         _forget_optimizer(tmp_path / "cold" / "checkpoints", cold)
         cold.train()
         assert not same(weights_of(cold), weights_of(unbroken))
+
+
+@pytest.mark.parametrize("step", [3, 4, 9])  # the second has an evaluation, the last is the last
+def test_a_run_that_was_asked_to_stop_goes_on_to_the_same_log(tmp_path: Path, step: int) -> None:
+    evaluated = {"eval_every": 2, "validation": "0.5", "patience": 9}
+    runs = []
+    for name in ("unbroken", "stopped"):
+        run = trainer(tmp_path / name, five(), held_out=InMemory([batch(9)]), **RUN, **evaluated)
+        runs.append(run)
+    runs[0].train()
+    runs[1].any_asked = lambda _: runs[1].position.step == step
+    with pytest.raises(Stopped):
+        runs[1].train()
+    assert runs[1].checkpoints.last() == runs[1].checkpoints.at(step)
+    again = trainer(tmp_path / "stopped", five(), held_out=InMemory([batch(9)]), **RUN, **evaluated)
+    again.train()
+    logs = [lines_of(tmp_path / name) for name in ("unbroken", "stopped")]
+    assert logs[0] == logs[1] and sum("validation_loss" in line for line in logs[0]) == 5
+    assert again.position == runs[0].position
+
+
+def lines_of(out: Path) -> list[dict[str, Any]]:
+    """A log's lines without what depends on time."""
+    timed = ("tokens_per_second", "images_per_second", "memory")
+    return [{k: v for k, v in line.items() if k not in timed} for line in read_log(out / LOG)]
 
 
 def _forget_optimizer(folder: Path, run: Any) -> None:
@@ -232,7 +258,53 @@ def test_a_full_disk_ends_a_run_with_one_sentence_and_loses_nothing(
     assert same(weights_of(again), weights_of(unbroken))
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full")
+def test_a_log_that_can_not_be_written_ends_a_run_with_one_sentence(tmp_path: Path) -> None:
+    run = trainer(tmp_path, five(), **RUN)
+    original = run._note
+
+    def fill_the_disk(*given: Any) -> float:
+        if run.position.step == 4:
+            os.dup2(os.open("/dev/full", os.O_WRONLY), run._log._stream.fileno())
+        return original(*given)
+
+    run._note = fill_the_disk
+    with pytest.raises(OSError, match=r"The log .*log.jsonl can't be written \(No space left"):
+        run.train()
+    assert run.checkpoints.last() == run.checkpoints.at(4)
+    trainer(tmp_path, five(), **RUN).train()
+    assert len(rows_of(tmp_path)) == 9
+
+
 def test_the_log_of_a_killed_process_is_read_without_its_last_half_line(tmp_path: Path) -> None:
     file = tmp_path / "log.jsonl"
     file.write_text('{"step": 1}\n{"step": 2}\n{"st', encoding="utf-8")
     assert [line["step"] for line in read_log(file)] == [1, 2]
+
+
+def test_a_log_holds_any_text_and_is_read_again(tmp_path: Path) -> None:
+    texts = ["line\u2028separator\x85next", "half \ud83d of a pair", "\r\n\t"]
+    for _ in range(2):  # written anew, too
+        log = Log(tmp_path / LOG, step=1)
+        log.write(step=2, rows=texts)
+        log.sync()
+        log.close()
+    log = Log(tmp_path / LOG, step=2)
+    log.close()
+    assert read_log(tmp_path / LOG) == [{"step": 2, "rows": texts}]
+
+
+def test_a_checkpoint_is_written_after_the_log_of_its_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    for kind, name in ((Log, "sync"), (Checkpoints, "save")):
+        original = getattr(kind, name)
+
+        def noted(self: Any, *given: Any, name: str = name, original: Any = original) -> Any:
+            order.append(name)
+            return original(self, *given)
+
+        monkeypatch.setattr(kind, name, noted)
+    trainer(tmp_path, five(), epochs=2, save_every=5).train()
+    assert order == ["sync", "save"] * 2

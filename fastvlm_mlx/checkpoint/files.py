@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import time
 from collections.abc import Callable
 from pathlib import Path, PurePath
 from types import ModuleType
@@ -251,30 +249,3 @@ def _shards(weights: Weights, shard_bytes: int) -> list[list[str]]:
 def write_json(file: Path, value: Any) -> None:
     """Write a value as indented JSON."""
     file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-# The entries of a cache: their names, those that are being written, and the seconds after which
-# nobody goes on writing one.
-CACHED = re.compile(r"[0-9a-f]{32}\.safetensors")
-UNFINISHED = re.compile(CACHED.pattern + r"\.\d+\.tmp")
-ABANDONED = 3600
-
-
-def cached_entries(folder: Path) -> dict[str, int]:
-    """The sizes in bytes of a cache's entries by name, the longest unused first.
-
-    The folder is made if it is missing, and unfinished files that nobody finishes are deleted.
-
-    Raises:
-        OSError: the folder can't be made, read or written to.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    if not os.access(folder, os.W_OK):
-        raise PermissionError("it can't be written to")
-    found, before = [], time.time() - ABANDONED
-    for entry in os.scandir(folder):
-        if CACHED.fullmatch(entry.name) and entry.is_file():
-            found.append((entry.stat().st_mtime, entry.name[:32], entry.stat().st_size))
-        elif UNFINISHED.fullmatch(entry.name) and entry.stat().st_mtime < before:
-            os.unlink(entry.path)
-    return {name: size for _, name, size in sorted(found)}

@@ -56,10 +56,31 @@ def load(
         OSError: the download failed.
         ValueError: as for `load_model`.
     """
+    folder, processor, trained = _found(source, revision, adapter)
+    return load_model(folder, dtype=dtype, quantize=quantize, adapter=trained), processor
+
+
+def check_loading(
+    source: str | os.PathLike[str] | None = None,
+    *,
+    revision: str | None = None,
+    dtype: mx.Dtype | str | None = None,
+    quantize: Quantize | None = None,
+    adapter: str | os.PathLike[str] | None = None,
+) -> None:
+    """Raise what `load` would, once the files are here but before any weight is read."""
+    folder, _, trained = _found(source, revision, adapter)
+    _load_model(folder, dtype, quantize, trained, for_training=False, computed=False)
+
+
+def _found(
+    source: str | os.PathLike[str] | None,
+    revision: str | None,
+    adapter: str | os.PathLike[str] | None,
+) -> tuple[Path, Processor, Path | None]:
     folder = resolve(source, revision=revision)
     processor = load_processor(processor_folder(folder))
-    trained = None if adapter is None else resolve(adapter)
-    return load_model(folder, dtype=dtype, quantize=quantize, adapter=trained), processor
+    return folder, processor, None if adapter is None else resolve(adapter)
 
 
 def processor_folder(folder: Path) -> Path:

@@ -87,7 +87,7 @@ def _lines(file: Path) -> list[dict[str, Any]]:
     except OSError:
         return []
     found = []
-    for line in text.splitlines():
+    for line in text.split("\n"):  # and not at U+2028, which may stand within a text
         try:
             value = json.loads(line)
         except ValueError:  # the last may be half written

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -12,7 +13,7 @@ from ..config import CheckpointError, FastVLMConfig
 from ..model.fastvlm import FastVLM
 from ..model.vision_training import TrainingFastViTHD
 from .files import MAX_NAMED, Weights
-from .load import cast, inference_weights, load_for_training, quantize_like
+from .load import cast, inference_weights, load_for_training, quantize_like, resolve_dtype
 from .names import fuse
 from .read import read_branches
 
@@ -35,9 +36,7 @@ def load_training_form(folder: str | Path, *, dtype: mx.Dtype | str | None = Non
     tower = TrainingFastViTHD(model.config.vision)
     found = read_branches(Path(folder).expanduser())
     _check_branches(found, dict(tree_flatten(tower.parameters())), Path(folder))
-    tower.load_weights(
-        [(n, cast(t, mx.float32 if ".running_" in n else kind)) for n, t in found.items()]
-    )
+    tower.load_weights([(name, _cast(kind, name, tensor)) for name, tensor in found.items()])
     model.update_modules({"vision_tower": tower})
     mx.eval(model.parameters())
     return model
@@ -62,8 +61,14 @@ def _check_branches(found: Weights, wanted: Weights, folder: Path) -> None:
         )
 
 
-def fresh_model(config: FastVLMConfig, seed: int = 0) -> FastVLM:
-    """A new model with random weights, in training mode and float32, its encoder in training form.
+def fresh_model(
+    config: FastVLMConfig,
+    seed: int = 0,
+    *,
+    dtype: mx.Dtype | str | None = None,
+    computed: bool = True,
+) -> FastVLM:
+    """A new model with random weights, in training mode, its encoder in training form.
 
     Convolutions and the encoder's and projector's linear layers are drawn as PyTorch draws them,
     embeddings and the decoder's layers from a normal distribution of width 0.02 as transformers
@@ -72,6 +77,9 @@ def fresh_model(config: FastVLMConfig, seed: int = 0) -> FastVLM:
     Args:
         config: the geometry; it may not ask for quantization.
         seed: of the random numbers; MLX's own generator is left with it.
+        dtype: float32 by default; what BatchNorms remember stays float32.
+        computed: draw the weights now; otherwise when they are needed, as for a model of which only
+            the shapes are.
 
     Raises:
         ValueError: the configuration is that of a quantized model.
@@ -88,10 +96,17 @@ def fresh_model(config: FastVLMConfig, seed: int = 0) -> FastVLM:
     if "image_newline" in model:
         width = config.text.hidden_size
         model.image_newline = mx.random.normal((width,)) / width**0.5
-    mx.eval(model.parameters())
-    ops.note_computation()
+    kind = mx.float32 if dtype is None else resolve_dtype(dtype)
+    model.update(tree_map_with_path(partial(_cast, kind), model.parameters()))
+    if computed:
+        mx.eval(model.parameters())
+        ops.note_computation()
     model.train()
     return model
+
+
+def _cast(dtype: mx.Dtype, name: str, value: mx.array) -> mx.array:
+    return cast(value, mx.float32 if ".running_" in name else dtype)
 
 
 def _draw(name: str, value: mx.array) -> mx.array:

@@ -106,7 +106,7 @@ def convert(
         "embeddings": quantize_embeddings,
     }
     chosen = quantize_flags(quantize, group_size, mode, parts)
-    _check_output(target, report, upload_repo)
+    _check_output(target, report, upload_repo, questions, metric)
     with TemporaryDirectory() as temporary:
         # What calibration gains is measured on the folder that it wrote.
         written = target or (Path(temporary) / "calibrated" if calibrate else None)
@@ -136,14 +136,27 @@ def convert(
         push(target, upload_repo)
 
 
-def _check_output(target: Path | None, report: bool, upload_repo: str | None) -> None:
+def _check_output(
+    target: Path | None,
+    report: bool,
+    upload_repo: str | None,
+    questions: Path | None,
+    metric: str,
+) -> None:
     """Say what can't become of a conversion before it starts."""
+    from ..evaluate.items import read_items
+    from ..evaluate.metrics import check_metrics
+
     if target is None and not report:
         raise ValueError("Name the folder to write, or ask for a --report.")
     if upload_repo is not None:
         if target is None:
             raise ValueError("--upload-repo needs the folder to write; name it after the source.")
         check_repo(upload_repo)
+    if questions is not None:
+        if not report:
+            raise ValueError("--eval is part of a --report; ask for that too.")
+        check_metrics(metric, {item.metric for item in read_items(questions)})
 
 
 def quantize_flags(

@@ -127,26 +127,29 @@ def evaluate(
 
     An interrupted run goes on where it was when the same command is given again.
     """
+    from ..checkpoint.load import check_loading
+
     if list_presets:
         _list_presets(out)
         return
     chosen, name, items = _questions(data, preset, suffix, limit)
     metric = metric or (chosen.metric if chosen else _usual_metric(items))
-    second = {"quantize": compare_quantize, "adapter": compare_adapter}
+    second: dict[str, Any] = {"quantize": compare_quantize, "adapter": compare_adapter}
     two = compare is not None or any(value is not None for value in second.values())
-    _check(metric, items, two, log)
-    if compare_quantize is not None:
-        _check_full_precision(compare or model)
+    _check(metric, chosen, items)
+    if two and log is not None:
+        raise ValueError("--log holds the answers of one model; leave it out to compare two.")
+    first: dict[str, Any] = {"revision": revision, "dtype": dtype}
+    second = first | second | ({"revision": None} if compare is not None else {})
+    if two:
+        check_loading(compare or model, **second)  # before the first one has answered everything
     if max_tokens is None:
         max_tokens = chosen.max_tokens if chosen else Options.max_tokens
     options |= {"max_tokens": max_tokens, "stop": tuple(options["stop"])}
     asked = _Asked(name, items, metric, chosen, out, log, html, max_batch, options)
-    loading: dict[str, Any] = {"revision": revision, "dtype": dtype}
-    results = [asked.ask(model, loading | {"quantize": quantize, "adapter": adapter})]
+    results = [asked.ask(model, first | {"quantize": quantize, "adapter": adapter})]
     if two:
-        if compare is not None:
-            loading["revision"] = None
-        results.append(asked.ask(compare or model, loading | second))
+        results.append(asked.ask(compare or model, second))
     _report(results, as_json)
     if model is None:
         print_nano_note()
@@ -159,7 +162,7 @@ def _questions(
 ) -> tuple[Preset | None, str, Items]:
     """What is to be asked, read before a model is."""
     from ..evaluate.items import first_items, read_items
-    from ..evaluate.presets import PresetItems, find_preset
+    from ..evaluate.presets import PRESETS, PresetItems, find_preset
 
     if preset is not None:
         if suffix:
@@ -168,35 +171,22 @@ def _questions(
         return chosen, preset, first_items(PresetItems(chosen, data), limit)
     if data is None:
         raise ValueError("Name a .jsonl of questions with --data, or a benchmark with --preset.")
-    return None, data.stem, first_items(read_items(data, suffix=suffix), limit)
+    name = data.name if data.stem in PRESETS else data.stem  # which --list shows as measured
+    return None, name, first_items(read_items(data, suffix=suffix), limit)
 
 
 def _usual_metric(items: Items) -> str:
     return "mcq" if all(item.choices for item in items) else "exact"
 
 
-def _check(metric: str, items: Items, two: bool, log: Path | None) -> None:
+def _check(metric: str, chosen: Preset | None, items: Items) -> None:
     """Say what can't become of an evaluation before a model is loaded."""
-    from ..evaluate.metrics import score_answers
+    from ..evaluate.metrics import check_metrics
+    from ..evaluate.metrics.captions import check_images
 
-    score_answers(metric, ["a", "b"], [["a"], ["b"]])  # its library is there
-    if metric == "cider" and len(items) < 2:
-        score_answers(metric, ["a"], [["a"]])  # says why
-    if two and log is not None:
-        raise ValueError("--log holds the answers of one model; leave it out to compare two.")
-
-
-def _check_full_precision(name: str | None) -> None:
-    """Refuse to quantize a second model before the first one has answered everything."""
-    from ..config import load_config
-    from ..hub.resolve import resolve
-
-    folder = resolve(name)
-    if (folder / "config.json").is_file() and load_config(folder).quantization:
-        raise ValueError(
-            f"{name or 'The bundled model'} is quantized already; --compare-quantize takes a "
-            "full-precision model."
-        )
+    check_metrics(metric, chosen.own_metrics if chosen else {item.metric for item in items})
+    if metric == "cider" and chosen is None:
+        check_images(len({item.images for item in items}))
 
 
 @dataclass
@@ -222,7 +212,7 @@ class _Asked:
         model, processor = load(name, **loading)
         label = "/".join(Path(name).parts[-2:]) if name else "nano"
         label += f"-{loading['quantize']}bit" if loading["quantize"] else ""
-        label += f"+{Path(loading['adapter']).name}" if loading["adapter"] else ""
+        label += f"+{'/'.join(Path(loading['adapter']).parts[-2:])}" if loading["adapter"] else ""
         files = files_of(self.out, self.name, label, model, processor, **self.options)
         log = self.log or files.log
         try:

@@ -13,7 +13,7 @@ import typer
 
 from ..finetuning import ADAPTER, finetune
 from ..finetuning import check as look
-from ..train.loop import NotFinite, Nothing
+from ..train.loop import NotFinite, Nothing, Stopped
 from ..train.settings import TrainOptions, help_of, read_settings
 from .arguments import Model, Revision
 from .printing import print_error
@@ -163,6 +163,8 @@ def _finetune(
     options: dict[str, Any],
 ) -> None:
     done = finetune(model, data, out, revision=revision, progress=not quiet, **reading, **options)
+    if done.rank:  # the first process speaks for all
+        return
     result = done.result
     best = (
         ""
@@ -182,8 +184,11 @@ def _finetune(
 def _run(work: Callable[[], None]) -> None:
     try:
         work()
-    except KeyboardInterrupt:
-        typer.echo("Stopped and saved; the same command goes on from here.", err=True)
+    except KeyboardInterrupt as interrupt:
+        where = "and saved; the same command goes on from here"
+        if not isinstance(interrupt, Stopped):
+            where = "at once; the same command goes on from the last checkpoint"
+        typer.echo(f"Stopped {where}.", err=True)
         sys.exit(130)
     except (TypeError, NotFinite, Nothing) as error:
         print_error(error)

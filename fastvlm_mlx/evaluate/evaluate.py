@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..checks import reason
 from ..generation.requests import batch_options
 from ..generation.scheduler import MAX_BATCH
 from ..model.fastvlm import FastVLM
 from ..processor import Processor
 from .items import Items
 from .log import digest
-from .metrics import find_metric
+from .metrics import check_metrics
 from .page import mistakes_page
 from .results import Result, as_json, score_records
 from .run import answer_items, recipe_of
@@ -54,11 +55,12 @@ def evaluate(
         **options: the fields of `Options` that batches take; greedy by default.
 
     Raises:
-        ValueError: there is no such metric, an option is out of range, or the log belongs to other
-            weights or options. An item that can't be asked is listed in the result instead.
+        ValueError: there is no such metric, those of items can't be averaged, an option is out of
+            range, or the log belongs to other weights or options. An item that can't be asked is
+            listed in the result instead.
         ImportError: the metric's library is not installed.
     """
-    find_metric(metric)
+    check_metrics(metric, {item.metric for item in items} if isinstance(items, list) else ())
     records = answer_items(
         model,
         processor,
@@ -104,5 +106,7 @@ def _write(file: Path, text: str) -> None:
     try:
         part.write_text(text, encoding="utf-8", errors="backslashreplace")
         part.replace(file)
+    except OSError as error:
+        raise OSError(f"Cannot write {file}: {reason(error)}.") from None
     finally:
         part.unlink(missing_ok=True)

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Any, Protocol
 
 from ..checks import brief, shown
+from .metrics.choices import named_by
 
 ALL = "all"  # the task of questions that name none
 SHAPE = (
     'an object with "image" or "images", "question", "answer" or "answers" (or a list of such '
     '"questions" about one image)'
 )
-# Fields of a line that describe its question; "image" and "images" may stand for several.
-FIELDS = {"id", "image", "images", "question", "answer", "answers", "choices", "task", "metric"}
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,11 @@ def read_items(file: Path, *, suffix: str = "") -> list[Item]:
         ValueError: a line is something else; the message says which and why.
     """
     items: dict[str, Item] = {}
-    for number, line in enumerate(file.read_text(encoding="utf-8-sig").splitlines(), 1):
+    try:
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError:
+        raise ValueError(f"{file} is not a JSONL file in UTF-8.") from None
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         where = f"{file}, line {number}"
@@ -111,11 +115,14 @@ def _item(row: Mapping[str, Any], id: str, where: str, root: Path, suffix: str) 
     if not all(isinstance(text, str) for text in texts) or not references:
         raise ValueError(f"{where} is not {SHAPE}.")
     choices = tuple(row.get("choices", []))
+    references = tuple(_reference(each, where) for each in references)
+    if choices and row.get("metric", "mcq") == "mcq":
+        _check_choices(choices, references, where)
     return Item(
         id=str(row.get("id", id)),
         images=tuple(_placed(image, root) for image in images),
         prompt=with_choices(row["question"], choices, suffix),
-        references=tuple(_reference(each, where) for each in references),
+        references=references,
         choices=choices,
         task=row.get("task", ALL),
         metric=row.get("metric"),
@@ -135,6 +142,15 @@ def _reference(value: Any, where: str) -> str:
     return str(value)
 
 
+def _check_choices(choices: Sequence[str], references: Sequence[str], where: str) -> None:
+    """ValueError if choices have no letters, or no answer could be right."""
+    if len(choices) > len(ascii_uppercase):
+        raise ValueError(f"{where} has {len(choices)} choices; A to Z are {len(ascii_uppercase)}.")
+    for reference in references:
+        if named_by(reference, choices) is None:
+            raise ValueError(f"{where}: the answer {shown(reference)} is none of the choices.")
+
+
 def _placed(image: str, root: Path) -> str:
     return image if "://" in image or image.startswith("data:") else str(root / image)
 
@@ -147,7 +163,9 @@ def with_choices(question: str, choices: Sequence[str], suffix: str = "") -> str
 
 def first_items(items: Items, limit: int | None) -> Items:
     """The first few of some items."""
-    return items if limit is None else _First(items, limit)
+    if limit is None or isinstance(items, list):
+        return items[:limit] if isinstance(items, list) else items
+    return _First(items, limit)
 
 
 class _First:
@@ -162,9 +180,9 @@ class _First:
         return min(self._limit, len(self._items))
 
 
-def check_metrics(metrics: Iterable[str | None], known: Iterable[str]) -> None:
-    """ValueError if an item names a metric that there is none of."""
-    names = list(known)
-    for name in metrics:
-        if name is not None and name not in names:
-            raise ValueError(f"There is no metric {shown(name)}; there are {', '.join(names)}.")
+def by_images(items: list[Item]) -> Iterator[Item]:
+    """Items about the same images one after another, in the order of the first of each."""
+    groups: dict[tuple[str | bytes, ...], list[Item]] = {}
+    for item in items:
+        groups.setdefault(item.images, []).append(item)
+    return chain.from_iterable(groups.values())

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from itertools import count
 from typing import Any
 
 import mlx.core as mx
@@ -98,17 +99,49 @@ class FastVLMEval(lmms):
         total = (chosen - mx.logsumexp(logits, axis=-1)).sum()
         return float(total), bool((logits.argmax(axis=-1) == ids[0]).all())
 
-    def generate_until_multi_round(self, requests: Iterable[Any]) -> list[str]:
-        """Tasks of several rounds are not supported."""
-        raise NotImplementedError("fastvlm_mlx answers tasks of one round.")
+    def generate_until_multi_round(self, requests: Iterable[Any]) -> list[list[str]]:
+        """To each request what its task makes of the answers of all rounds."""
+        return [self._rounds(*request.args) for request in requests]
+
+    def _rounds(
+        self,
+        prompt: str,
+        wanted: dict[str, Any],
+        to_visual: Any,
+        to_text: Any,
+        id: Any,
+        task: str,
+        split: str,
+    ) -> list[str]:
+        options = self.reading | options_of(wanted)
+        images = self._images(to_visual, id, task, split)
+        said: list[str] = []
+        known = None
+        for number in count(1):
+            said.append(generate(self.model, self.processor, prompt, images, **options))
+            found, prompt, ended, answers, known = to_text(
+                self.task_dict[task][split][id],
+                previous_output=said,
+                round_idx=number,
+                previous_round_info=known,
+            )
+            said = list(answers)
+            if ended:
+                break
+            images = images_of(found, task)
+        return said
 
     def _images(self, to_visual: Any, id: Any, task: str, split: str) -> list[Any]:
-        found = to_visual(self.task_dict[task][split][id])
-        images = [] if found is None else list(found) if isinstance(found, list) else [found]
-        for image in images:
-            if not hasattr(image, "convert"):
-                raise ValueError(f"fastvlm_mlx answers about images; {task} has {shown(image)}.")
-        return images
+        return images_of(to_visual(self.task_dict[task][split][id]), task)
+
+
+def images_of(found: Any, task: str) -> list[Any]:
+    """The images that a task shows; ValueError if it shows something else."""
+    images = [] if found is None else list(found) if isinstance(found, list) else [found]
+    for image in images:
+        if not hasattr(image, "convert"):
+            raise ValueError(f"fastvlm_mlx answers about images; {task} has {shown(image)}.")
+    return images
 
 
 def options_of(wanted: dict[str, Any]) -> dict[str, Any]:

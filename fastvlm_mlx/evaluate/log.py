@@ -12,13 +12,15 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from ..checks import brief, shown
+from ..checks import brief, reason, shown
 
 VERSION = 1
+START = b'{"fastvlm_eval": '  # of a log, of which a crash may have left less
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,8 @@ class Answer:
         tokens: of the answer.
         ttft: seconds from beginning to read the images to the first token, without waiting for
             others in the batch.
-        encoded: whether an image was encoded for it, rather than known from another question.
+        encoded: whether it has images and all were encoded for it, none known from another
+            question.
     """
 
     id: str
@@ -62,6 +65,8 @@ class Log:
     def __init__(self, file: Path, recipe: Mapping[str, Any]):
         self.file, self.answers = file, dict[str, Answer]()
         file.parent.mkdir(parents=True, exist_ok=True)
+        if file.exists() and not file.is_file():
+            self._refuse()  # a device or a pipe may never end
         self._file = open(file, "a+b")  # noqa: SIM115
         try:
             self._lock()
@@ -89,25 +94,26 @@ class Log:
 
     def _read(self, recipe: dict[str, Any]) -> None:
         self._file.seek(0)
-        whole, _, torn = self._file.read().rpartition(b"\n")
-        if torn:
-            self._file.truncate(len(whole) + bool(whole))
-        if not whole:
-            self._write({"fastvlm_eval": VERSION, "recipe": recipe})
-            return
-        first, *lines = whole.split(b"\n")
-        self._check(first, json.loads(json.dumps(recipe)))
-        for number, line in enumerate(lines, 2):
+        *lines, torn = self._file.read().split(b"\n")
+        if lines:
+            self._check(lines[0], json.loads(json.dumps(recipe)))
+        elif not START.startswith(torn[: len(START)]):
+            self._refuse()  # a file of someone else's, of which nothing may be cut off
+        for number, line in enumerate(lines[1:], 2):
             answer = self._answer(line, number)
             self.answers[answer.id] = answer
+        if torn:
+            self._file.truncate(sum(len(line) + 1 for line in lines))
+        if not lines:
+            self._write({"fastvlm_eval": VERSION, "recipe": recipe})
 
     def _check(self, line: bytes, recipe: dict[str, Any]) -> None:
         """Refuse answers that were given under other conditions."""
         try:
             header = json.loads(line)
-            version, written = header["fastvlm_eval"], header["recipe"]
+            version, written = header["fastvlm_eval"], dict(header["recipe"])
         except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{self.file} is not the log of an evaluation.") from None
+            self._refuse()
         changed = [k for k in {**recipe, **written} if recipe.get(k) != written.get(k)]
         if version != VERSION or changed:
             what = ", ".join(brief(name) for name in changed) or "the version"
@@ -116,9 +122,14 @@ class Log:
                 "or remove it to start anew."
             )
 
+    def _refuse(self) -> NoReturn:
+        raise ValueError(f"{self.file} is not the log of an evaluation; name another file.")
+
     def _answer(self, line: bytes, number: int) -> Answer:
         try:
             row = json.loads(line)
+            if any(type(row[field.name]).__name__ != field.type for field in fields(Answer)):
+                raise TypeError
             return Answer(**{field.name: row[field.name] for field in fields(Answer)})
         except (ValueError, KeyError, TypeError):
             raise ValueError(
@@ -128,9 +139,17 @@ class Log:
 
     def _write(self, *rows: Mapping[str, Any]) -> None:
         text = "".join(json.dumps(row) + "\n" for row in rows)
-        self._file.write(text.encode())
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        try:
+            self._file.write(text.encode())
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            with suppress(OSError):  # closing tries to write what is left
+                self._file.close()
+            raise OSError(
+                f"Cannot write {self.file}: {reason(error)}; the answers before are kept, and the "
+                "same command goes on from them."
+            ) from None
 
 
 def digest(*parts: str | bytes) -> str:

@@ -11,7 +11,7 @@ from ..image.load import load_image
 from .items import Items
 from .metrics import METRICS
 from .results import Result, Scored
-from .table import result_lines, said
+from .table import result_cells, result_lines
 
 THUMBNAIL = 240  # pixels, the longer side
 MOST = 300  # mistakes on a page
@@ -27,7 +27,8 @@ body { margin: 0 auto; max-width: 76rem; padding: 1.5rem; background: var(--grou
 h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; background: var(--card); }
-th, td { border: 1px solid var(--line); padding: .35rem .7rem; text-align: left; }
+th, td { border: 1px solid var(--line); padding: .35rem .7rem; text-align: left;
+  white-space: nowrap; }
 main { display: grid; gap: 1rem;
   grid-template-columns: repeat(auto-fill, minmax(min(21rem, 100%), 1fr)); }
 article { background: var(--card); border: 1px solid var(--line); border-radius: 8px;
@@ -84,23 +85,11 @@ def mistakes_page(result: Result, items: Items) -> str:
 
 
 def _table(result: Result) -> str:
-    percent = METRICS[result.metric].percent
-    names = list(result.rows[0].figures) if result.rows else []
-    head = ["Task", "Answers", *(f"{name} [95 %]" for name in names), "Unparsed", "Cut off"]
-    lines = [
-        [
-            row.task,
-            row.count,
-            *(said(row.figures[name], percent=percent) for name in names),
-            row.unparsed,
-            row.cut_off,
-        ]
-        for row in result.rows
-    ]
-    cells = ("".join(f"<td>{escape(str(value))}</td>" for value in line) for line in lines)
+    heads, lines = result_cells(result)
+    cells = ("".join(f"<td>{escape(value)}</td>" for value in line) for line in lines)
     body = "".join(f"<tr>{line}</tr>" for line in cells)
-    heads = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
-    table = f"<table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table>"
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in heads)
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
     return f'<div class="wide">{table}</div>'
 
 

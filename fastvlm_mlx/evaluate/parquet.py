@@ -54,8 +54,8 @@ def _open(file: Path) -> Any:
         ) from None
     try:
         return ParquetFile(file)
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"{file} is not a Parquet file: {reason(error)}.") from None
+    except pa.ArrowInvalid:
+        raise ValueError(f"{file} is not a whole Parquet file.") from None
 
 
 def local_files(source: Path) -> list[Path]:

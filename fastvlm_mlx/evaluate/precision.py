@@ -15,7 +15,7 @@ from ..hub.resolve import resolve
 from ..model.fastvlm import FastVLM
 from ..processor import Processor
 from .items import Items, read_items
-from .metrics import figures_of
+from .metrics import check_metrics, figures_of
 from .results import score_records
 from .run import answer_items
 from .samples import SAMPLES, relative_error, sample_outputs, token_agreement
@@ -89,12 +89,14 @@ def precision_report(
         The source's row, then one per setting, then one per folder.
 
     Raises:
-        ValueError: the source is quantized already, or a setting is unknown.
+        ValueError: the source is quantized already, a setting is unknown, or answers can't be
+            scored by the metric.
         CheckpointError, FileNotFoundError: as `load`.
     """
     folder = resolve(source, revision=revision)
     processor = load_processor(folder)
     asked = read_items(questions) if questions else []
+    check_metrics(metric, {item.metric for item in asked})
     config, tensors = read_checkpoint(folder)
     if config.quantization:
         raise ValueError(f"{folder} is quantized already; report on its full-precision source.")

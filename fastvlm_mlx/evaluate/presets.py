@@ -14,7 +14,7 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import Any, TypeAlias
 
-from ..checks import shown
+from ..checks import reason, shown
 from .items import ALL, Item, with_choices
 from .metrics.choices import LETTERS
 from .parquet import check_columns, count_rows, hub_files, image_bytes, local_files, read_rows
@@ -49,6 +49,7 @@ class Preset:
         config: the folder of the data set's files.
         split: that is asked.
         metric: by name.
+        own_metrics: that some rows have instead.
         ask: a row → what it asks.
         columns: that `ask` reads.
         max_tokens: of an answer.
@@ -67,6 +68,7 @@ class Preset:
     max_tokens: int
     published: Mapping[str, float] = field(default_factory=dict)
     config: str | None = None
+    own_metrics: Sequence[str] = ()
     only: tuple[str, str] | None = None
     images: tuple[str, str] | None = None
     note: str = ""
@@ -83,7 +85,7 @@ class PresetItems:
     Raises:
         ImportError: pyarrow is not installed.
         FileNotFoundError, OSError: the files can't be found or downloaded.
-        ValueError: a file is damaged or lacks a column.
+        ValueError: a file is damaged or lacks a column, or a row is not as the Hub has them.
     """
 
     def __init__(self, preset: Preset, source: Path | None = None):
@@ -101,16 +103,24 @@ class PresetItems:
         kept = filter(self._is_kept, read_rows(self.files))
         pictures = self._pictures()
         for number, row in enumerate(kept, 1):
-            asked = self.preset.ask(row)
-            yield Item(
-                id=str(number),
-                images=tuple(self._images(row, asked, pictures)),
-                prompt=asked.prompt,
-                references=tuple(asked.references),
-                choices=tuple(asked.choices),
-                task=asked.task,
-                metric=asked.metric,
-            )
+            try:
+                yield self._item(number, row, pictures)
+            except (ValueError, TypeError, LookupError, SyntaxError, AttributeError) as error:
+                raise ValueError(
+                    f"Row {number} is not as {self.preset.source} has them: {reason(error)}."
+                ) from None
+
+    def _item(self, number: int, row: Row, pictures: Mapping[str, bytes]) -> Item:
+        asked = self.preset.ask(row)
+        return Item(
+            id=str(number),
+            images=tuple(self._images(row, asked, pictures)),
+            prompt=asked.prompt,
+            references=tuple(asked.references),
+            choices=tuple(asked.choices),
+            task=asked.task,
+            metric=asked.metric,
+        )
 
     def _is_kept(self, row: Row) -> bool:
         return self.preset.only is None or row[self.preset.only[0]] == self.preset.only[1]
@@ -265,6 +275,7 @@ PRESETS: dict[str, Preset] = {
         MMMU_COLUMNS,
         128,
         _published(33.9, 37.8, 45.4),
+        own_metrics=("open",),
     ),
     "vqav2": Preset(
         f"{LMMS}/VQAv2",
@@ -324,6 +335,7 @@ PRESETS: dict[str, Preset] = {
         ("question", "answer", "dataset", "question_type", "image"),
         128,
         _published(63.9, 70.2, 73.1),
+        own_metrics=("formula",),
         note="Published as a share of its 1000 questions, as here.",
     ),
     "realworldqa": Preset(
@@ -334,6 +346,7 @@ PRESETS: dict[str, Preset] = {
         ("question", "answer", "image"),
         16,
         _published(56.1, 61.2, 67.2),
+        own_metrics=("caseless",),
     ),
     "seedbench": Preset(
         f"{LMMS}/SEED-Bench",

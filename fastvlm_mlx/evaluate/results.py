@@ -10,8 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from ..checks import brief
-from .items import check_metrics
-from .metrics import METRICS, Score, figures_of, find_metric, mean_score, score_answers
+from .metrics import (
+    METRICS,
+    Score,
+    check_metrics,
+    figures_of,
+    mean_score,
+    score_answers,
+)
+from .metrics.captions import check_images
 from .run import Record
 from .statistics import Difference, Interval, difference, interval, percentiles
 
@@ -112,8 +119,8 @@ class Result:
         return sorted(self.scored, key=lambda each: each.score.value)
 
     def ttft(self) -> dict[str, float]:
-        """Median and 95th percentile of the seconds to the first token, of answers for which an
-        image was encoded."""
+        """Median and 95th percentile of the seconds to the first token, of answers for which
+        images were encoded."""
         answers = [each.record.answer for each in self.scored if each.record.answer]
         times = [answer.ttft for answer in answers if answer.encoded]
         return dict(zip(("p50", "p95"), percentiles(times, 0.5, 0.95), strict=False))
@@ -136,11 +143,10 @@ def score_records(
         published: figures to stand beside the measured one.
 
     Raises:
-        ValueError: there is no such metric, or it needs more answers.
+        ValueError: as `check_metrics`, or there are too few images for the metric.
         ImportError: the metric's library is not installed.
     """
-    find_metric(metric)
-    check_metrics((record.metric for record in records), METRICS)
+    check_metrics(metric, (record.metric for record in records))
     answered = [record for record in records if record.answer is not None]
     scores: dict[str, Score] = {}
     for used in dict.fromkeys(record.metric or metric for record in answered):
@@ -153,6 +159,8 @@ def score_records(
 
 
 def _scores(metric: str, records: Sequence[Record]) -> list[Score]:
+    if metric == "cider":
+        check_images(len({record.group for record in records}))
     answers = [record.answer.text.strip() if record.answer else "" for record in records]
     references = [record.references for record in records]
     return score_answers(metric, answers, references, [record.choices for record in records])
@@ -218,7 +226,8 @@ def measured(folder: Path) -> dict[str, list[dict[str, Any]]]:
     for file in sorted(folder.glob("*.json")):
         try:
             result = json.loads(file.read_text(encoding="utf-8"))
-            found.setdefault(brief(result["name"]), []).append(result)
+            if result["fastvlm_eval_result"] == VERSION and result["tasks"]:  # something answered
+                found.setdefault(brief(result["name"]), []).append(result)
         except (ValueError, KeyError, TypeError, OSError):
             continue
     return found

@@ -16,7 +16,7 @@ from ..model.fastvlm import FastVLM
 from ..model.fingerprint import fingerprint
 from ..processor import Processor
 from ..progress import progress_bar
-from .items import Item, Items
+from .items import Item, Items, by_images
 from .log import Answer, Log, digest
 
 
@@ -25,7 +25,8 @@ class Record:
     """An item and its answer; the images themselves are left out.
 
     Attributes:
-        group: of the images: answers about the same ones are not independent.
+        group: of the images: answers about the same ones are not independent. A question without
+            images is a group of its own.
         error: why there is no answer.
     """
 
@@ -44,6 +45,7 @@ class Record:
 class _Asked:
     record: Record
     key: str
+    has_images: bool
     text: str = ""
 
 
@@ -72,6 +74,8 @@ def answer_items(
 ) -> list[Record]:
     """Ask a model every item, or take the answer that the log has; one record per item, in order.
 
+    Items in a list are asked image by image, so that each is encoded once however they are mixed.
+
     Args:
         model, processor: from `load`.
         items: from `read_items` or a preset.
@@ -81,18 +85,20 @@ def answer_items(
         **options: the fields of `Options` that batches take; greedy by default.
 
     Raises:
-        ValueError: an option is out of range, or the log belongs to other weights or options. What
-            is wrong with an item stands in its record.
+        ValueError: an option is out of range, the log belongs to other weights or options, or two
+            items have one id. What else is wrong with an item stands in its record.
         OSError: the log can't be written.
     """
     run = _Run(model, processor, batch_options(options), max_batch)
     run.log = None if log is None else Log(Path(log), recipe_of(model, processor, run.options))
     with progress_bar(len(items), "Answering", unit="question", shown=progress) as run.bar:
         try:
-            run.ask(iter(items))
+            run.ask(by_images(items) if isinstance(items, list) else iter(items))
         finally:
             if run.log is not None:
                 run.log.close()
+    if isinstance(items, list):
+        return [run.records[item.id] for item in items]
     return list(run.records.values())
 
 
@@ -129,14 +135,16 @@ class _Run:
                 self._fail(self.asked.pop(error.id).record, error.error)
 
     def _enter(self, batch: Batch, item: Item) -> None:
+        if item.id in self.records:
+            raise ValueError(f"Two questions have the id {shown(item.id)}.")
         record = _record(item)
-        self.records[item.id] = record  # keeps the order of the items
+        self.records[item.id] = record  # keeps their order
         try:
             images = [_read(image) for image in item.images]
         except OSError as error:
             self._fail(record, error)
             return
-        group = digest(*images)
+        group = digest(*images) if images else item.id
         key = digest(item.prompt, *images)
         self.records[item.id] = record = _record(item, group)
         known = self.log.answers.get(item.id) if self.log is not None else None
@@ -148,7 +156,7 @@ class _Run:
         except ValueError as error:
             self._fail(record, error)
         else:
-            self.asked[id] = _Asked(record, key)
+            self.asked[id] = _Asked(record, key, bool(images))
 
     def _take(self, responses: list[tuple[int, Any]]) -> None:
         finished = []
@@ -164,7 +172,7 @@ class _Run:
                 finish_reason=response.finish_reason,
                 tokens=response.generation_tokens,
                 ttft=response.ttft - response.queue_time,
-                encoded=response.cached_images == 0,
+                encoded=asked.has_images and response.cached_images == 0,
             )
             finished.append((asked.record, answer))
         if self.log is not None:

@@ -152,15 +152,15 @@ def _p_value(
     moved = (b - a)[(a != b).any(axis=1)]
     total_a, total_b = a.sum(axis=0), b.sum(axis=0)
     exact = len(moved) <= MOST_EXACT
-    if exact:
-        swaps = ((np.arange(2 ** len(moved))[:, None] >> np.arange(len(moved))) & 1).astype(float)
-    else:
-        random = np.random.default_rng(seed)
-        swaps = np.concatenate([random.integers(2, size=(1, len(moved))) for _ in range(SWAPS)])
-    shifts = swaps @ moved
+    random = np.random.default_rng(seed)
+    # One at a time: together they would take as much memory as swaps times images.
+    swaps = (
+        (n >> np.arange(len(moved))) & 1 if exact else random.integers(2, size=len(moved))
+        for n in range(2 ** len(moved) if exact else SWAPS)
+    )
     apart = [
         abs(figure((total_b - shift).tolist()) - figure((total_a + shift).tolist()))
-        for shift in shifts
+        for shift in (swap @ moved for swap in swaps)
     ]
     hits = sum(each >= observed * (1 - 1e-9) - 1e-12 for each in apart)
     return hits / len(apart) if exact else (hits + 1) / (len(apart) + 1)

@@ -20,20 +20,35 @@ def said(found: Interval, *, percent: bool) -> str:
     return f"{value} [{scale * found.low:.{digits}f}, {scale * found.high:.{digits}f}]"
 
 
+def result_cells(result: Result) -> tuple[list[str], list[list[str]]]:
+    """The heads of a table, and its cells: a line per task."""
+    percent = METRICS[result.metric].percent
+    figures = list(result.rows[0].figures) if result.rows else []
+    heads = ["Task", "Answers", *(f"{name} [95 %]" for name in figures), "Unparsed", "Cut off"]
+    lines = [
+        [
+            row.task,
+            str(row.count),
+            *(said(row.figures[name], percent=percent) for name in figures),
+            str(row.unparsed),
+            str(row.cut_off),
+        ]
+        for row in result.rows
+    ]
+    return heads, lines
+
+
 def result_table(result: Result) -> Any:
     """A `rich` table with a row per task."""
+    from rich.markup import escape
     from rich.table import Table
 
-    percent = METRICS[result.metric].percent
-    names = list(result.rows[0].figures) if result.rows else []
-    table = Table("Task", "Answers", title=f"{result.name}: {result.model}", title_justify="left")
-    for name in names:
-        table.add_column(f"{name} [95 %]")
-    for name in ("Unparsed", "Cut off"):
-        table.add_column(name, justify="right")
-    for row in result.rows:
-        figures = [said(row.figures[name], percent=percent) for name in names]
-        table.add_row(row.task, str(row.count), *figures, str(row.unparsed), str(row.cut_off))
+    heads, lines = result_cells(result)
+    table = Table(title=escape(f"{result.name}: {result.model}"), title_justify="left")
+    for name in heads:
+        table.add_column(escape(name), justify="left" if name == "Task" else "right")
+    for line in lines:
+        table.add_row(*map(escape, line))
     return table
 
 
@@ -58,18 +73,16 @@ def difference_lines(
     first: Result, second: Result, differences: Mapping[str, Difference]
 ) -> list[str]:
     """A sentence per figure: how much the second model is above the first, and how sure that is."""
-    percent = METRICS[first.metric].percent
-    unit = "points" if percent else ""
+    scale, digits, unit = (100, 1, " points") if METRICS[first.metric].percent else (1, 2, "")
     lines = []
     for name, found in differences.items():
-        scale = 100 if percent else 1
         value, low, high = (
             None if bound is None else scale * bound
             for bound in (found.interval.value, found.interval.low, found.interval.high)
         )
-        within = "" if low is None else f" [95 %: {low:+.1f}, {high:+.1f}]"
+        within = "" if low is None else f" [95 %: {low:+.{digits}f}, {high:+.{digits}f}]"
         lines.append(
-            f"{name}: {second.model} − {first.model} = {value:+.1f} {unit}{within}, "
+            f"{name}: {second.model} − {first.model} = {value:+.{digits}f}{unit}{within}, "
             f"p = {found.p_value:.3g} (paired permutation over {found.images} images); "
             f"{found.better} answers better, {found.worse} worse."
         )
@@ -78,6 +91,7 @@ def difference_lines(
 
 def preset_table(presets: Mapping[str, Preset], results: Mapping[str, list[dict[str, Any]]]) -> Any:
     """A `rich` table of presets: data, metric, published figures, and what was measured here."""
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table("Preset", "Data set on the Hub", "Split", "Metric", *SIZES, "Measured here")
@@ -87,9 +101,9 @@ def preset_table(presets: Mapping[str, Preset], results: Mapping[str, list[dict[
             name,
             preset.source,
             preset.split,
-            preset.metric,
+            ", ".join([preset.metric, *preset.own_metrics]),
             *published,
-            _measured(results.get(name)),
+            escape(_measured(results.get(name))),
         )
     return table
 

@@ -202,7 +202,14 @@ class FastVLM(nn.Module):
         index = mx.cumsum(places.flatten().astype(mx.int32)).reshape(places.shape) - 1
         return mx.where(places[..., None], rows[mx.maximum(index, 0)], embeddings)
 
-    def embed_at(self, input_ids: mx.array, visual_tokens: mx.array, places: mx.array) -> mx.array:
+    def embed_at(
+        self,
+        input_ids: mx.array,
+        visual_tokens: mx.array,
+        places: mx.array,
+        *,
+        with_spare: bool = False,
+    ) -> mx.array:
         """Embed tokens and put visual tokens in places known beforehand.
 
         Nothing is read on the host, so that it can be a part of a compiled training step.
@@ -211,14 +218,18 @@ class FastVLM(nn.Module):
             input_ids: [B, T] token ids; at a visual token's place any id of the vocabulary.
             visual_tokens: [V, hidden_size], those of all images.
             places: int32 [V], the place b T + t of each of them, none twice.
+            with_spare: whether some have the place B T behind the last, which is dropped.
 
         Returns:
             [B, T, hidden_size].
         """
         embeddings = self.language_model.embed(input_ids)
         flat = embeddings.flatten(0, 1)
+        count = len(flat)
+        if with_spare:
+            flat = mx.pad(flat, [(0, 1), (0, 0)])
         flat[places] = visual_tokens.astype(flat.dtype)
-        return flat.reshape(embeddings.shape)
+        return flat[:count].reshape(embeddings.shape)
 
     def unfuse(self) -> None:
         """Have each projection of the decoder apart, under the names of the published code, as

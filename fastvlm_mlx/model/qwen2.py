@@ -19,6 +19,7 @@ from ..config import TextConfig
 from ..ops import RMSNorm, RoPE, linear, swiglu
 from .batch_kv_cache import BatchLayer
 from .kv_cache import KVCache, LayerCache, Mask
+from .segments import Segments
 
 
 class Attention(nn.Module):
@@ -39,26 +40,30 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(D, eps=config.rms_norm_eps)
 
     def __call__(
-        self, x: mx.array, mask: Mask, cache: LayerCache | None, rope: RoPE, residual: mx.array
+        self,
+        x: mx.array,
+        mask: Mask,
+        cache: LayerCache | None,
+        rope: RoPE,
+        segments: Segments | None,
+        residual: mx.array,
     ) -> mx.array:
         B, T, _ = x.shape
-        heads = self.num_heads + 2 * self.num_kv_heads
-        qkv = self._project(x).reshape(B, T, heads, -1)
-        if "q_norm" in self:
-            qkv = self._normalise(qkv)
         if _is_step(cache, T):
-            qkv = rope(qkv.reshape(B * heads, 1, -1)).reshape(B, heads, 1, -1)
+            heads = self.num_heads + 2 * self.num_kv_heads
+            qkv = rope(self._project(x).reshape(B * heads, 1, -1)).reshape(B, heads, 1, -1)
             queries, keys_and_values = mx.split(qkv, [self.num_heads], axis=1)
             keys_and_values = keys_and_values.reshape(B, 2, self.num_kv_heads, 1, -1)
             keys, values = cache.append(keys_and_values.swapaxes(0, 1))
         else:
-            qkv = qkv.transpose(0, 2, 1, 3)
-            rotated, values = rope(qkv[:, : -self.num_kv_heads]), qkv[:, -self.num_kv_heads :]
-            queries, keys = rotated[:, : self.num_heads], rotated[:, self.num_heads :]
+            queries, keys, values = self._rotated(x, rope, segments)
             if cache is not None:
                 keys, values = cache.update_and_fetch(keys, values)
         y = ops.causal_attention(queries, keys, values, cache, self.scale, mask)
-        return linear(self.o_proj, y.transpose(0, 2, 1, 3).reshape(B, T, -1), residual)
+        y = y.transpose(0, 2, 1, 3)
+        if segments is not None:
+            y = segments.together(y)
+        return linear(self.o_proj, y.reshape(B, T, -1), residual)
 
     def unfuse(self) -> None:
         """Have the three projections apart, under the names of `Qwen2Attention`."""
@@ -70,12 +75,40 @@ class Attention(nn.Module):
             nn.Linear(weight.shape[1], n * D, bias=has_bias) for n in heads
         )
 
-    def _project(self, x: mx.array) -> mx.array:
-        """[B, T, C] → queries, keys and values, one after the other."""
+    def _rotated(self, x: mx.array, rope: RoPE, segments: Segments | None) -> list[mx.array]:
+        """[B, T, C] → queries, keys and values [B, heads, T, D], the first two rotated; of segments
+        [N, heads, L, D]."""
+
+        def headed(y: mx.array) -> mx.array:
+            return (y if segments is None else segments.apart(y)).transpose(0, 2, 1, 3)
+
+        ends = [self.num_heads, self.num_heads + self.num_kv_heads]
         if "qkv_proj" in self:
-            return linear(self.qkv_proj, x)
-        parts = (self.q_proj, self.k_proj, self.v_proj)
-        return mx.concatenate([linear(part, x) for part in parts], axis=-1)
+            qkv = headed(self._project(x))
+            queries, keys = mx.split(rope(qkv[:, : ends[1]]), ends[:1], axis=1)
+            return [queries, keys, qkv[:, ends[1] :]]
+        # Apart from the start: for gradients, a part of one array would hold all of it.
+        queries, keys, values = map(headed, self._parts(x))
+        return [rope(queries), rope(keys), values]
+
+    def _project(self, x: mx.array) -> mx.array:
+        """[B, T, C] → queries, keys and values, one after the other: [B, T, heads, D]."""
+        if "qkv_proj" not in self:
+            return mx.concatenate(self._parts(x), axis=2)
+        heads = self.num_heads + 2 * self.num_kv_heads
+        qkv = linear(self.qkv_proj, x).reshape(*x.shape[:2], heads, -1)
+        return self._normalise(qkv) if "q_norm" in self else qkv
+
+    def _parts(self, x: mx.array) -> list[mx.array]:
+        """[B, T, C] → queries, keys and values [B, T, heads, D], after `unfuse`."""
+        heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
+        queries, keys, values = (
+            linear(part, x).reshape(*x.shape[:2], n, -1)
+            for part, n in zip((self.q_proj, self.k_proj, self.v_proj), heads, strict=True)
+        )
+        if "q_norm" in self:
+            queries, keys = self.q_norm(queries), self.k_norm(keys)
+        return [queries, keys, values]
 
     def _normalise(self, qkv: mx.array) -> mx.array:
         """[B, T, heads, D] with each head of queries and keys normalised (`Qwen3Attention`)."""
@@ -115,8 +148,15 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def __call__(self, x: mx.array, mask: Mask, cache: LayerCache | None, rope: RoPE) -> mx.array:
-        x = self.self_attn(self.input_layernorm(x), mask, cache, rope, residual=x)
+    def __call__(
+        self,
+        x: mx.array,
+        mask: Mask,
+        cache: LayerCache | None,
+        rope: RoPE,
+        segments: Segments | None = None,
+    ) -> mx.array:
+        x = self.self_attn(self.input_layernorm(x), mask, cache, rope, segments, residual=x)
         return self.mlp(self.post_attention_layernorm(x), residual=x)
 
 
@@ -163,15 +203,15 @@ class Qwen2(nn.Module):
         input_ids: mx.array | None,
         cache: Sequence[LayerCache] | None = None,
         input_embeddings: mx.array | None = None,
-        segments: mx.array | None = None,
+        segments: mx.array | Segments | None = None,
     ) -> mx.array:
         """What the output layer reads.
 
         Args:
             input_ids, cache, input_embeddings: as for a call.
-            segments: int32 [B, T], for sequences packed in one row, without a cache: a token sees
-                only earlier ones of its own segment, and positions start anew with each segment.
-                One segment is a run of one number; padding is a segment like the others.
+            segments: of sequences packed in rows, without a cache: a token sees only earlier ones
+                of its own segment, and positions start anew with each segment. An array is as for
+                `Segments.of`.
 
         Returns:
             [B, T, hidden_size].
@@ -183,16 +223,13 @@ class Qwen2(nn.Module):
             raise ValueError("segments are for whole rows, as in training, and take no cache.")
         x = self.embed(input_ids) if input_embeddings is None else input_embeddings
         caches = [None] * len(self.layers) if cache is None else cache
-        mask: Mask
-        if segments is not None:
-            mask, positions = _in_segments(segments)
-            rope = RoPE.at(positions[:, None], self.config.head_dim, self.config.rope_theta)
-        else:
-            mask = _make_mask(x.shape[1], caches[0])
-            mask = ops.spread_mask(mask, self.config.num_attention_heads)
-            rope = _make_rope(self.config, x, caches[0])
+        if isinstance(segments, mx.array):
+            segments = Segments.of(segments)
+        length = x.shape[1] if segments is None else segments.tokens.shape[1]
+        mask = ops.spread_mask(_make_mask(length, caches[0]), self.config.num_attention_heads)
+        rope = _make_rope(self.config, x, length, caches[0])
         for layer, layer_cache in zip(self.layers, caches, strict=True):
-            x = layer(x, mask, layer_cache, rope)
+            x = layer(x, mask, layer_cache, rope, segments)
         return self.norm(x)
 
     def logits(self, hidden_states: mx.array) -> mx.array:
@@ -207,13 +244,13 @@ def _is_step(cache: LayerCache | None, length: int) -> TypeGuard[KVCache | Batch
     return length == 1 and isinstance(cache, (KVCache, BatchLayer))
 
 
-def _make_rope(config: TextConfig, x: mx.array, cache: LayerCache | None) -> RoPE:
+def _make_rope(config: TextConfig, x: mx.array, T: int, cache: LayerCache | None) -> RoPE:
     """Rotary positions, the same in all layers, for queries and keys [B, heads, T, D].
 
     In a step (see `_is_step`) they are for queries, keys and values in one, [B heads, 1, D]. The
     position of the values is 0, which rotates nothing, so that they can stay beside the keys.
     """
-    B, T, _ = x.shape
+    B = len(x)
     offset: int | mx.array = 0 if cache is None else cache.offset
     if _is_step(cache, T):
         kv_heads = config.num_key_value_heads
@@ -221,17 +258,6 @@ def _make_rope(config: TextConfig, x: mx.array, cache: LayerCache | None) -> RoP
         lengths = cache.lengths if isinstance(cache, BatchLayer) else [cache.offset] * B
         offset = mx.array([n for end in lengths for n in [end] * turned + [0] * kv_heads])
     return RoPE(x, T, config.head_dim, config.rope_theta, offset)
-
-
-def _in_segments(segments: mx.array) -> tuple[mx.array, mx.array]:
-    """(mask [B, 1, T, T], position [B, T] of each token in its segment)."""
-    places = mx.arange(segments.shape[1])
-    starts = mx.concatenate(
-        [mx.ones_like(segments[:, :1]), segments[:, 1:] != segments[:, :-1]], axis=1
-    )
-    first = mx.cummax(mx.where(starts, places, 0), axis=1)  # the place where a token's run starts
-    mask = (first[:, :, None] == first[:, None]) & (places[:, None] >= places)
-    return mask[:, None], places - first
 
 
 def _make_mask(length: int, cache: LayerCache | None) -> Mask:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 
 from . import cpu
-from .device import on_cpu, on_metal
+from .device import is_exported, on_cpu, on_metal
 
 FUSED_HEAD_DIM = 64  # the narrowest heads that Metal's attention kernel takes
 # What Metal's kernel for few queries (`sdpa_vector`) takes, from `has_fused_kernel` in MLX's
@@ -102,3 +102,41 @@ def causal_attention(
     if is_causal and cache is not None and on_cpu() and queries.dtype == mx.float32:
         return cpu.causal_attention(queries, keys, values, scale)
     return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
+
+
+def rearranged(x: mx.array, sources: mx.array, targets: mx.array) -> mx.array:
+    """Rows in other places, as sequences that attend apart need them.
+
+    Its gradient takes rows as well, from where they went, instead of adding each up where it came
+    from, which is slow on a CPU and not repeatable on a GPU.
+
+    Args:
+        x: [A, B, ...], whose rows are numbered through both axes.
+        sources: int32 [C, D], the number of the row that comes to each place, none twice; -1 where
+            any may come, which is then used for nothing.
+        targets: int32 [A, B], the number of the place that each row goes to; -1 for none.
+
+    Returns:
+        [C, D, ...].
+    """
+    if is_exported():
+        return _take(x, sources)
+    return cast(mx.array, _rearranged(x, sources, targets))
+
+
+def _take(x: mx.array, rows: mx.array) -> mx.array:
+    return x.flatten(0, 1)[mx.maximum(rows, 0)]
+
+
+@mx.custom_function
+def _rearranged(x: mx.array, sources: mx.array, targets: mx.array) -> mx.array:
+    return _take(x, sources)
+
+
+@_rearranged.vjp
+def _(primals: list[mx.array], cotangent: mx.array, _: mx.array) -> list[mx.array]:
+    _, sources, targets = primals
+    came_from = _take(cotangent, targets)
+    went = (targets >= 0).reshape(*targets.shape, *[1] * (came_from.ndim - 2))
+    to_x = mx.where(went, came_from, mx.zeros((), came_from.dtype))
+    return [to_x, mx.zeros_like(sources), mx.zeros_like(targets)]

@@ -17,8 +17,10 @@ T = TypeVar("T")
 WORKING_SET = "max_recommended_working_set_size"  # of `mx.device_info`
 CACHE_SHARE = 4  # of memory is a fourth part
 FIRST_WITH_BFLOAT16 = 15  # the generation of M3
+IMAGES_AT_ONCE = 8  # for an encoder on a GPU
 
 _assumed: str | None = None
+_exported = False
 
 
 def on_cpu() -> bool:
@@ -42,12 +44,29 @@ def assume(device: str) -> Iterator[None]:
         _assumed = before
 
 
+@contextmanager
+def exported() -> Iterator[None]:
+    """Build graphs that are exported to be read and never computed: MLX can't export gradients that
+    are written by hand, in whose place something stands that holds as much memory."""
+    global _exported
+    before, _exported = _exported, True
+    try:
+        yield
+    finally:
+        _exported = before
+
+
+def is_exported() -> bool:
+    """Whether graphs are built to be read."""
+    return _exported
+
+
 def fast_dtype(stored: mx.Dtype, for_training: bool = False) -> mx.Dtype:
     """The dtype to compute in, for weights stored in another.
 
     float32 on the CPU, which is slow at half precision, and otherwise as stored; but float16, in
     which the original runs, for bfloat16 on M1 and M2, whose GPUs have no instructions for it. Not
-    so for training: small gradients vanish in float16.
+    so for training: sums of gradients may exceed what float16 holds.
     """
     if on_cpu():
         return mx.float32
@@ -59,6 +78,12 @@ def fast_dtype(stored: mx.Dtype, for_training: bool = False) -> mx.Dtype:
 def differentiates_by_layer(dtype: mx.Dtype) -> bool:
     """Whether gradients of many layers are best computed layer by layer, outside `mx.grad`."""
     return on_cpu() and dtype == mx.float32
+
+
+def images_at_once() -> int:
+    """How many images an encoder is given together, where nothing else says it: on the CPU one is
+    as fast as several, which hold as many times the memory."""
+    return 1 if on_cpu() else IMAGES_AT_ONCE
 
 
 def _lacks_bfloat16() -> bool:

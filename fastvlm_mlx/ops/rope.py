@@ -34,13 +34,6 @@ class RoPE:
             cos, sin = _tables(mx.arange(length, dtype=mx.float32) + offset, dims, base)
             self.tables = cos.astype(x.dtype), sin.astype(x.dtype)
 
-    @classmethod
-    def at(cls, positions: mx.array, dims: int, base: float) -> RoPE:
-        """The rotation at given positions [..., T], with cosines and sines in float32."""
-        rope = cls.__new__(cls)
-        rope.tables = _tables(positions.astype(mx.float32), dims, base)
-        return rope
-
     def __call__(self, x: mx.array) -> mx.array:
         """[..., T, D] → [..., T, D], rotated."""
         if self.tables is not None:

@@ -9,12 +9,13 @@ from hashlib import blake2b
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
+from ..checkpoint.cache_folder import digest_of
 from ..generation.prefix import Prefix
 from ..generation.prompt_cache import MAX_BYTES, PromptCache
 from ..model.fastvlm import FastVLM
 from ..model.kv_cache import KVCache
 from ..version import __version__
-from .disk import MAX_DISK_BYTES, Disk, digest_of
+from .disk import MAX_DISK_BYTES, Disk
 
 
 class RequestCache(PromptCache):

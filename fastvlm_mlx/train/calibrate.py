@@ -135,12 +135,8 @@ def list_questions(folder: Path) -> list[tuple[Path, str]]:
     folder = Path(os.path.expanduser(folder))
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {folder} of images to calibrate on.")
-    rows = [
-        row
-        for file in sorted(folder.glob("[!.]*.jsonl"))
-        for row in read_questions(file, ("image", "question"))
-    ]
-    questions = [(Path(row["image"]), row["question"]) for row in rows]
+    files = sorted(folder.glob("[!.]*.jsonl"))
+    questions = [pair for file in files for pair in read_questions(file)]
     if not questions:
         questions = [(image, DEFAULT_QUESTION) for image in image_files(folder)]
     if not questions:

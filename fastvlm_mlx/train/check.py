@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
@@ -13,14 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 from ..checks import brief, reason
 from ..config import FastVLMConfig
+from ..image.load import read_picture
 from ..image.open import open_image
 from ..image.preprocess import MAX_THREADS
 from ..processor import Processor
 from ..progress import progress_bar
 from ..text.tokenizer import Tokenizer
-from .examples import Example, ExampleImage, Examples, collect_examples
+from .examples import VALIDATION, Example, ExampleImage, Examples, collect_examples
 from .row_files import BadRow
-from .rows import MANY, Row
+from .rows import MANY, Row, distinct_images, image_name, sort_rows
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 MOST_LISTED = 20
 EXAMPLES_SHOWN = 2
 OPENED, CLOSED = "⟦", "⟧"  # around what is learned, where there are no colours
+DOWNLOADED = ("http://", "https://")
 LEARNED, MASKED, PLACED = "bold green", "dim", "cyan"
 
 
@@ -37,12 +39,16 @@ class Check:
     """What is known of a data set before any weight is read.
 
     Attributes:
-        rows: that were read, good or bad.
-        examples: what the model will see of them, and what it can't.
+        rows: that were read, good or bad, those that are held out among them.
+        examples: what the model will see of those to train on, and what it can't.
+        held_out: as well, of those to validate with.
+        obstacle: what else is in the way of training, in a sentence.
     """
 
     rows: int
     examples: Examples
+    held_out: Examples = field(default_factory=Examples)
+    obstacle: str | None = None
 
     @property
     def num_supervised(self) -> int:
@@ -52,11 +58,11 @@ class Check:
     @property
     def problem(self) -> str | None:
         """Why training can't begin, in a sentence; None if it can."""
-        if bad := self.examples.bad:
+        if bad := [*self.examples.bad, *self.held_out.bad]:
             return f"{len(bad)} of {self.rows} row(s) can't be used."
         if not self.num_supervised:
             return f"None of the {self.rows} row(s) has a token to learn."
-        return None
+        return self.obstacle
 
     def print(self, console: Console, tokenizer: Tokenizer) -> None:
         """Bad rows, two examples and the statistics."""
@@ -65,6 +71,9 @@ class Check:
         _print_rows(console, "are left out", found.skipped)
         _print_rows(console, "are used without their end", found.cut)
         _print_rows(console, "are left out", found.silent)
+        _print_rows(console, "to validate with can't be used", self.held_out.bad)
+        left_out = [*self.held_out.skipped, *self.held_out.silent]
+        _print_rows(console, "to validate with are left out", left_out)
         for example in _typical(found.kept):
             name = f"\n[bold]{escaped(example.id)}[/bold] ({escaped(example.where)}):"
             console.print(name, highlight=False)
@@ -75,17 +84,30 @@ class Check:
 
 
 def check_data(
-    found: Iterable[Row | BadRow], processor: Processor, config: FastVLMConfig, **options: Any
+    found: Iterable[Row | BadRow],
+    processor: Processor,
+    config: FastVLMConfig,
+    *,
+    held_out: Iterable[Row | BadRow] = (),
+    **options: Any,
 ) -> Check:
     """Look at every row and at the header of every image file.
 
     Args:
         found: as `find_rows` gives them.
         processor, config, options: as for `collect_examples`.
+        held_out: rows to validate with; longer ones are left out.
     """
-    found = list(found)
-    bad = [row for row in found if isinstance(row, BadRow)]
-    good = [row for row in found if isinstance(row, Row)]
+    rows, others = list(found), list(held_out)
+    examples = _check_rows(rows, processor, config, **options)
+    validation = _check_rows(others, processor, config, **options | VALIDATION)
+    return Check(len(rows) + len(others), examples, validation)
+
+
+def _check_rows(
+    found: Sequence[Row | BadRow], processor: Processor, config: FastVLMConfig, **options: Any
+) -> Examples:
+    good, bad = sort_rows(found)
     unreadable = find_unreadable(good)
     wrong = {row.where for row in unreadable}
     good = [row for row in good if row.where not in wrong]
@@ -93,29 +115,31 @@ def check_data(
     place = {row.where: n for n, row in enumerate(found)}
     every = sorted([*bad, *unreadable, *examples.bad], key=lambda row: place[row.where])
     examples.bad[:] = every
-    return Check(len(found), examples)
+    return examples
 
 
 def find_unreadable(rows: Sequence[Row]) -> list[BadRow]:
-    """The rows with an image whose file is none, by its header; URLs are not asked."""
+    """The rows with an image that is none, by its header; nothing is downloaded."""
     threads = min(os.cpu_count() or 1, MAX_THREADS)
+    sources = distinct_images(rows)
     with (
         ThreadPoolExecutor(threads) as pool,
-        progress_bar(len(rows), "Images", unit="row", shown=len(rows) >= MANY) as bar,
+        progress_bar(len(sources), "Images", unit="image", shown=len(sources) >= MANY) as bar,
     ):
-        found = []
-        for bad in pool.map(_find_unreadable, rows):
-            found += [] if bad is None else [bad]
+        problems = {}
+        for name, problem in zip(sources, pool.map(_problem, sources.values()), strict=True):
+            problems[name] = problem
             bar.update()
-    return found
+    found = ((row, map(problems.get, map(image_name, row.images))) for row in rows)
+    first = ((row, next(filter(None, said), None)) for row, said in found)
+    return [BadRow(row.where, problem) for row, problem in first if problem is not None]
 
 
-def _find_unreadable(row: Row) -> BadRow | None:
-    for image in row.images:
-        try:
-            _open(image)
-        except (ValueError, OSError) as error:
-            return BadRow(row.where, reason(error))
+def _problem(image: Any) -> str | None:
+    try:
+        _open(image)
+    except (ValueError, OSError) as error:
+        return reason(error)
     return None
 
 
@@ -125,6 +149,8 @@ def _open(image: Any) -> None:
             open_image(file, brief(str(image)))
     elif isinstance(image, bytes) or hasattr(image, "read"):
         open_image(BytesIO(image if isinstance(image, bytes) else image.read()), "its image")
+    elif isinstance(image, str) and not image.lower().startswith(DOWNLOADED):
+        read_picture(image)
 
 
 # What is printed
@@ -207,6 +233,8 @@ def statistics(check: Check) -> Any:
 def _numbers(check: Check) -> Iterator[tuple[str, int, str]]:
     kept = check.examples.kept
     yield "rows", len(kept), f"of {check.rows:,}"
+    if check.held_out.kept:
+        yield "  held out", len(check.held_out.kept), "to validate with"
     yield "images", sum(len(e.images) for e in kept), ""
     total, visual = sum(map(len, kept)), sum(e.num_visual for e in kept)
     yield "tokens", total, ""

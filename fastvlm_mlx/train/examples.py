@@ -25,6 +25,11 @@ from .row_files import BadRow
 from .rows import MANY, BadRows, Row
 
 TOO_LONG = ("error", "skip", "truncate")
+# How rows are seen that nothing is learned from: whole, as far as the model can.
+VALIDATION: dict[str, Any] = {"max_length": None, "too_long": "skip"}
+
+Measure = tuple[int, tuple[int, int] | None]
+"""How many visual tokens an image has, and its original size where they depend on it."""
 
 
 class Span(NamedTuple):
@@ -42,11 +47,13 @@ class ExampleImage:
         source: what reads it.
         start: where its places begin in `input_ids`.
         tokens: how many visual tokens it has.
+        size: original (width, height), where its tiles depend on it.
     """
 
     source: ImageSource
     start: int
     tokens: int
+    size: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -130,7 +137,8 @@ def _build(
     answers = [n for n, turn in enumerate(turns) if turn["role"] == "assistant"]
     last = answers[-1] + 1 if answers else len(turns)
     sources = row.images[: sum(slot.turn <= last for slot in slots)]
-    counts = [count_tokens(source, processor, config, image_size) for source in sources]
+    measures = [measure_image(source, processor, config, image_size) for source in sources]
+    counts = [tokens for tokens, _ in measures]
     text = render_prompt(
         processor.tokenizer,
         row.messages[:last],
@@ -142,19 +150,19 @@ def _build(
     )
     said = [turns[n]["content"] for n in answers]
     ids, spans = _encode(processor.tokenizer, text, said, counts, config.image_token_index)
-    return Example(row.id, row.where, ids, spans, _locate(ids, sources, counts, config))
+    return Example(row.id, row.where, ids, spans, _locate(ids, sources, measures, config))
 
 
-def count_tokens(
+def measure_image(
     source: ImageSource, processor: Processor, config: FastVLMConfig, image_size: int | None = None
-) -> int:
+) -> Measure:
     """How many visual tokens an image has; only "anyres" depends on its size and reads it."""
     side = processor.image_size if image_size is None else image_size
     if processor.mode != "anyres":
-        return processor.num_visual_tokens(side)
+        return processor.num_visual_tokens(side), None
     size = read_picture(source).full_size
     across, down = anyres_grid(size, processor.grid_pinpoints or (), side)
-    return count_visual_tokens(config, 1 + across * down, side, size)
+    return count_visual_tokens(config, 1 + across * down, side, size), size
 
 
 def _encode(
@@ -192,12 +200,15 @@ def _end_of_answer(tokenizer: Tokenizer, others: Sequence[str]) -> str:
 
 
 def _locate(
-    ids: array[int], sources: Sequence[ImageSource], counts: Sequence[int], config: FastVLMConfig
+    ids: array[int],
+    sources: Sequence[ImageSource],
+    measures: Sequence[Measure],
+    config: FastVLMConfig,
 ) -> tuple[ExampleImage, ...]:
     found, start = [], 0
-    for source, count in zip(sources, counts, strict=True):
+    for source, (count, size) in zip(sources, measures, strict=True):
         start = ids.index(config.image_token_index, start)
-        found.append(ExampleImage(source, start, count))
+        found.append(ExampleImage(source, start, count, size))
         start += count
     return tuple(found)
 

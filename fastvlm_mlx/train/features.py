@@ -6,24 +6,22 @@ weights. So nothing stale is ever read, whatever happens to files and options me
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from hashlib import blake2b
-from io import BytesIO
-from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from ..checkpoint.files import cached_entries
-from ..checks import check_whole_number, reason, shown
+from .. import ops
+from ..checkpoint.cache_folder import CacheFolder, bytes_of, from_entry, to_entry
+from ..checks import reason, shown
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,9 +29,17 @@ if TYPE_CHECKING:
 LOG = logging.getLogger(__name__)
 MAX_BYTES = 32 * 2**30
 MOST_WAITING = 16  # entries that wait to be written
-ENCODED_AT_ONCE = 8  # images
 
 Encode = Callable[[mx.array], mx.array]
+
+
+def encode_in_parts(encode: Encode, pixels: np.ndarray | mx.array) -> mx.array:
+    """The features of images, computed of some at a time, so that they take less memory."""
+    parts = []
+    for at in range(0, len(pixels), ops.images_at_once()):
+        parts.append(encode(mx.array(pixels[at : at + ops.images_at_once()])))
+        mx.eval(parts[-1])
+    return mx.concatenate(parts)
 
 
 class FeatureCache:
@@ -68,21 +74,16 @@ class FeatureCache:
         mode: str = "pad",
         max_bytes: int = MAX_BYTES,
     ):
-        check_whole_number("max_bytes", max_bytes)
-        self.folder = Path(folder).expanduser()
-        self.max_bytes = max_bytes
         self.encoded = self.found = 0
         self._encode, self._weights, self._mode = encode, weights, mode
+        try:
+            self._files = CacheFolder(folder, max_bytes, own_stay=True)
+        except OSError as error:
+            where = shown(os.fspath(folder))
+            raise type(error)(f"Features can't be kept in {where}: {reason(error)}.") from None
+        self.folder, self.max_bytes = self._files.folder, max_bytes
         self._lock = Lock()
         self._is_full = False
-        try:
-            self._sizes = cached_entries(self.folder)
-        except OSError as error:
-            where = shown(os.fspath(self.folder))
-            raise type(error)(f"Features can't be kept in {where}: {reason(error)}.") from None
-        self._total = sum(self._sizes.values())
-        self._old = deque(self._sizes)  # of earlier runs, the longest unused first
-        self._used: set[str] = set()
         self._writer = ThreadPoolExecutor(1, "fastvlm-features")
         self._waiting: deque[Future[None]] = deque()
         self._unwritten: dict[str, mx.array] = {}
@@ -90,7 +91,7 @@ class FeatureCache:
     @property
     def nbytes(self) -> int:
         """Bytes of all entries."""
-        return self._total
+        return self._files.nbytes
 
     def key(self, pixels: np.ndarray) -> str:
         """The name of an image's entry, given its pixel values uint8 [n, S, S, 3]."""
@@ -99,15 +100,10 @@ class FeatureCache:
 
     def read(self, key: str) -> bytes | None:
         """The file of an entry, if there is a whole one; for threads."""
-        try:
-            data = self._path(key).read_bytes()
-        except OSError:
-            return None
-        if not _is_whole(data, key):
-            return None
-        with self._lock:
-            self._used.add(key)
-            self.found += 1
+        data = self._files.read(key)
+        if data is not None:
+            with self._lock:
+                self.found += 1
         return data
 
     def find(self, key: str) -> mx.array | None:
@@ -115,7 +111,7 @@ class FeatureCache:
         with self._lock:
             features = self._unwritten.get(key)
         if features is None and (data := self.read(key)) is not None:
-            features = from_bytes(data)
+            features = from_entry(data)
         return features
 
     def compute(self, pixels: Sequence[np.ndarray]) -> list[mx.array]:
@@ -123,12 +119,7 @@ class FeatureCache:
         import numpy as np
 
         squares = np.concatenate(pixels)
-        parts = [
-            self._encode(mx.array(squares[at : at + ENCODED_AT_ONCE]))
-            for at in range(0, len(squares), ENCODED_AT_ONCE)
-        ]
-        features = mx.concatenate(parts)
-        mx.eval(features)
+        features = encode_in_parts(self._encode, squares)
         self.encoded += len(squares)
         ends = np.cumsum([len(each) for each in pixels]).tolist()
         return [features[end - len(each) : end] for each, end in zip(pixels, ends, strict=True)]
@@ -137,7 +128,7 @@ class FeatureCache:
         """Keep an entry; it is written in the background."""
         if self._is_full:
             return
-        data = _to_bytes(features, key)
+        data = to_entry(features, key)
         while len(self._waiting) >= MOST_WAITING:
             self._waiting.popleft().result()
         with self._lock:
@@ -149,44 +140,15 @@ class FeatureCache:
         while self._waiting:
             self._waiting.popleft().result()
 
-    def _path(self, key: str) -> Path:
-        return self.folder / f"{key}.safetensors"
-
     def _write(self, key: str, data: bytes) -> None:
         try:
-            if self._make_room(key, len(data)):
-                self._replace(key, data)
-            else:
+            if not self._files.write(key, data):
                 self._stop(f"{self.max_bytes:,} bytes are full")
         except OSError as error:
             self._stop(reason(error))
         finally:
             with self._lock:
                 self._unwritten.pop(key, None)
-
-    def _replace(self, key: str, data: bytes) -> None:
-        path = self._path(key)
-        unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        try:
-            unfinished.write_bytes(data)
-            os.replace(unfinished, path)
-        except OSError:
-            unfinished.unlink(missing_ok=True)
-            raise
-        with self._lock:
-            self._used.add(key)
-            self._total += len(data) - self._sizes.get(key, 0)
-            self._sizes[key] = len(data)
-
-    def _make_room(self, key: str, size: int) -> bool:
-        """Delete entries of earlier runs until another fits; False if it can't."""
-        size -= self._sizes.get(key, 0)
-        while self._total + size > self.max_bytes and self._old:
-            name = self._old.popleft()
-            if name not in self._used and name in self._sizes:
-                self._path(name).unlink(missing_ok=True)
-                self._total -= self._sizes.pop(name)
-        return self._total + size <= self.max_bytes
 
     def _stop(self, why: str) -> None:
         """Keep no more; training goes on without."""
@@ -205,44 +167,9 @@ def digest_weights(module: nn.Module) -> str:
     parameters: dict[str, mx.array] = dict(tree_flatten(module.parameters()))
     for name, value in sorted(parameters.items()):
         digest.update(f"{name} {value.shape} {value.dtype}".encode())
-        digest.update(_bytes_of(value))
+        digest.update(bytes_of(value))
     return digest.hexdigest()
-
-
-def from_bytes(data: bytes) -> mx.array:
-    """The features in the file of an entry."""
-    loaded: Any = mx.load(BytesIO(data), format="safetensors")
-    features: mx.array = loaded["features"]
-    return features
 
 
 def _short(text: bytes) -> bytes:
     return blake2b(text, digest_size=16).digest()
-
-
-def _bytes_of(array: mx.array) -> memoryview:
-    import numpy as np
-
-    return np.asarray(array.reshape(-1).view(mx.uint8)).data
-
-
-def _to_bytes(features: mx.array, key: str) -> bytes:
-    file = BytesIO()
-    digest = blake2b(_bytes_of(features), digest_size=16).hexdigest()
-    mx.save_safetensors(file, {"features": features}, {"key": key, "digest": digest})
-    return file.getvalue()
-
-
-def _is_whole(data: bytes, key: str) -> bool:
-    """Whether a file holds what it was written with: threads ask this before MLX reads it."""
-    try:
-        start = 8 + int.from_bytes(data[:8], "little")
-        metadata = json.loads(data[8:start])["__metadata__"]
-    except (ValueError, KeyError, TypeError):
-        return False
-    digest = blake2b(memoryview(data)[start:], digest_size=16).hexdigest()
-    return (
-        isinstance(metadata, dict)
-        and metadata.get("key") == key
-        and metadata.get("digest") == digest
-    )

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import mlx.core as mx
 
+from ..checkpoint.cache_folder import from_entry
 from ..image.load import ImageSource, load_image
 from ..image.preprocess import read_and_resize
 from ..image.resize import choose_resize
 from ..processor import Processor
 from .augment import Augment, random_of
-from .features import FeatureCache, from_bytes
+from .features import FeatureCache
 
 if TYPE_CHECKING:
     import numpy as np
@@ -110,7 +111,7 @@ class ImageReader:
             return None, None
         if self.features is None:
             return self._join([mx.array(i.pixels) for i in images if i.pixels is not None]), None
-        found = {i.key: from_bytes(i.features) for i in images if i.features is not None}
+        found = {i.key: from_entry(i.features) for i in images if i.features is not None}
         missing = {i.key: i.pixels for i in images if i.key not in found and i.pixels is not None}
         for key in list(missing):
             if (features := self.features.find(key)) is not None:

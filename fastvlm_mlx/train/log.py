@@ -6,14 +6,17 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from ..checks import reason
 from ..fields import CheckpointError
 from .report import Report, numbers_of
 
 LOG = "log.jsonl"
+ESCAPED = "backslashreplace"  # halves of surrogate pairs, which JSON then reads as they were
 SAY_EVERY = 20.0  # seconds between lines where there is no terminal
 RECENT = 20  # steps over which speeds are averaged
 
@@ -32,23 +35,40 @@ class Log:
         file.parent.mkdir(parents=True, exist_ok=True)
         kept = [line for line in read_log(file) if line.get("step", 0) <= step]
         partial = file.with_name(f".{file.name}.partial")
-        with partial.open("w", encoding="utf-8") as stream:
+        with partial.open("w", encoding="utf-8", errors=ESCAPED) as stream:
             stream.writelines(_as_line(line) for line in kept)
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(partial, file)
-        self._stream = file.open("a", encoding="utf-8")
+        self._stream = file.open("a", encoding="utf-8", errors=ESCAPED)
 
     def write(self, **values: Any) -> None:
-        """Add a line."""
-        self._stream.write(_as_line(values))
-        self._stream.flush()
+        """Add a line; OSError if there is no room for it."""
+        with self._named_errors():
+            self._stream.write(_as_line(values))
+            self._stream.flush()
         if self._report is not None:
             self._report(values["step"], numbers_of(values))
 
+    def sync(self) -> None:
+        """What was written is on the disk, whatever happens to the system."""
+        with self._named_errors():
+            os.fsync(self._stream.fileno())
+
     def close(self) -> None:
         """Nothing is written any more."""
-        self._stream.close()
+        with suppress(OSError):  # of a line that `write` told of
+            self._stream.close()
+
+    @contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise OSError(
+                f"The log {self._stream.name} can't be written ({reason(error)}); the same command "
+                "goes on from the last checkpoint once there is room."
+            ) from None
 
 
 def _as_line(values: Mapping[str, Any]) -> str:
@@ -63,7 +83,8 @@ def read_log(file: Path) -> list[dict[str, Any]]:
     """
     if not file.is_file():
         return []
-    lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    # Not `splitlines`, which also splits at what may stand within a text, such as U+2028.
+    lines = file.read_text(encoding="utf-8", errors="replace").rstrip("\n").split("\n")
     found: list[dict[str, Any]] = []
     for number, line in enumerate(lines, 1):
         try:

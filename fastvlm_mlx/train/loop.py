@@ -18,14 +18,14 @@ from ..checks import brief
 from ..model.fastvlm import FastVLM
 from .interrupts import stop_asked
 from .log import LOG, Log, Progress
-from .loss import Arrays, arrays_of, loss
+from .loss import Arrays, arrays_of, encoded, loss
 from .optimizer import Optimizer, schedule_factor
 from .parts import train_mode
 from .report import reporter
 from .score import Scored
 from .settings import FROZEN, TrainOptions
 from .state import Checkpoint, Checkpoints, Position
-from .step import Loss, Step, Sums, add, checkpoint_activations
+from .step import Loss, Step, Sums, add, checkpoint_activations, layers_of
 
 MOST_ZEROS = 3  # steps with a loss of 0 before the run stops
 MOST_NAMED = 8  # rows in an error
@@ -43,6 +43,10 @@ class Data(Protocol):
 
 class NotFinite(ArithmeticError):
     """A loss or a gradient is no number; nothing of it was saved."""
+
+
+class Stopped(KeyboardInterrupt):
+    """The run was asked to stop, and did so after a step that is saved."""
 
 
 class Nothing(ValueError):
@@ -112,7 +116,7 @@ class Trainer:
         if options.gradient_checkpointing:
             checkpoint_activations(self.model.language_model.layers)
             if options.vision != FROZEN:
-                checkpoint_activations(self.model.vision_tower.network)
+                checkpoint_activations(layers_of(self.model.vision_tower))
         self.step = Step(
             self.model, self.optimizer, options.clip, compiled=options.compiled, loss=self.loss
         )
@@ -135,7 +139,7 @@ class Trainer:
             Nothing: the loss was 0 for three steps in a row.
             ValueError: the checkpoint is another run's.
             OSError: a checkpoint or the log can't be written.
-            KeyboardInterrupt: after the step that was in progress is saved.
+            Stopped: it was asked to (Ctrl-C, SIGTERM); the step that was in progress is saved.
         """
         self._resume()
         self._log = self._open_log() if self.is_writer else None
@@ -144,7 +148,7 @@ class Trainer:
             self._bar.say(line)
         result = Result(self.position.step, math.nan, self.position.best, self.position.best_step)
         try:
-            with ops.wired_memory(), stop_asked() as is_asked:
+            with ops.wired_memory(), stop_asked(said=self.progress and self.is_writer) as is_asked:
                 for value in self._steps():
                     result.loss = value
                     result.stopped_early = self._between_steps(is_asked)
@@ -209,17 +213,13 @@ class Trainer:
     def _check_finite(
         self, total: mx.array, norm: mx.array, losses: list[mx.array], window: Sequence[Any]
     ) -> None:
-        if math.isfinite(number_of(total)) and math.isfinite(number_of(norm)):
+        loss_is_finite = math.isfinite(number_of(total))
+        if loss_is_finite and math.isfinite(number_of(norm)):
             return
         wrong = [b for b, value in zip(window, losses, strict=True) if not mx.isfinite(value)]
-        names = [name for batch in wrong or window for name in batch.ids]
-        more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
-        what = "loss" if wrong else "gradient"
-        raise NotFinite(
-            f"The {what} of step {self.position.step + 1} is no finite number; its rows are "
-            f"{', '.join(brief(name, 40) for name in names[:MOST_NAMED])}{more}. Nothing of it was "
-            "saved; lower the learning rate, or look at these rows."
-        )
+        names = [name for batch in (window if loss_is_finite else wrong) for name in batch.ids]
+        what = "gradient" if loss_is_finite else "loss"
+        raise not_finite(f"The {what} of step {self.position.step + 1}", names, self.model)
 
     def _note(self, window: Sequence[Any], total: float, count: int, norm: float) -> float:
         position = self.position
@@ -260,14 +260,14 @@ class Trainer:
         is_last, epoch_over = position.step >= self.total, position.batch == 0
         asked = self.any_asked(is_asked())
         stop = False
-        if self.held_out is not None and not asked:
+        if self.held_out is not None:  # even if asked: otherwise it would not come again
             every = options.eval_every
             if is_last or (position.step % every == 0 if every else epoch_over):
                 stop = self._evaluate()
         if is_last or stop or asked or self._is_time_to_save():
             self._save()
         if asked:
-            raise KeyboardInterrupt
+            raise Stopped
         return stop
 
     def _is_time_to_save(self) -> bool:
@@ -300,7 +300,8 @@ class Trainer:
         return self.options.patience is not None and self.position.worse >= self.options.patience
 
     def _save(self) -> None:
-        if self.is_writer:
+        if self._log is not None:  # and so the writer
+            self._log.sync()  # a checkpoint never knows of steps that the log does not
             tensors = {"weights": saved_tensors(self.model), "optimizer": self.optimizer.tensors()}
             self.checkpoints.save(Checkpoint(self.position, self.run, tensors))
         self._bar.restart_clock()
@@ -319,18 +320,37 @@ def evaluate(
     arrays_of: Callable[[Any], Arrays] = arrays_of,
     loss: Loss = loss,
 ) -> float:
-    """The loss per supervised token over all batches; dropout is off meanwhile."""
+    """The loss per supervised token over all batches; dropout is off meanwhile.
+
+    Raises:
+        NotFinite: it is no number; names the rows.
+    """
     model.eval()
     total, count = mx.array(0.0), mx.array(0.0)
+    wrong: list[str] = []
     try:
         for batch in data.batches(0, 0):
-            found = loss(model, arrays_of(batch))
+            found = loss(model, encoded(model, arrays_of(batch)))
             total, count = total + found[0], count + found[1]
-            mx.eval(total, count)
+            mx.eval(total, count, found)
+            wrong += [] if math.isfinite(number_of(found[0])) else batch.ids
     finally:
         train_mode(model)
     sums = reduce(Sums(total, count, {}))
+    if not math.isfinite(number_of(sums.loss)):
+        raise not_finite("The validation loss", wrong, model)
     return number_of(sums.loss) / max(1.0, number_of(sums.tokens))
+
+
+def not_finite(what: str, names: Sequence[str], model: FastVLM) -> NotFinite:
+    """The error of a number that is none, with the rows of this process that it comes from."""
+    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+    shown = ", ".join(brief(name, 40) for name in names[:MOST_NAMED])
+    whose = f"its rows are {shown}{more}" if names else "another process names its rows"
+    advice = "lower the learning rate, or look at the rows"
+    if model.language_model.norm.weight.dtype == mx.float16:
+        advice = f"train in bfloat16 or float32, which reach further than float16, {advice}"
+    return NotFinite(f"{what} is no finite number; {whose}. Nothing of it was saved: {advice}.")
 
 
 def number_of(array: mx.array) -> float:

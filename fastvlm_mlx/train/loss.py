@@ -7,9 +7,13 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from ..model.fastvlm import FastVLM
 from ..model.qwen2 import Qwen2
+from ..model.segments import Segments
+from .features import encode_in_parts
+from .order import bucket as length_bucket
 
 AT_ONCE = 1024  # positions whose logits are held together: 600 MB with Qwen2's vocabulary
 LEAST_POSITIONS = 16
@@ -40,10 +44,44 @@ def arrays_of(batch: Any) -> Arrays:
         "targets": mx.array(padded[1]),
         "weights": mx.array(supervision),
     }
-    named = {name: getattr(batch, name, None) for name in ("pixel_values", "features", "segments")}
+    named = {name: getattr(batch, name, None) for name in ("pixel_values", "features")}
     if any(isinstance(value, list) for value in named.values()):  # tiles, merged by their sizes
         named["image_sizes"] = batch.image_sizes
-    return arrays | {name: value for name, value in named.items() if value is not None}
+    arrays |= {name: value for name, value in named.items() if value is not None}
+    return arrays if getattr(batch, "segments", None) is None else arrays | _packed(batch, arrays)
+
+
+def _packed(batch: Any, arrays: Arrays) -> Arrays:
+    """Where the sequences of a packed batch stand, and as many features as several numbers of
+    images have together, since it varies; those behind the last image go nowhere."""
+    lengths = getattr(batch, "lengths", None)
+    found = Segments.of(batch.segments, lengths, count=bucket, length=length_bucket)
+    packed = {"segment_tokens": found.tokens, "segment_places": found.places}
+    features = arrays.get("features")
+    if not isinstance(features, mx.array):
+        return packed
+    more = bucket(len(features)) - len(features)
+    nowhere = mx.full(more * features.shape[1], batch.input_ids.size, mx.int32)
+    return packed | {
+        "features": mx.pad(features, [(0, more), (0, 0), (0, 0)]),
+        "places": mx.concatenate([batch.places, nowhere]),
+    }
+
+
+def encoded(model: FastVLM, arrays: Arrays) -> Arrays:
+    """A batch with the features of its images, if the encoder is frozen.
+
+    As a part of the step the encoder would hold twice as much, and on the CPU be in slower forms.
+    """
+    encoder = model.vision_tower
+    if "pixel_values" not in arrays or tree_flatten(encoder.trainable_parameters()):
+        return arrays
+    rest = dict(arrays)
+    pixels = rest.pop("pixel_values")
+    is_one = isinstance(pixels, mx.array)
+    each = [encode_in_parts(encoder, part) for part in ([pixels] if is_one else pixels)]
+    features = each[0] if is_one else each
+    return rest | {"features": features}
 
 
 def bucket(count: int) -> int:
@@ -76,13 +114,16 @@ def _parts(count: int) -> Iterator[tuple[slice, bool]]:
 def hidden_states(model: FastVLM, arrays: Arrays) -> mx.array:
     """[B, T, hidden_size] of a batch, what the output layer reads."""
     decoder, input_ids = model.language_model, arrays["input_ids"]
-    tokens = visual_tokens(model, arrays)
+    tokens, is_packed = visual_tokens(model, arrays), "segment_tokens" in arrays
     embeddings = (
         decoder.embed(input_ids)
         if tokens is None
-        else model.embed_at(input_ids, tokens, arrays["places"])
+        else model.embed_at(input_ids, tokens, arrays["places"], with_spare=is_packed)
     )
-    return decoder.hidden_states(None, None, embeddings, segments=arrays.get("segments"))
+    segments = None
+    if is_packed:
+        segments = Segments(arrays["segment_tokens"], arrays["segment_places"])
+    return decoder.hidden_states(None, None, embeddings, segments)
 
 
 def visual_tokens(model: FastVLM, arrays: Arrays) -> mx.array | None:

@@ -19,10 +19,10 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from .. import ops
 from ..bench.graph import VIEWS
+from ..image.grid import anyres_grid
 from ..model.fastvlm import FastVLM
 from .batches import Batches
-from .examples import Example
-from .features import ENCODED_AT_ONCE
+from .examples import Example, ExampleImage
 from .loss import AT_ONCE, Arrays, bucket, loss
 from .optimizer import HALF
 from .order import bucket as length_bucket
@@ -97,7 +97,7 @@ def estimate(model: FastVLM, arrays: Arrays, options: TrainOptions, side: int) -
         optimizer=sum(_state_bytes(p, options.optimizer) for p in trained.values()),
         gradients=gradients * min(2, options.accumulation),
         activations=max(0, peak - gradients) + sum(a.nbytes for a in _leaves(arrays)),
-        encoding=encoder_bytes(model, side) if "features" in arrays else 0,
+        encoding=_encoding(model, arrays, side),
     )
 
 
@@ -121,10 +121,18 @@ def _trained_bytes(model: FastVLM) -> int:
     return sum(p.nbytes for p in trained.values())
 
 
-def encoder_bytes(model: FastVLM, side: int) -> int:
-    """The most that the encoder takes for the images that it is given together."""
+def _encoding(model: FastVLM, arrays: Arrays, side: int) -> int:
+    """What encoding the images of a batch takes, if its features are given."""
+    features = arrays.get("features", ())
+    each = [features] if isinstance(features, mx.array) else features
+    return encoder_bytes(model, side, sum(map(len, each))) if each else 0
+
+
+def encoder_bytes(model: FastVLM, side: int, images: int) -> int:
+    """The most that the encoder takes for so many images, as many together as it is given."""
     parameters: Arrays = dict(tree_flatten(model.vision_tower.parameters()))
-    names, pixels = list(parameters), mx.zeros((ENCODED_AT_ONCE, side, side, 3), mx.uint8)
+    shape = min(images, ops.images_at_once()), side, side, 3
+    names, pixels = list(parameters), mx.zeros(shape, mx.uint8)
 
     def run(pixels: mx.array, *values: mx.array) -> list[mx.array]:
         model.vision_tower.update(tree_unflatten(list(zip(names, values, strict=True))))
@@ -146,14 +154,14 @@ def step_bytes(model: FastVLM, arrays: Arrays) -> int:
     """The most that the gradients of a batch take, without parameters and batch."""
     parameters: Arrays = dict(tree_flatten(model.parameters()))
     names = list(parameters)
-    flat: Arrays = dict(tree_flatten(arrays))
+    flat, sizes = _named_leaves(arrays), arrays.get("image_sizes")
     gradients_of = nn.value_and_grad(model, loss)
 
     def run(*values: mx.array) -> list[mx.array]:
         given = dict(zip(names, values, strict=False))
         model.update(tree_unflatten(list(given.items())))
-        batch = list(zip(flat, values[len(names) :], strict=True))
-        (total, count), gradients = gradients_of(model, tree_unflatten(batch))
+        batch: Arrays = dict(tree_unflatten(list(zip(flat, values[len(names) :], strict=True))))
+        (total, count), gradients = gradients_of(model, batch | {"image_sizes": sizes})
         return [total, count, *_leaves(gradients)]
 
     try:
@@ -180,7 +188,8 @@ class Tape:
         self._transposed: set[str] = set()
         self._nodes: list[tuple[str, list[str], list[str]]] = []
         self._results: set[str] = set()
-        mx.export_function(self._read, function, *inputs)
+        with ops.exported():
+            mx.export_function(self._read, function, *inputs)
 
     def _read(self, part: dict[str, Any]) -> None:
         if part["type"] == "outputs":
@@ -252,7 +261,7 @@ def largest_arrays(
     examples = [[batches.examples[n] for n in row] for row in rows]
     length = length_bucket(max(sum(map(len, row)) for row in examples))
     every = [example for row in examples for example in row]
-    images, places = (sum(len(e.images) for e in every), sum(e.num_visual for e in every))
+    places = sum(e.num_visual for e in every)
     # Logits of more are not held together.
     supervised = min(AT_ONCE, bucket(sum(e.num_supervised for e in every)))
     arrays = {
@@ -263,13 +272,32 @@ def largest_arrays(
         "weights": mx.zeros(supervised),
     }
     if packed:
-        arrays["segments"] = mx.zeros((len(rows), length), mx.int32)
-    if images and is_encoded:
-        features = (images, places // images, model.config.mm_hidden_size)
-        arrays["features"] = mx.zeros(features, _dtype(model))
-    elif images:
-        arrays["pixel_values"] = mx.zeros((images, side, side, 3), mx.uint8)
+        shape = bucket(len(every)), length_bucket(max(map(len, every)))
+        arrays["segment_tokens"] = mx.zeros(shape, mx.int32)
+        arrays["segment_places"] = mx.zeros((len(rows), length), mx.int32)
+    images = [image for example in every for image in example.images]
+    arrays |= _image_arrays(images, model, side, is_encoded=is_encoded) if images else {}
+    features = arrays.get("features")
+    if packed and isinstance(features, mx.array):  # as `loss.arrays_of` pads them
+        count, square, width = bucket(len(features)), *features.shape[1:]
+        arrays["features"] = mx.zeros((count, square, width), features.dtype)
+        arrays["places"] = mx.zeros(count * square, mx.int32)
     return arrays
+
+
+def _image_arrays(
+    images: Sequence[ExampleImage], model: FastVLM, side: int, *, is_encoded: bool
+) -> Arrays:
+    config = model.config
+    square = (side // config.vision.patch_size) ** 2
+    name, dtype = ("features", _dtype(model)) if is_encoded else ("pixel_values", mx.uint8)
+    shape = (square, config.mm_hidden_size) if is_encoded else (side, side, 3)
+    if config.image_aspect_ratio != "anyres":
+        return {name: mx.zeros((len(images), *shape), dtype)}
+    sizes = [image.size or (side, side) for image in images]
+    grids = [anyres_grid(size, config.image_grid_pinpoints, side) for size in sizes]
+    tiles = [mx.zeros((1 + across * down, *shape), dtype) for across, down in grids]
+    return {name: tiles, "image_sizes": sizes}
 
 
 def _size(rows: Sequence[Sequence[int]], examples: Sequence[Example]) -> int:
@@ -283,4 +311,9 @@ def _dtype(model: FastVLM) -> mx.Dtype:
 
 
 def _leaves(arrays: Arrays) -> list[mx.array]:
-    return list(dict(tree_flatten(arrays)).values())
+    return list(_named_leaves(arrays).values())
+
+
+def _named_leaves(arrays: Arrays) -> Arrays:
+    found: Arrays = dict(tree_flatten(arrays))
+    return {name: leaf for name, leaf in found.items() if isinstance(leaf, mx.array)}

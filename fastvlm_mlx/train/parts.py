@@ -21,7 +21,7 @@ MODULES = {
     "decoder": ("language_model",),
 }
 HEAD = "language_model.lm_head"  # gets an adapter only by its name
-NEVER_DECAYED = (".bias", "norm.weight", "layernorm.weight", "_norm.weight")
+NEVER_DECAYED = (".bias", "norm.weight", ".layer_scale", ".layer_scale_1", ".layer_scale_2")
 SEEN = ["running_mean", "running_var"]
 MOST_SHOWN = 12
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..checks import brief, shown
+from ..checks import brief, reason, shown
 from ..image.load import ImageSource
 from ..text.messages import IMAGE_MARK, IMAGE_PARTS, check_messages, read_messages
 from .row_files import Record
@@ -25,6 +26,8 @@ FIELDS = {
 # What LLaVA's and other data sets call the roles
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 ROLES |= {"model": "assistant", "system": "system"}
+
+URL = re.compile(r"data:|[a-z0-9]+://", re.IGNORECASE)
 
 Message = dict[str, Any]
 Columns = Mapping[str, str]
@@ -181,19 +184,22 @@ def resolve_image(image: Any, root: Path) -> ImageSource:
     """
     if isinstance(image, Mapping):  # as the datasets library keeps images
         image = image.get("bytes") or image.get("path") or image.get("url")
-    if isinstance(image, str) and image[:5].lower() == "data:":
-        return image
-    if isinstance(image, str) and "://" in image:
-        return image
     if isinstance(image, str) and image:
+        return image if URL.match(image) else _resolve_path(image, root)
+    if isinstance(image, (Path, bytes)) or hasattr(image, "read"):
+        return image
+    raise ValueError(f"an image must be a path or URL, found {shown(image)}")
+
+
+def _resolve_path(image: str, root: Path) -> Path:
+    try:
         path = root / Path(image).expanduser()
         if path.is_file():
             return path
         what = "is a folder" if path.is_dir() else "does not exist"
-        raise ValueError(f"its image {shown(image)} {what} in {brief(str(root))}")
-    if isinstance(image, (Path, bytes)) or hasattr(image, "read"):
-        return image
-    raise ValueError(f"an image must be a path or URL, found {shown(image)}")
+    except (OSError, RuntimeError, ValueError) as error:  # too long, hidden, of an unknown user
+        what = f"can't be found ({reason(error)})"
+    raise ValueError(f"its image {shown(image)} {what} in {brief(str(root))}")
 
 
 def _without_sources(message: Message) -> Message:

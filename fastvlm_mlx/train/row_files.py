@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
+import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from io import StringIO
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +18,7 @@ from ..image.load import image_files
 
 LINES, TABLES = (".jsonl", ".ndjson"), {".csv": ",", ".tsv": "\t"}
 KINDS = (".json", *LINES, *TABLES)
+SPACE = re.compile(r"[ \t\r\n]*")
 MAX_FIELD = 2**31 - 1  # characters; csv's own limit is 131,072
 
 
@@ -82,7 +87,7 @@ def _read_text(file: Path) -> str:
 def _read_json(file: Path) -> Iterator[Record | BadRow]:
     text = _read_text(file)
     try:
-        rows = json.loads(text)
+        rows = list(_elements(text))
     except json.JSONDecodeError as error:
         if error.msg == "Extra data" and text.lstrip()[:1] == "{":  # one object a line
             return _read_lines(file, text)
@@ -90,15 +95,41 @@ def _read_json(file: Path) -> Iterator[Record | BadRow]:
         raise ValueError(f"{shown(str(file))} is broken JSON at {where} ({error.msg}).") from None
     except RecursionError:
         raise ValueError(f"{shown(str(file))} is no list of rows: it is nested deeply.") from None
-    rows = [rows] if isinstance(rows, dict) else rows
-    if not isinstance(rows, list):
-        raise ValueError(f"{shown(str(file))} must hold a list of rows, found {shown(rows)}.")
+    if text.lstrip()[:1] not in ("[", "{"):
+        found = shown(rows[0][1])
+        raise ValueError(f"{shown(str(file))} must hold a list of rows, found {found}.")
     return _of_json(file, rows)
 
 
-def _of_json(file: Path, rows: list[Any]) -> Iterator[Record | BadRow]:
-    for number, row in enumerate(rows, 1):
-        yield _record(row, file, f"row {number}", number)
+def _elements(text: str) -> Iterator[tuple[int, Any]]:
+    """The values in a list, or one that stands alone, each with the line that it begins in."""
+    decode, line, counted = json.JSONDecoder().raw_decode, 1, 0
+    at = _behind_space(text, 0)
+    is_list = text[at : at + 1] == "["
+    at = _behind_space(text, at + is_list)
+    is_over = is_list and text[at : at + 1] == "]"
+    while not is_over:
+        line, counted = line + text.count("\n", counted, at), at
+        value, at = decode(text, at)
+        yield line, value
+        at = _behind_space(text, at)
+        is_over = not is_list or text[at : at + 1] == "]"
+        if not is_over:
+            if text[at : at + 1] != ",":
+                raise json.JSONDecodeError("Expecting ',' delimiter", text, at)
+            at = _behind_space(text, at + 1)
+    end = _behind_space(text, at + is_list)
+    if end < len(text):
+        raise json.JSONDecodeError("Extra data", text, end)
+
+
+def _behind_space(text: str, at: int) -> int:
+    return SPACE.match(text, at).end()  # type: ignore[union-attr]
+
+
+def _of_json(file: Path, rows: list[tuple[int, Any]]) -> Iterator[Record | BadRow]:
+    for number, (line, row) in enumerate(rows, 1):
+        yield _record(row, file, f"row {number}, line {line}", number)
 
 
 def _record(row: Any, file: Path, place: str, number: int) -> Record | BadRow:
@@ -121,11 +152,27 @@ def _read_lines(file: Path, text: str) -> Iterator[Record | BadRow]:
 
 def _read_table(file: Path, delimiter: str) -> Iterator[Record | BadRow]:
     csv.field_size_limit(MAX_FIELD)
-    reader = csv.reader(_read_text(file).splitlines(keepends=True), delimiter=delimiter)
-    header = next(reader, [])
-    begun = reader.line_num + 1  # a record may go on over several lines
-    for number, fields in enumerate(reader, 1):
-        where, begun = f"{file.name}, line {begun}", reader.line_num + 1
+    lines = StringIO(_read_text(file), newline="")
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    try:
+        header = [name.strip() for name in next(reader, [])]
+    except csv.Error as error:
+        raise ValueError(f"{shown(str(file))}, line 1 is broken ({error}).") from None
+    if twice := [name for name, times in Counter(filter(None, header)).items() if times > 1]:
+        raise ValueError(f"{shown(str(file))} has two columns named {shown(twice[0])}.")
+    return _of_table(file, header, reader)
+
+
+def _of_table(file: Path, header: list[str], reader: Any) -> Iterator[Record | BadRow]:
+    for number in count(1):
+        where = f"{file.name}, line {reader.line_num + 1}"  # it may go on over several
+        try:
+            fields = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield BadRow(where, f"its quotes are not closed or not doubled ({error})")
+            continue
         if len(fields) > len(header):
             many = f"it has {len(fields)} fields for {len(header)} columns"
             yield BadRow(where, f"{many}; put a field with commas in quotes")

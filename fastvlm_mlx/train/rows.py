@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -116,12 +116,29 @@ def read_rows(source: str | Path, **options: Any) -> list[Row]:
         ValueError: there is none, or as `find_rows`.
         FileNotFoundError, ImportError: as `find_rows`.
     """
-    found = list(find_rows(source, **options))
-    if bad := [row for row in found if isinstance(row, BadRow)]:
+    good, bad = sort_rows(find_rows(source, **options))
+    if bad:
         raise BadRows(bad)
-    if not found:
+    if not good:
         raise ValueError(f"{shown(str(source))} holds no rows.")
-    return [row for row in found if isinstance(row, Row)]
+    return good
+
+
+def sort_rows(found: Iterable[Row | BadRow]) -> tuple[list[Row], list[BadRow]]:
+    """The good and the bad ones of what `find_rows` gives, each in their order."""
+    every = list(found)
+    good = [row for row in every if isinstance(row, Row)]
+    return good, [row for row in every if isinstance(row, BadRow)]
+
+
+def distinct_images(rows: Iterable[Row]) -> dict[Hashable, ImageSource]:
+    """Each image of rows once, under what `image_name` calls it."""
+    return {image_name(image): image for row in rows for image in row.images}
+
+
+def image_name(image: Any) -> Hashable:
+    """What tells an image from others without reading it."""
+    return image if isinstance(image, Hashable) else id(image)
 
 
 def _records(
@@ -152,7 +169,10 @@ def _to_rows(
         except ValueError as error:
             yield BadRow(record.where, str(error))
             continue
-        id = id or record.key
-        seen[id] += 1
-        id = id if seen[id] == 1 else f"{id}#{seen[id]}"  # LLaVA's own data has some twice
-        yield Row(id, messages, images, record.where)
+        yield Row(_new_id(id or record.key, seen), messages, images, record.where)
+
+
+def _new_id(id: str, seen: Counter[str]) -> str:
+    """An id, or with a number if it was there before, as some in LLaVA's own data."""
+    seen[id] += 1
+    return id if seen[id] == 1 else _new_id(f"{id}#{seen[id]}", seen)

@@ -8,15 +8,20 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+from ..checks import shown
 from ..config import FastVLMConfig
 from ..processor import Processor
 from .batches import Batches
-from .examples import Example, Examples, build_examples
+from .check import find_unreadable
+from .examples import VALIDATION, Example, Examples, build_examples, collect_examples
 from .images import ImageReader
 from .order import Order
-from .rows import Row, read_rows
+from .row_files import BadRow
+from .rows import BadRows, Row, find_rows, read_rows, sort_rows
 from .settings import TrainOptions
 from .split import split_rows
+
+HELD_OUT_SPLIT = "validation"  # of a data set on the Hub
 
 
 @dataclass(frozen=True)
@@ -78,34 +83,50 @@ def read_sets(
         BadRows, FileNotFoundError, ImportError, ValueError: as `rows.read_rows`, `split.split_rows`
             and `examples.build_examples`.
     """
-    rows, held_out = divide(read_rows(data, **reading), options, **reading)
-    seeing = {"image_size": options.image_size}
-    training = build_examples(
-        rows,
-        processor,
-        config,
-        max_length=options.max_length,
-        too_long=options.too_long,
-        **seeing,
-    )
-    kept: list[Example] = []
-    if held_out:
-        found = build_examples(held_out, processor, config, too_long="skip", **seeing)
-        kept = found.kept
-    return Sets(training, kept, held_out)
+    found, others = divide(read_rows(data, **reading), options, **reading)
+    (rows, _), (held_out, bad) = sort_rows(found), sort_rows(others)
+    if bad := [*bad, *find_unreadable([*rows, *held_out])]:
+        raise BadRows(bad)
+    seeing: dict[str, Any] = {"image_size": options.image_size}
+    lengths: dict[str, Any] = {"max_length": options.max_length, "too_long": options.too_long}
+    training = build_examples(rows, processor, config, **seeing, **lengths)
+    validation = collect_examples(held_out, processor, config, **seeing, **VALIDATION)
+    if validation.bad:
+        raise BadRows(validation.bad)
+    if held_out and not validation.kept:
+        raise ValueError(
+            f"None of the {len(held_out)} row(s) to validate with has an answer within the model's "
+            f"{processor.max_length} tokens."
+        )
+    return Sets(training, validation.kept, held_out)
 
 
 def divide(
-    rows: Sequence[Row], options: TrainOptions, **reading: Any
-) -> tuple[Sequence[Row], list[Row]]:
-    """Rows to train on, and those held out: a share of them, or those of a file."""
+    found: Sequence[Row | BadRow], options: TrainOptions, **reading: Any
+) -> tuple[Sequence[Row | BadRow], Sequence[Row | BadRow]]:
+    """Rows to train on, and those held out: a share of them, or those of a file or data set.
+
+    Raises:
+        FileNotFoundError, ImportError, ValueError: as `rows.find_rows` and `split.split_rows`.
+    """
     if options.validation is None:
-        return rows, []
+        return found, []
     try:
         share = float(options.validation)
     except ValueError:
-        return rows, read_rows(options.validation, **reading)
-    return split_rows(rows, share, options.seed)
+        return found, _read_held_out(options.validation, reading)
+    good, bad = sort_rows(found)
+    training, held_out = split_rows(good, share, options.seed)
+    return [*training, *bad], held_out
+
+
+def _read_held_out(source: str, reading: dict[str, Any]) -> list[Row | BadRow]:
+    is_file = Path(source).expanduser().exists()
+    own = {"subset": None, "split": None} if is_file else {"split": HELD_OUT_SPLIT}
+    found = list(find_rows(source, **reading | own))
+    if not found:
+        raise ValueError(f"{shown(source)} holds no rows to validate with.")
+    return found
 
 
 def batches_of(

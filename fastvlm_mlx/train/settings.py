@@ -19,6 +19,7 @@ PARTS = ("vision", "projector", "decoder")
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("cosine", "linear", "constant")
 ADAPTER_RATE, FULL_RATE, PROJECTOR_RATE = 2e-4, 2e-5, 1e-3
+PACKED_LENGTH = 512  # tokens of a packed row; its attention grows with the square of them
 # The stages of the FastVLM paper (supplementary material, "Training Setup"): the projector first;
 # then everything, on captions at the target resolution, on instructions, and on the best of them.
 EVERYTHING = dict.fromkeys(PARTS, FULL) | {"learning_rate": FULL_RATE}
@@ -33,6 +34,12 @@ STAGES: dict[str, dict[str, Any]] = {
     "2": EVERYTHING,
     "3": EVERYTHING,
 }
+# A new model: its BatchNorms need several images at a time
+NEW = EVERYTHING | {"learning_rate": PROJECTOR_RATE, "batch_size": 16}
+CHECKPOINTED = (
+    "gradient_checkpointing is for an encoder in inference form: the BatchNorms of the training "
+    "form would count each batch twice."
+)
 # What other trainers call an option
 OTHER_NAMES = {
     "lr": "learning_rate",
@@ -79,6 +86,11 @@ class TrainOptions:
         AUTO, f"The projector: {', '.join(MODES)}, or auto: full, and lora if it is quantized."
     )
     decoder: str = option(LORA, f"The decoder: {', '.join(MODES)}.")
+    from_scratch: bool = option(
+        False,
+        "Draw new weights and train all of them, the encoder in training form (BatchNorms and "
+        "branches), which is folded in the result; --model gives geometry and tokenizer.",
+    )
     rank: int = option(16, "Of the LoRA or DoRA matrices.")
     scale: float = option(
         2.0, "What the low-rank product is multiplied by; alpha / rank elsewhere."
@@ -120,7 +132,11 @@ class TrainOptions:
         None, "float32, float16 or bfloat16; the default is the checkpoint's, float32 on the CPU."
     )
     quantize: int | None = option(None, "QLoRA: train adapters on weights of 4 or 8 bits.")
-    pack: bool = option(False, "Put several short rows in one sequence; they don't see each other.")
+    pack: bool = option(
+        False,
+        f"Put short rows together in one of --max-length tokens, or {PACKED_LENGTH}; they don't "
+        "see each other, and --batch-size counts rows of several.",
+    )
     max_length: int | None = option(None, "Tokens of a row, the most; the default is the model's.")
     too_long: str = option("error", f"Rows beyond --max-length: {', '.join(TOO_LONG)}.")
     image_size: int | None = option(None, "Side in pixels, a multiple of 64.")
@@ -148,7 +164,7 @@ class TrainOptions:
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> TrainOptions:
-        """From what was given, on top of the stage's preset.
+        """From what was given, on top of the presets of the stage and of a new model.
 
         Raises:
             TypeError: a name is no option; the message has the right one.
@@ -160,7 +176,8 @@ class TrainOptions:
         stage = given.get("stage")
         if stage is not None and str(stage) not in STAGES:
             raise ValueError(f"stage must be one of {', '.join(STAGES)}, found {shown(stage)}.")
-        preset = STAGES[str(stage)] if stage is not None else {}
+        preset = NEW if given.get("from_scratch") is True else {}
+        preset = preset | (STAGES[str(stage)] if stage is not None else {})
         return cls(**(preset | dict(given)))
 
     def __post_init__(self) -> None:
@@ -189,6 +206,10 @@ class TrainOptions:
     def _check_together(self) -> None:
         if all(getattr(self, part) == FROZEN for part in PARTS):
             raise ValueError("Vision, projector and decoder are all frozen: nothing would change.")
+        if self.from_scratch and any(getattr(self, part) != FULL for part in PARTS):
+            raise ValueError("from_scratch trains everything: vision, projector and decoder full.")
+        if self.from_scratch and self.gradient_checkpointing:
+            raise ValueError(CHECKPOINTED)
         if self.quantize is not None and self.decoder == FULL:
             raise ValueError("Quantized weights can't be trained; use decoder lora or dora.")
         if self.layers and not any(getattr(self, part) in (LORA, DORA, AUTO) for part in PARTS):

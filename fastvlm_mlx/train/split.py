@@ -5,17 +5,16 @@ from __future__ import annotations
 import json
 import os
 from collections import defaultdict
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import blake2b
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from ..checks import is_number, shown
 from ..image.preprocess import MAX_THREADS
 from ..progress import progress_bar
-from .rows import MANY, Row
+from .rows import MANY, Row, distinct_images, image_name
 
 
 def split_rows(rows: Sequence[Row], fraction: float, seed: int = 0) -> tuple[list[Row], list[Row]]:
@@ -50,12 +49,6 @@ def split_rows(rows: Sequence[Row], fraction: float, seed: int = 0) -> tuple[lis
     return train, [row for n, row in enumerate(rows) if n in chosen]
 
 
-def shared_images(rows: Sequence[Row], others: Sequence[Row]) -> int:
-    """How many images of `rows` are among those of `others`, by what their files hold."""
-    keys, other_keys = (set(chain(*_image_keys(some))) for some in (rows, others))
-    return len(keys & other_keys)
-
-
 def _draw(seed: int, key: bytes) -> bytes:
     return blake2b(key, digest_size=16, salt=str(seed).encode()[:16]).digest()
 
@@ -88,7 +81,7 @@ def _text_of(row: Row) -> bytes:
 
 def _image_keys(rows: Sequence[Row]) -> list[list[bytes]]:
     """A digest of the file of each image of each row; a file is read once."""
-    sources = {_name(image): image for row in rows for image in row.images}
+    sources = distinct_images(rows)
     with (
         ThreadPoolExecutor(min(os.cpu_count() or 1, MAX_THREADS)) as pool,
         progress_bar(len(sources), "Images", unit="image", shown=len(sources) >= MANY) as bar,
@@ -97,11 +90,7 @@ def _image_keys(rows: Sequence[Row]) -> list[list[bytes]]:
         for name, key in zip(sources, pool.map(_image_key, sources.values()), strict=True):
             keys[name] = key
             bar.update()
-    return [[keys[_name(image)] for image in row.images] for row in rows]
-
-
-def _name(image: Any) -> Hashable:
-    return image if isinstance(image, Hashable) else id(image)
+    return [[keys[image_name(image)] for image in row.images] for row in rows]
 
 
 def _image_key(image: Any) -> bytes:

@@ -11,10 +11,12 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from ..model.fastvlm import FastVLM
+from ..model.vision import FastViTHD
 from ..model.vision_gradients import trains_by_layer, value_and_grad
 from .dropout import draw_all
-from .loss import Arrays, loss
+from .loss import Arrays, encoded, loss
 from .optimizer import Optimizer, clip
+from .settings import CHECKPOINTED
 
 Loss = Callable[[FastVLM, Arrays], tuple[mx.array, mx.array]]
 
@@ -71,7 +73,7 @@ class Step:
 
     def compute(self, arrays: Arrays) -> Sums:
         """What one batch gives, not computed yet."""
-        return Sums(*self._compute(arrays))
+        return Sums(*self._compute(encoded(self._model, arrays)))
 
     def apply(self, sums: Sums, factor: float) -> mx.array:
         """Change the parameters by the mean gradient; its norm, before it is clipped.
@@ -106,6 +108,17 @@ def add(sums: Sums | None, found: Sums) -> Sums:
         name: sums.gradients[name].astype(mx.float32) + g for name, g in found.gradients.items()
     }
     return Sums(sums.loss + found.loss, sums.tokens + found.tokens, gradients)
+
+
+def layers_of(encoder: nn.Module) -> list[Any]:
+    """Those that `checkpoint_activations` takes.
+
+    Raises:
+        ValueError: the encoder is in training form, whose BatchNorms would count each batch twice.
+    """
+    if not isinstance(encoder, FastViTHD):
+        raise ValueError(CHECKPOINTED)
+    return encoder.network
 
 
 def checkpoint_activations(layers: Iterable[Any]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -58,6 +58,11 @@ class Metric:
     figures: Mapping[str, Figure] = field(default_factory=dict)
     percent: bool = True
     lower_is_better: bool = False
+
+    @property
+    def is_share(self) -> bool:
+        """Whether values are shares of what is right, as a mean over metrics needs them."""
+        return self.percent and not self.lower_is_better
 
     def is_mistake(self, score: Score) -> bool:
         """Whether an answer is not fully right; captions never are, and are not called so."""
@@ -121,6 +126,28 @@ def find_metric(name: str) -> Metric:
     if name not in METRICS:
         raise ValueError(f"There is no metric {shown(name)}; there are {', '.join(METRICS)}.")
     return METRICS[name]
+
+
+def check_metrics(metric: str, own: Iterable[str | None] = ()) -> None:
+    """Find out before anything is asked whether answers can be scored.
+
+    Args:
+        metric: of all questions but those that name their own.
+        own: metrics that questions name.
+
+    Raises:
+        ValueError: there is no such metric, or the values of two can't be averaged.
+        ImportError: the library that one needs is not installed.
+    """
+    others = dict.fromkeys(name for name in own if name not in (None, metric))
+    for name in (metric, *filter(None, others)):
+        score_answers(name, ["a", "b"], [["a"], ["b"]])
+        means = METRICS[metric].is_share and not METRICS[metric].figures
+        if name != metric and not (means and METRICS[name].is_share):
+            raise ValueError(
+                f"Questions whose own metric is {name} can't be counted among those of {metric}; "
+                "put them in a file of their own."
+            )
 
 
 def score_answers(

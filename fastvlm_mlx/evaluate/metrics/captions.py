@@ -68,8 +68,7 @@ def score_cider(answers: Sequence[str], references: Sequence[Sequence[str]]) -> 
     Raises:
         ValueError: there are fewer than two images, so that no n-gram tells them apart.
     """
-    if len(answers) < 2:
-        raise ValueError(f"CIDEr compares images and needs two or more; there are {len(answers)}.")
+    check_images(len(answers))
     known = [[_ngrams(text) for text in texts] for texts in references]
     images = Counter(ngram for texts in known for ngram in set(chain.from_iterable(texts)))
     rarity = {ngram: math.log(len(answers) / count) for ngram, count in images.items()}
@@ -79,6 +78,12 @@ def score_cider(answers: Sequence[str], references: Sequence[Sequence[str]]) -> 
         for answer, texts in zip(answers, known, strict=True)
     ]
     return [Score(SCALE * value, (SCALE * value, 1.0)) for value in values]
+
+
+def check_images(count: int) -> None:
+    """ValueError if there are too few images for CIDEr."""
+    if count < 2:
+        raise ValueError(f"CIDEr compares images and needs two or more, not {count}.")
 
 
 def _ngrams(text: str) -> Counter[Ngram]:

@@ -44,20 +44,20 @@ def score_choice(answer: str, references: Sequence[str], choices: Sequence[str] 
         references: letters or texts of right choices.
         choices: the texts of A, B, C and so on.
     """
-    letters = ascii_uppercase[: len(choices)] or LETTERS
-    wanted = {_letter_of(reference, letters, choices) for reference in references} - {None}
+    wanted = {named_by(reference, choices) for reference in references} - {None}
     if not wanted and not choices:
         return mean_score(caseless(answer, references))
     said = parse_choice(answer, choices)
     return mean_score(float(said in wanted), said, unparsed=said is None)
 
 
-def _letter_of(reference: str, letters: str, choices: Sequence[str]) -> str | None:
+def named_by(reference: str, choices: Sequence[str]) -> str | None:
+    """The letter of a right choice, given as a letter, as its text, or as both ("B. cat")."""
+    letters = ascii_uppercase[: len(choices)] or LETTERS
     letter = reference.strip().strip("().").upper()
     if len(letter) == 1 and letter in letters:
         return letter
-    plain = [_plain(choice) for choice in choices]
-    return letters[plain.index(_plain(reference))] if _plain(reference) in plain else None
+    return parse_choice(reference, choices) if choices else None
 
 
 def parse_choice(answer: str, choices: Sequence[str] = ()) -> str | None:
@@ -89,11 +89,13 @@ def _alone(text: str, letters: str, choices: Sequence[str]) -> str | None:
 
 
 def _text_of_one(text: str, letters: str, choices: Sequence[str]) -> str | None:
-    """The text of a choice and nothing else."""
-    same = [
-        letter for letter, c in zip(letters, choices, strict=False) if _plain(c) == _plain(text)
-    ]
-    return same[0] if len(same) == 1 and _plain(text) else None
+    """The text of a choice and nothing else; signs count where they part two choices."""
+    for form in (_bare, _plain):
+        wanted = form(text)
+        same = [letter for letter, c in zip(letters, choices, strict=False) if form(c) == wanted]
+        if wanted and same:
+            return same[0] if len(same) == 1 else None
+    return None
 
 
 def _label(text: str, letters: str, choices: Sequence[str]) -> str | None:
@@ -144,12 +146,15 @@ def _only(text: str, letters: str, choices: Sequence[str]) -> str | None:
 
 def _texts_in(text: str, letters: str, choices: Sequence[str]) -> set[str]:
     """The choices whose texts stand in a text; "red" does not where "dark red" does."""
-    said = f" {_plain(text)} "
-    plain = {letter: f" {_plain(c)} " for letter, c in zip(letters, choices, strict=False)}
-    for c in sorted(plain.values(), key=len, reverse=True):
-        if c.strip() and c in said:
-            said = said.replace(c, f" {ascii_uppercase[list(plain.values()).index(c)]}\0 ")
-    return {letter for letter in letters if f"{letter}\0" in said}
+    said, found = f" {_plain(text)} ", set[str]()
+    named: dict[str, str] = {}  # the letters of all choices that read alike
+    for letter, c in zip(letters, choices, strict=False):
+        named[_plain(c)] = named.get(_plain(c), "") + letter
+    for c in sorted(filter(None, named), key=len, reverse=True):
+        if f" {c} " in said:
+            said = said.replace(f" {c} ", " \0 ")
+            found.update(named[c])
+    return found
 
 
 def _known(match: re.Match[str] | None, letters: str) -> str | None:
@@ -157,5 +162,12 @@ def _known(match: re.Match[str] | None, letters: str) -> str | None:
     return letter if letter and letter in letters else None
 
 
+def _bare(text: str) -> str:
+    text = MARKUP.sub(" ", unicodedata.normalize("NFKC", text))
+    return " ".join(text.lower().split()).rstrip(".")
+
+
 def _plain(text: str) -> str:
-    return " ".join(re.findall(r"\w+(?:[.,]\d+)*", unicodedata.normalize("NFKC", text).lower()))
+    """The words and numbers, these with their signs."""
+    lower = unicodedata.normalize("NFKC", text).lower().replace("\u2212", "-")
+    return " ".join(re.findall(r"(?:(?<![\w)])-(?=\d))?\w+(?:[.,]\d+)*", lower))
