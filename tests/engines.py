@@ -11,16 +11,19 @@ import mlx.core as mx
 from models import Nano
 
 import fastvlm_mlx as fv
+from fastvlm_mlx.checkpoint.load import load_processor
+from fastvlm_mlx.hub.resolve import NANO
 from fastvlm_mlx.serve.engine import Engine, Request, Ticket
 
 T = TypeVar("T")
+ENDS = sorted(load_processor(NANO).tokenizer.eos_token_ids)
 SMALL: dict[str, Any] = {"image_size": 64, "max_tokens": 6, "conv_mode": "plain"}
 LONG: dict[str, Any] = {**SMALL, "max_tokens": 2000, "logits_processor": None}
 
 
 def never_ends(tokens: mx.array, logits: mx.array) -> mx.array:
     """No end of text, so that an answer runs to `max_tokens`."""
-    return mx.where(mx.arange(logits.shape[-1]) < 3, -mx.inf, logits)
+    return mx.put_along_axis(logits, mx.array([ENDS]), mx.array(-mx.inf), axis=-1)
 
 
 LONG["logits_processor"] = never_ends

@@ -130,17 +130,20 @@ def test_a_schema_may_be_given_in_many_ways(form: str, nano: Nano, tmp_path: Pat
 def test_a_schema_may_be_a_pydantic_model(nano: Nano) -> None:
     from typing import Annotated, Literal
 
-    from pydantic import BaseModel, Field
+    from pydantic import BaseModel, ConfigDict, Field
 
-    class Cat(BaseModel):
+    class Closed(BaseModel):
+        model_config = ConfigDict(extra="forbid")
+
+    class Cat(Closed):
         kind: Literal["cat"]
         lives: Annotated[int, Field(ge=1, le=9, description="of nine")]
 
-    class Bird(BaseModel):
+    class Bird(Closed):
         kind: Literal["bird"]
         flies: bool | None
 
-    class Found(BaseModel):
+    class Found(Closed):
         """What is seen."""
 
         animal: Annotated[Cat | Bird, Field(discriminator="kind")]

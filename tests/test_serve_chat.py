@@ -30,7 +30,7 @@ from fastvlm_mlx.text import build_prompt
 pytestmark = [pytest.mark.needs("fastapi"), pytest.mark.needs("uvicorn")]
 needs_openai = pytest.mark.needs("openai")
 PATH = "/v1/chat/completions"
-LIST = "List the numbers."  # of which digits are said twice
+LIST = "Read the text."  # of which digits are said twice
 
 
 @pytest.fixture(scope="module")

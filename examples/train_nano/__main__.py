@@ -18,9 +18,12 @@ from . import fonts
 from .evaluate import evaluate, read_set, report, table
 from .models import fresh, grow
 from .sets import TASKS, write_set
+from .show import one_of_each, sheet
 from .stages import RECIPES, Stage, scaled, store_name
 from .store import fill_whole, open_store
 from .train import train
+
+COLUMNS = 4  # of a sheet
 
 
 def parse() -> argparse.Namespace:
@@ -55,6 +58,11 @@ def parse() -> argparse.Namespace:
     command.add_argument("results", type=Path, nargs="+")
     command.add_argument("--curve", type=Path)
     command.add_argument("--output", type=Path, default=Path("report.md"))
+    command = commands.add_parser("show", help="draw a sheet of pictures, questions and answers")
+    command.add_argument("set", type=Path, help="folder of a set")
+    command.add_argument("--model", help="folder or Hub id; the bundled model by default")
+    command.add_argument("--tasks", nargs="+", default=TASKS, choices=TASKS, metavar="TASK")
+    command.add_argument("--output", type=Path, default=Path("sheet.png"))
     return parser.parse_args()
 
 
@@ -71,6 +79,9 @@ def run(args: argparse.Namespace) -> None:
             print(f"{task}: {args.number}", flush=True)
     elif args.command == "evaluate":
         measure(args)
+    elif args.command == "show":
+        rows = one_of_each(read_set(args.set), args.tasks)
+        sheet(*fv.load(args.model), rows, COLUMNS).save(args.output)
     else:
         args.output.write_text(report(args.results, args.curve), encoding="utf-8")
 
