@@ -1,10 +1,10 @@
 """Teach the bundled model to read clocks: LoRA from 500 pictures, a few minutes on two cores.
 
-    python examples/finetune_lora.py clocks
+    python examples/finetune_lora.py clocks            # --quick tries it out
 
-The pictures of what it knows already (`--known`, rows as `python -m examples.train_nano sets`
-writes them) are mixed in, so that it is not forgotten. The encoder is frozen: every picture is
-encoded once, and its features are kept.
+A model that is trained on one task only forgets the others. So half of each batch is of what it can
+do already, with the answers that it gave before training ("replay"): no old training data is
+needed. The encoder is frozen: every picture is encoded once, and its features are kept on disk.
 """
 
 from __future__ import annotations
@@ -13,7 +13,12 @@ import argparse
 import json
 import math
 import re
+import string
 import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
@@ -25,22 +30,41 @@ import fastvlm_mlx as fv
 if TYPE_CHECKING:
     from PIL import Image
 
+Row = dict[str, Any]
+Color = tuple[int, ...]
+
 SIZE = 256
-QUESTIONS = ["What time is it?", "What time does the clock show?"]
-MINUTES = (0, 15, 30, 45)
-TEST_CLOCKS = 200
+MOST_NOISE = 7.0  # standard deviation
 RIDGE = 0.01
+IMAGES = Path(__file__).parent / "images"
+CLOCKS = ["What time is it?", "What does the clock show?"]
+# What the sheet of cut-outs shows, line by line; nano counts the first 20.
+THINGS = (IMAGES / "things.txt").read_text(encoding="utf-8").splitlines()
+COUNTED = 20
+THING = 72  # side in pixels
+THINGS_OF_A_LINE = 11
+LETTERS = string.ascii_lowercase + string.digits
+LETTER = 48, 64  # width and height
+FONTS = 4
+NAMES = ["What is this?", "What does the image show?", "What is in the image?"]
+COUNTS = ["How many are there?", "How many objects are in the image?"]
+NOTES = ["What is written here?", "Read the handwriting.", "Read the text."]
+NOTES += ["What does the note say?"]
+DESCRIBE = "Describe the image."
 
 
-def draw_clock(rng: Random) -> tuple[Image.Image, str]:
-    """A clock face that fills the picture, and its time."""
+def color(rng: Random, low: int, high: int) -> Color:
+    return tuple(rng.randint(low, high) for _ in "rgb")
+
+
+def draw_clock(rng: Random) -> tuple[Image.Image, Row]:
+    """A clock face that fills the picture."""
     from PIL import Image, ImageDraw
 
-    hour, minute = rng.randrange(12), rng.choice(MINUTES)
-    wide, ground = 2 * SIZE, tuple(rng.randint(60, 255) for _ in range(3))
-    image = Image.new("RGB", (wide, wide), ground)
-    draw, radius, ink = ImageDraw.Draw(image), 0.42 * wide, tuple(rng.randint(0, 90) for _ in "rgb")
-    middle = wide / 2
+    hour, minute = rng.randrange(12), rng.choice((0, 30))
+    wide, ink = 2 * SIZE, color(rng, 0, 60)
+    image = Image.new("RGB", (wide, wide), color(rng, 100, 255))
+    draw, radius, middle = ImageDraw.Draw(image), 0.42 * wide, wide / 2
 
     def line(turn: float, start: float, end: float, width: float) -> None:
         across, up = math.sin(2 * math.pi * turn) * radius, math.cos(2 * math.pi * turn) * radius
@@ -48,46 +72,145 @@ def draw_clock(rng: Random) -> tuple[Image.Image, str]:
         draw.line(ends, fill=ink, width=round(width * radius))
 
     box = (middle - radius, middle - radius, middle + radius, middle + radius)
-    face = tuple(rng.randint(215, 255) for _ in "rgb")
-    draw.ellipse(box, fill=face, outline=ink, width=round(0.06 * radius))
+    draw.ellipse(box, fill=color(rng, 235, 255), outline=ink, width=round(0.06 * radius))
     for mark in range(12):
         line(mark / 12, 0.82, 0.9, 0.04)
-    line((hour + minute / 60) / 12, 0.0, 0.5, 0.12)
-    line(minute / 60, 0.0, 0.8, 0.06)
-    return image.reduce(2), f"{hour or 12}:{minute:02}"
+    line((hour + minute / 60) / 12, 0.0, rng.uniform(0.45, 0.55), rng.uniform(0.14, 0.18))
+    line(minute / 60, 0.0, rng.uniform(0.74, 0.8), rng.uniform(0.06, 0.09))
+    said = {"question": rng.choice(CLOCKS), "answer": f'The clock says "{hour or 12}:{minute:02}".'}
+    return image.reduce(2), said
 
 
-def write_clocks(folder: Path, number: int, seed: int) -> list[dict[str, Any]]:
-    """Draw clocks; a row with image, question and answer for each."""
+@cache
+def sheet(file: str) -> Image.Image:
+    from PIL import Image
+
+    return Image.open(IMAGES / file).copy()
+
+
+def thing(number: int, side: int, turned: float) -> Image.Image:
+    """A cut-out with transparency."""
+    line, column = divmod(number, THINGS_OF_A_LINE)
+    left, top = THING * column, THING * line
+    cut = sheet("things.webp").crop((left, top, left + THING, top + THING))
+    return cut.rotate(turned, resample=3, expand=True).resize((side, side), resample=3)
+
+
+def scattered(rng: Random, number: int, image: Image.Image, which: int) -> None:
+    """Put so many of a thing into a picture, apart from each other."""
+    lines = 1 if number == 1 else 2 if number <= 4 else 3
+    cell = SIZE / lines
+    largest = rng.uniform(0.55, 0.9) if lines > 1 else rng.uniform(0.25, 0.65)
+    for place in rng.sample(range(lines**2), number):
+        side = round(cell * largest * rng.uniform(0.9, 1.1))
+        row, column = divmod(place, lines)
+        left, top = (round(cell * n + rng.uniform(0, cell - side)) for n in (column, row))
+        cut = thing(which, side, rng.uniform(-20, 20))
+        image.paste(cut, (left, top), cut)
+
+
+def draw_thing(rng: Random) -> tuple[Image.Image, Row]:
+    """One thing, to be named."""
+    from PIL import Image
+
+    which = rng.randrange(len(THINGS))
+    image = Image.new("RGB", (SIZE, SIZE), color(rng, 0, 255))
+    scattered(rng, 1, image, which)
+    question, name = rng.choice([*NAMES, DESCRIBE]), with_article(THINGS[which])
+    answer = f"The image shows {name}." if question == DESCRIBE else f"{name[0].upper()}{name[1:]}."
+    return image, {"question": question, "answer": answer}
+
+
+def with_article(name: str) -> str:
+    return f"an {name}" if name[0] in "aeio" else f"a {name}"
+
+
+def draw_several(rng: Random) -> tuple[Image.Image, Row]:
+    """One to nine of a kind, to be counted."""
+    from PIL import Image
+
+    which, number = rng.randrange(COUNTED), rng.randint(1, 9)
+    image = Image.new("RGB", (SIZE, SIZE), color(rng, 0, 255))
+    scattered(rng, number, image, which)
+    name = THINGS[which]
+    several = f"{name[:-1]}ies" if name.endswith("y") else f"{name}s"
+    question = rng.choice([*COUNTS, DESCRIBE])
+    if question == DESCRIBE:
+        shown = with_article(name) if number == 1 else f"{number} {several}"
+        return image, {"question": question, "answer": f"The image shows {shown}."}
+    counted = f"is 1 {name}" if number == 1 else f"are {number} {several}"
+    return image, {"question": question, "answer": f"There {counted}."}
+
+
+def draw_note(rng: Random) -> tuple[Image.Image, Row]:
+    """Two to six letters or digits, to be read."""
+    from PIL import Image, ImageOps
+
+    (wide, high), font = LETTER, rng.randrange(FONTS)
+    letters = rng.choices(
+        rng.choice([LETTERS[:26], LETTERS[:26], LETTERS[26:]]), k=rng.randint(2, 6)
+    )
+    note, left = Image.new("L", (6 * wide, high)), 0
+    for letter in letters:
+        at = wide * LETTERS.index(letter)
+        ink = ImageOps.invert(sheet("letters.png").convert("L"))
+        cut = ink.crop((at, high * font, at + wide, high * (font + 1)))
+        start, _, end, _ = cut.getbbox() or (0, 0, wide, high)
+        note.paste(cut.crop((start, 0, end, high)), (left, 0))
+        left += end - start + 3
+    note = note.crop(note.getbbox()).rotate(rng.uniform(-7, 7), resample=3, expand=True)
+    share = min(rng.uniform(0.9, 1.8), (SIZE - 8) / note.width)
+    note = note.resize((round(share * note.width), round(share * note.height)), resample=1)
+    image = Image.new("RGB", (SIZE, SIZE), color(rng, 190, 255))
+    place = rng.randint(0, SIZE - note.width), rng.randint(0, SIZE - note.height)
+    image.paste(color(rng, 0, 100), place, note)
+    question = rng.choice([*NOTES, DESCRIBE])
+    what = "The image shows a note that" if question == DESCRIBE else "The note"
+    return image, {"question": question, "answer": f'{what} says "{"".join(letters)}".'}
+
+
+DRAWN: dict[str, Callable[[Random], tuple[Image.Image, Row]]] = {
+    "clocks": draw_clock,
+    "names": draw_thing,
+    "counts": draw_several,
+    "notes": draw_note,
+}
+KNOWN = [task for task in DRAWN if task != "clocks"]
+WHOLE = {"examples": 500, "replay": 150, "test": 200, "steps": 800, "rate": 3e-3}
+QUICK = {"examples": 120, "replay": 40, "test": 24, "steps": 100, "rate": 3e-3}
+
+
+def draw_rows(folder: Path, task: str, number: int, seed: int) -> list[Row]:
+    """Draw pictures of a task; a row with image, question and answer for each."""
+    from PIL import Image
+
     folder.mkdir(parents=True, exist_ok=True)
-    rng, rows = Random(seed), []
+    rng, rows = Random(f"{task} {seed}"), []
     for n in range(number):
-        image, time = draw_clock(rng)
-        path = (folder / f"{seed}-{n:03}.png").resolve()
-        image.save(path)
-        rows.append({"image": str(path), "question": rng.choice(QUESTIONS), "answer": time})
-    return [row | {"answer": f"It is {row['answer']}."} for row in rows]
+        image, said = DRAWN[task](rng)
+        noise = np.random.default_rng(rng.randrange(2**32)).normal(size=(SIZE, SIZE, 3))
+        noisy = np.asarray(image) + rng.uniform(0, MOST_NOISE) * noise
+        path = (folder / f"{task}-{seed}-{n:03}.png").resolve()
+        Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(path)
+        rows.append({"image": str(path), **said, "task": task})
+    return rows
 
 
-def read_known(file: Path) -> list[dict[str, Any]]:
-    """Rows of what the model knows; the images stand beside the file."""
-    lines = file.read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines]
-    return [row | {"image": str((file.parent / row["image"]).resolve())} for row in rows]
-
-
-def accuracy(model: fv.FastVLM, processor: fv.Processor, rows: list[dict[str, Any]]) -> float:
-    """The share of answers that are right to the letter."""
+def answers(model: fv.FastVLM, processor: fv.Processor, rows: Sequence[Row]) -> list[str]:
     requests = [(row["question"], row["image"]) for row in rows]
-    found = fv.batch_generate(model, processor, requests, max_tokens=24)
-    return sum(a == row["answer"] for a, row in zip(found, rows, strict=True)) / len(rows)
+    return fv.batch_generate(model, processor, requests, max_tokens=24)
+
+
+def accuracies(rows: Sequence[Row], said: Sequence[str]) -> dict[str, float]:
+    """For each task, the share of answers that are right to the letter."""
+    right: dict[str, list[bool]] = {}
+    for row, answer in zip(rows, said, strict=True):
+        right.setdefault(row["task"], []).append(answer == row["answer"])
+    return {task: sum(each) / len(each) for task, each in right.items()}
 
 
 def probe(
-    model: fv.FastVLM,
-    processor: fv.Processor,
-    rows: list[dict[str, Any]],
-    test: list[dict[str, Any]],
+    model: fv.FastVLM, processor: fv.Processor, rows: Sequence[Row], test: Sequence[Row]
 ) -> list[float]:
     """How much of hour and minute is in the frozen features: accuracies of a linear probe.
 
@@ -115,7 +238,7 @@ def probe(
     return found
 
 
-def write_rows(file: Path, rows: list[dict[str, Any]]) -> None:
+def write_rows(file: Path, rows: Sequence[Row]) -> None:
     """Chat JSONL, as `fastvlm train` reads it."""
     lines = []
     for n, row in enumerate(rows):
@@ -129,45 +252,64 @@ def write_rows(file: Path, rows: list[dict[str, Any]]) -> None:
     file.write_text("".join(lines), encoding="utf-8")
 
 
+def report(rows: Sequence[Row], before: Sequence[str], after: Sequence[str]) -> str:
+    """A line for each task: accuracy before and after."""
+    first, then = accuracies(rows, before), accuracies(rows, after)
+    number = Counter(row["task"] for row in rows)
+    return "\n".join(
+        f"{task}: {first[task]:.1%} before, {then[task]:.1%} after ({number[task]} pictures)"
+        for task in first
+    )
+
+
 def main(args: argparse.Namespace) -> None:
-    clocks = write_clocks(args.out / "clocks", args.examples, seed=1)
-    test = write_clocks(args.out / "clocks", args.test, seed=2)
-    known = [row for file in args.known for row in read_known(file)]
-    replayed, kept = known[::2], known[1::2]
-    rows = args.out / "rows.jsonl"
-    write_rows(rows, clocks + replayed)
-    before = fv.load()
-    hours, minutes = probe(*before, clocks, test)
+    started, pictures = time.perf_counter(), args.out / "pictures"
+    clocks = draw_rows(pictures, "clocks", args.examples, seed=1)
+    known = [row for task in KNOWN for row in draw_rows(pictures, task, args.replay, seed=1)]
+    test = [row for task in DRAWN for row in draw_rows(pictures, task, args.test, seed=2)]
+    model, processor = fv.load(args.model)
+    hours, minutes = probe(model, processor, clocks, test[: args.test])
     print(f"linear probe of the frozen features: {hours:.1%} of hours, {minutes:.1%} of minutes")
+    before = answers(model, processor, test + known)
+    own = [row | {"answer": said} for row, said in zip(known, before[len(test) :], strict=True)]
+    write_rows(args.out / "rows.jsonl", clocks + own)
     done = fv.finetune(
-        None,
-        rows,
+        args.model,
+        args.out / "rows.jsonl",
         args.out / "run",
         steps=args.steps,
-        batch_size=16,
+        batch_size=args.batch,
         rank=args.rank,
         learning_rate=args.rate,
         keep=1,
     )
-    after = fv.load(adapter=done.folder)
-    for name, held_out in (("clocks", test), ("known", kept)):
-        if held_out:
-            scores = [accuracy(*model, held_out) for model in (before, after)]
-            print(f"{name}: {scores[0]:.1%} before, {scores[1]:.1%} after ({len(held_out)} rows)")
+    after = answers(*fv.load(args.model, adapter=done.folder), test)
+    said = [
+        json.dumps(row | {"before": first, "after": then}) + "\n"
+        for row, first, then in zip(test, before, after, strict=False)
+    ]
+    (args.out / "answers.jsonl").write_text("".join(said), encoding="utf-8")
+    print(report(test, before[: len(test)], after))
+    print(f"{time.perf_counter() - started:.0f} seconds; the adapter is in {done.folder}")
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Teach the bundled model to read clocks.")
     parser.add_argument("out", type=Path, help="folder of pictures, rows and the adapter")
-    parser.add_argument(
-        "--known", type=Path, nargs="+", default=[], help="JSONL of what it knows; half is replayed"
-    )
-    parser.add_argument("--examples", type=int, default=500, help="clocks to learn from")
-    parser.add_argument("--test", type=int, default=TEST_CLOCKS, help="clocks to be measured on")
-    parser.add_argument("--steps", type=int, default=800)
-    parser.add_argument("--rate", type=float, default=1e-3, help="the highest learning rate")
+    parser.add_argument("--model", help="folder or Hub id; the bundled model by default")
+    parser.add_argument("--quick", action="store_true", help="fewer pictures and steps, to try it")
+    parser.add_argument("--examples", type=int, help="clocks to learn from")
+    parser.add_argument("--replay", type=int, help="pictures of each task that it knows")
+    parser.add_argument("--test", type=int, help="pictures of each task to be measured on")
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--batch", type=int, default=16, help="rows of a step")
+    parser.add_argument("--rate", type=float, help="the highest learning rate")
     parser.add_argument("--rank", type=int, default=16, help="of the LoRA matrices")
-    return parser.parse_args()
+    args = parser.parse_args()
+    for name, value in (QUICK if args.quick else WHOLE).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    return args
 
 
 if __name__ == "__main__":

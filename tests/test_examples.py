@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
+import fastvlm_mlx as fv
 from fastvlm_mlx.hub.resolve import NANO
 
-DATA = Path(__file__).parent / "data" / "nano_eval"
 EXAMPLES = Path(__file__).parents[1] / "examples"
 QUEEN = str(NANO / "images" / "queen.png")
 
@@ -93,24 +93,31 @@ def test_images_without_alt_text_get_one(tmp_path):
     ), found.stderr
 
 
-@pytest.mark.slow
-def test_lora_is_tried_in_short(tmp_path):
-    cases = json.loads((DATA / "predictions.json").read_text(encoding="utf-8"))
-    rows = [
-        case | {"answer": case["prediction"], "image": str(DATA / case["image"])} for case in cases
-    ]
-    known = tmp_path / "known.jsonl"
-    known.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    options = ("--known", known, "--examples", 32, "--test", 8, "--steps", 30)
-    found = run("finetune_lora.py", tmp_path / "run", *options)
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("lora") / "clocks"
+    return folder, run("finetune_lora.py", folder, "--quick")
+
+
+def test_lora_learns_to_read_clocks_and_forgets_little(lora):
+    found = lora[1]
     shares = re.findall(r"(\w+): ([\d.]+)% before, ([\d.]+)% after", found.stdout)
-    assert [name for name, *_ in shares] == ["clocks", "known"], found.stderr
-    (_, before, _), (_, known_before, known_after) = shares
-    assert float(before) == 0 and float(known_before) >= 90 and float(known_after) >= 60
-    assert re.search(r"probe .* [\d.]+% of hours", found.stdout)
-    log = (tmp_path / "run" / "run" / "log.jsonl").read_text().splitlines()
-    losses = [line["loss"] for line in map(json.loads, log) if "loss" in line]
-    assert len(losses) == 30
+    assert [name for name, *_ in shares] == ["clocks", "names", "counts", "notes"], found.stderr
+    (_, before, after), *known = [(name, float(x), float(y)) for name, x, y in shares]
+    assert before == 0 and after >= 50
+    lost = [was - now for _, was, now in known]
+    assert max(lost) <= 15 and sum(lost) / len(lost) <= 6
+    assert re.search(r"probe .* 100.0% of hours", found.stdout)
+
+
+def test_lora_is_kept_in_an_adapter(lora):
+    folder, _ = lora
+    lines = (folder / "answers.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    model, processor = fv.load(adapter=folder / "run" / "adapter")
+    requests = [(row["question"], row["image"]) for row in rows]
+    found = fv.batch_generate(model, processor, requests, max_tokens=24)
+    assert found == [row["after"] for row in rows]
 
 
 def test_images_of_another_size():
