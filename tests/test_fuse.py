@@ -81,6 +81,19 @@ def test_every_mode_is_loaded_and_fused(base, small, tmp_path, modes):
     assert is_near(fv.load_model(done.folder), model)
 
 
+@pytest.mark.parametrize("modes", [{"vision": "lora", "decoder": "lora"}, *MIXED[1:]], ids=str)
+def test_adapters_in_the_names_of_transformers(data, tmp_path, modes):
+    """Those of its model, the encoder's too."""
+    base = data / "transformers-small"
+    model = trained(base, **modes)
+    model.eval()
+    folder = write(model, tmp_path / "adapter", base)
+    names = [name for file in folder.glob("*.safetensors") for name in read_file(file)]
+    assert any("model.vision_tower.timm_model.stages.4.blocks." in name for name in names)
+    assert not any("mm_projector" in name or "network" in name for name in names)
+    assert is_near(fv.load_model(base, adapter=folder), model)
+
+
 def test_nothing_trained_is_no_adapter(base, tmp_path):
     with pytest.raises(ValueError, match="Nothing of the model is trained") as error:
         write(trained(base), tmp_path / "adapter", base)

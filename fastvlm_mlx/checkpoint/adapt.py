@@ -17,7 +17,7 @@ from ..model.fastvlm import FastVLM
 from . import encoder_layers
 from .files import Weights, read_file
 from .layouts import adapters
-from .layouts.adapters import FOLDED, Adapter, LowRank
+from .layouts.adapters import FOLDED, UNTIED, Adapter, LowRank
 from .layouts.mlx_vlm import DECODER, LM_HEAD, PROJECTOR, is_folded
 from .names import memory_name, quantized_linears
 from .quantize import LayerSettings
@@ -43,8 +43,7 @@ def read_adapter(folder: Path) -> Adapter:
     read = {file.name: read_file(file) for file in files}
     adapter = adapters.parse(read, read_json(settings) if settings.is_file() else {})
     _check_projector(folder, adapter)
-    about = adapters.read_about(folder)
-    return Adapter(adapter.low_rank, adapter.whole, about)
+    return replace(adapter, about=adapter.about | adapters.read_about(folder))
 
 
 def _check_projector(folder: Path, adapter: Adapter) -> None:
@@ -144,6 +143,13 @@ def apply(
     weights = dict(base)
     packed = dict(quantized_linears(weights, config))
     adapter = encoder_layers.fitted(adapter, config.vision, is_folded=is_folded(base))
+    if UNTIED in adapter.about and f"{LM_HEAD}weight" not in base:
+        raise CheckpointError(
+            f"{adapters.SETTINGS} has embed_tokens among its modules_to_save without "
+            "ensure_weight_tying, so that the output layer was trained apart, and that of this base "
+            "is the table of embeddings (tied); merge the adapter with peft (merge_and_unload) and "
+            "convert the result."
+        )
     for name, tensor in adapter.whole.items():
         layer = name.removesuffix(".weight")
         shape = _shape(weights, layer, packed) if layer in packed else _shape_of(weights, name)

@@ -55,13 +55,10 @@ def write_adapter(
     Raises:
         CheckpointError: a tensor holds NaN or infinity.
         FileExistsError, OSError: as `target.check_target`, or a file can't be written.
-        ValueError: the layout is unknown, or has no names for the encoder's parts.
+        ValueError: the layout is unknown.
     """
     if layout not in NAMES:
         raise ValueError(f"layout must be one of {', '.join(NAMES)}, found {layout!r}.")
-    encoder = [n for n in (*adapter.low_rank, *adapter.whole) if n.startswith(VISION_TOWER)]
-    if layout == "transformers" and encoder:
-        raise ValueError(f"{encoder[0]} was trained: write the adapter in the names of llava.")
     about = marks_of(weights, config) | adapter.about | {"base": base, "format": "pt"}
     in_peft, beside = _divided(adapter)
     is_projector = not adapter.low_rank and all(map(_is_projectors, adapter.whole))
