@@ -15,7 +15,7 @@ from .checkpoint import fold
 from .checkpoint.adapt import dequantized
 from .checkpoint.card import license_of, model_card
 from .checkpoint.files import Weights
-from .checkpoint.layouts.adapters import LowRank, base_of, is_adapter
+from .checkpoint.layouts.adapters import LowRank, base_of, is_adapter, no_adapter
 from .checkpoint.layouts.mlx_vlm import ENCODER, HEAD, VISION_TOWER, dtype_of, is_folded
 from .checkpoint.load import load_model, load_processor, processor_folder
 from .checkpoint.names import memory_name, quantized_linears
@@ -122,12 +122,12 @@ def fuse(
     layers: tuple[FusedLayer, ...] = ()
     if dequantize:
         config, weights = expanded(config, weights, beside)
+    elif config.quantization and layout != "mlx":
+        raise ValueError(
+            f"{folder} is quantized, and its weights go only into the mlx layout: add dequantize "
+            f"for {layout}."
+        )
     elif beside:
-        if layout != "mlx":
-            raise ValueError(
-                f"{folder} is quantized, and its weights go only into the mlx layout: add "
-                f"dequantize for {layout}."
-            )
         inputs = layer_inputs(folder, trained, config, beside, progress=progress)
         config, weights, layers = packed_anew(config, weights, beside, inputs, progress=progress)
     checkpoint = prepare(
@@ -155,7 +155,7 @@ def base_named_by(adapter: str | os.PathLike[str]) -> tuple[str, str | None]:
     """The base that an adapter names, and its revision; errors as `fuse`."""
     folder = resolve(adapter)
     if not is_adapter(folder):
-        raise ValueError(f"{folder} is no adapter; name the base and then the adapter.")
+        raise no_adapter(folder)
     return base_of(folder)
 
 

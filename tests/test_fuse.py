@@ -23,7 +23,7 @@ from fastvlm_mlx.checkpoint.load import load_for_training
 from fastvlm_mlx.checkpoint.names import quantized_linears
 from fastvlm_mlx.checkpoint.read import read_adapted, read_checkpoint
 from fastvlm_mlx.checkpoint.record import MOST_LINES, read_record, read_run
-from fastvlm_mlx.checkpoint.upload import upload
+from fastvlm_mlx.checkpoint.upload import base_problem, license_problem, upload
 from fastvlm_mlx.checkpoint.write_adapter import shortened, write_adapter, write_torch
 from fastvlm_mlx.fuse import Fused, FusedLayer, agreement, expanded, packed_anew
 from fastvlm_mlx.hub.resolve import NANO, resolve
@@ -463,8 +463,10 @@ def run_folder(base, tmp_path) -> Path:
     """A run's folder with an adapter, as `fastvlm train` leaves it."""
     folder = tmp_path / "run"
     folder.mkdir()
-    (folder / "options.json").write_text(json.dumps({"decoder": "lora", "rank": 4, "stage": None}))
-    (folder / "data.json").write_text(json.dumps({"rows": 500, "source": "clocks|a.jsonl"}))
+    options = {"model": str(base), "decoder": "lora", "rank": 4, "stage": None}
+    (folder / "options.json").write_text(json.dumps(options))
+    data = {"data": "/home/me/clocks|a.jsonl", "rows": 500}
+    (folder / "data.json").write_text(json.dumps(data))
     lines = [{"step": i, "loss": 2.0 / i} for i in range(1, 5)]
     lines += [{"step": 2, "validation_loss": 0.75}, {"step": 4, "validation_loss": 1.5}]
     log = "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 5, "lo'
@@ -485,8 +487,8 @@ def test_cards_say_how_it_was_trained(run_folder, base, tmp_path):
             for said in (
                 "## Training",
                 "| rank | 4 |",
+                r"| data | clocks\|a.jsonl |",
                 "| rows | 500 |",
-                r"| source | clocks\|a.jsonl |",
                 "The loss was 2.000 at first and 0.500 after 4 steps.",
                 "The validation loss was lowest, 0.750, after step 2.",
                 "![Loss by step](loss.png)",
@@ -497,10 +499,52 @@ def test_cards_say_how_it_was_trained(run_folder, base, tmp_path):
         assert "stage" not in card and "nothing was trained" not in card
         assert ("fine-tuned with" in card) == (folder != run_folder / "adapter")
         assert (folder / "loss.png").read_bytes() == b"a picture"
+        for file in ("README.md", "training.json"):  # which leave this machine
+            text = (folder / file).read_text()
+            assert "/home/me" not in text and str(tmp_path) not in text
     found = read_record(fused)
     assert found is not None and found.options["rank"] == 4 and len(found.lines) == 6
     # A second time, over what it wrote
     fv.fuse(base, run_folder / "adapter", fused, overwrite=True, progress=False)
+
+
+def test_a_run_is_no_adapter_and_has_one(run, run_folder, base, tmp_path):
+    for command in (
+        ["fuse", base, run_folder, "--to", tmp_path / "fused"],
+        ["fuse", run_folder, "--to", tmp_path / "fused"],
+        ["generate", "--prompt", "Hi", "--model", base, "--adapter", run_folder],
+    ):
+        done = run(*command)
+        assert done.code == 2 and "Traceback" not in done.err
+        assert "is no adapter: it has neither adapter_model.safetensors nor" in done.err
+        assert f"the one in it is {run_folder / 'adapter'}." in done.err.replace("\n", "")
+
+
+def test_an_adapter_is_uploaded_with_its_curves(run, server, run_folder, base, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    done = run("upload", run_folder / "adapter", "--repo", "user/clocks")
+    assert done.code == 0 and done.out == f"{server.url}/user/clocks\n"
+    assert f"names its base by a folder of this machine, {base}" in done.err.replace("\n", "")
+    files = server.files["user/clocks"]
+    assert files["loss.png"] == b"a picture" and b"![Loss by step](loss.png)" in files["README.md"]
+    assert base_problem(base) is None
+
+
+def test_the_licence_of_an_adapter_is_its_bases(base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "README.md").write_text("---\nlicense: gpl-3.0\n---\n")  # of something else
+    folder = write(trained(NANO, projector="lora"), tmp_path / "nano")
+    assert "license: mit" in (folder / "README.md").read_text()
+    assert base_problem(folder) is None and license_problem(folder) is None
+    folder = write(trained(base, projector="lora"), tmp_path / "adapter", base)
+    assert "license:" not in (folder / "README.md").read_text()
+    hub = fv.convert(base, tmp_path / "hub", progress=False)
+    (hub / "README.md").write_text("---\nlicense: mit\nbase_model: user/clocks\n---\n")
+    fused = fv.fuse(hub, folder, tmp_path / "fused", progress=False).folder
+    for each in (fused, fv.convert(fused, tmp_path / "again", layout="llava", progress=False)):
+        card = (each / "README.md").read_text()
+        assert "license: mit" in card
+        assert "base_model: user/clocks\nbase_model_relation: finetune" in card
 
 
 def test_long_logs_are_thinned(tmp_path):

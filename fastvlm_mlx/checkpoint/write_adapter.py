@@ -36,6 +36,7 @@ def write_adapter(
     config: FastVLMConfig,
     *,
     layout: str = "llava",
+    license: Mapping[str, str] | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Write an adapter's folder, which appears only when it is whole.
@@ -50,6 +51,7 @@ def write_adapter(
         base: a folder or Hub id, which the folder names.
         weights, config: of the base, in the mlx-vlm layout.
         layout: whose names the modules get, "llava" or "transformers": the base's in PyTorch.
+        license: of the base, as `card.license_of` gives it.
         overwrite: replace a folder with an adapter or a model.
 
     Raises:
@@ -81,7 +83,9 @@ def write_adapter(
             write_torch(folder / f"{stem}.bin", llava.from_mlx(beside))
         record = read_run(target.parent)
         write_record(record, folder)
-        card = adapter_card(target.name, base, record, has_lora=bool(adapter.low_rank))
+        card = adapter_card(
+            target.name, base, record, has_lora=bool(adapter.low_rank), license=license
+        )
         (folder / "README.md").write_text(card, encoding="utf-8")
     return target
 

@@ -103,6 +103,15 @@ def is_adapter(folder: Path) -> bool:
     return not whole and any((folder / name).is_file() for name in (*ADAPTER, *TRAINED))
 
 
+def no_adapter(folder: Path) -> CheckpointError:
+    """What to raise for a folder that is not one: with its place in that of a training run."""
+    inside = next((f for f in sorted(folder.glob("*/")) if is_adapter(f)), None)
+    hint = "" if inside is None else f"; the one in it is {inside}"
+    return CheckpointError(
+        f"{folder} is no adapter: it has neither {ADAPTER[0]} nor {TRAINED[0]}{hint}."
+    )
+
+
 def base_of(folder: Path) -> tuple[str, str | None]:
     """The base model that the folder names, and its revision if it is on the Hub and has one.
 
