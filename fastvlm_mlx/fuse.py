@@ -12,7 +12,7 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from .checkpoint import fold
-from .checkpoint.adapt import dequantized
+from .checkpoint.adapt import dequantized, unpacked
 from .checkpoint.card import license_of, model_card
 from .checkpoint.files import Weights
 from .checkpoint.layouts.adapters import LowRank, base_of, is_adapter, no_adapter
@@ -147,7 +147,7 @@ def fuse(
         (temporary / "README.md").write_text(card, encoding="utf-8")
         write_record(record, temporary)
         write(checkpoint, temporary, layout, precision, shown=progress)
-    same = _same_tokens(folder, trained, target) if layers else None
+    same = same_tokens(folder, trained, target) if layers else None
     return Fused(target, layers, same)
 
 
@@ -263,8 +263,7 @@ def _packed(
     dtype, agreements, wanted = dtype_of(weights), [], x @ weight.T
     for chosen in _wider(settings):
         tensors = mx.quantize(weight.astype(dtype), **chosen)
-        got = x @ mx.dequantize(*tensors, **chosen).astype(mx.float32).T
-        agreements.append(agreement(got, wanted))
+        agreements.append(agreement(x @ unpacked(tensors, chosen).T, wanted))
         if agreements[-1] >= AGREEMENT:
             return (
                 chosen,
@@ -289,7 +288,7 @@ def agreement(found: mx.array, wanted: mx.array) -> float:
     return float(mx.sum(found * wanted) / mx.maximum(lengths, 1e-12))
 
 
-def _same_tokens(folder: Path, adapter: Path, fused: Path) -> float:
+def same_tokens(folder: Path, adapter: Path, fused: Path) -> float:
     """How much of the unfused model's answers the fused one gives, token by token."""
     processor = load_processor(fused)
 

@@ -194,7 +194,7 @@ def test_lora_of_the_embeddings(lora, name):
     folder, matrices = lora
     table = {f"base_model.model.model.embed_tokens.{end}": mx.zeros((4, 64)) for end in ("a", name)}
     mx.save_safetensors(str(folder / "adapter_model.safetensors"), matrices | table)
-    with pytest.raises(CheckpointError, match="has LoRA of the embeddings .*merge") as error:
+    with pytest.raises(CheckpointError, match=r"has LoRA of the embeddings .*merge") as error:
         load_model(folder)
     one_sentence(error)
 

@@ -16,6 +16,7 @@ from sources import LAYOUTS, full_nano, with_tokenizer
 from training import trained
 
 import fastvlm_mlx as fv
+from fastvlm_mlx.checkpoint.adapt import dequantized
 from fastvlm_mlx.checkpoint.files import read_file, read_tensors
 from fastvlm_mlx.checkpoint.layouts import adapters
 from fastvlm_mlx.checkpoint.layouts.adapters import Adapter
@@ -25,7 +26,16 @@ from fastvlm_mlx.checkpoint.read import read_adapted, read_checkpoint
 from fastvlm_mlx.checkpoint.record import MOST_LINES, read_record, read_run
 from fastvlm_mlx.checkpoint.upload import base_problem, license_problem, upload
 from fastvlm_mlx.checkpoint.write_adapter import shortened, write_adapter, write_torch
-from fastvlm_mlx.fuse import Fused, FusedLayer, agreement, expanded, packed_anew
+from fastvlm_mlx.fuse import (
+    MOST_ROWS,
+    Fused,
+    FusedLayer,
+    agreement,
+    expanded,
+    layer_inputs,
+    packed_anew,
+    same_tokens,
+)
 from fastvlm_mlx.hub.resolve import NANO, resolve
 from fastvlm_mlx.train.adapters import apply_adapter, write
 
@@ -116,6 +126,13 @@ def test_adapters_stay_beside_quantized_weights(quantized, tmp_path, modes):
     assert packed and all(mx.array_equal(weights[name], own[name]) for name in packed)
     with pytest.raises(fv.CheckpointError, match="fastvlm fuse"):
         fv.convert(folder, tmp_path / "converted", progress=False)
+    done = fv.fuse(quantized, folder, tmp_path / "fused", progress=False)
+    assert {layer.name for layer in done.layers} == beside.keys() and not done.wider
+    assert all(layer.agreement > 0.999 for layer in done.layers)
+    fused = fv.load_model(done.folder, dtype="float32")
+    found, wanted = logits_of(fused), logits_of(model)
+    assert fused.config.quantization
+    assert mx.abs(found - wanted).max() < 0.1 * mx.abs(wanted).max()
 
 
 def test_a_base_that_is_quantized_on_loading_is_quantized_first(base, adapter):
@@ -230,6 +247,7 @@ def test_a_quantized_base_is_packed_anew_and_measured(tmp_path):
     assert len(done.layers) == 28 and not done.wider
     assert all(layer.agreement > 0.999 for layer in done.layers)  # 8 bits lose little
     assert done.same_tokens is not None and done.same_tokens > 0.9
+    assert same_tokens(NANO, folder, NANO) < 1  # without the adapter
     (_, before), (config, after) = read_checkpoint(NANO), read_checkpoint(done.folder)
     assert config.quantization and before.keys() == after.keys()
     changed = {layer.name for layer in done.layers}
@@ -286,6 +304,24 @@ def test_layers_that_lose_too_much_get_more_bits(base, tmp_path):
         )
         cosine = (got * wanted).sum() / np.linalg.norm(got) / np.linalg.norm(wanted)
         assert abs(cosine - layer.agreement) < 1e-4
+
+
+def test_layers_are_measured_on_what_the_unfused_model_gives_them(quantized, tmp_path):
+    """What goes into `down_proj` is what the layers before it make of their inputs."""
+    folder = write(trained(quantized, decoder="lora"), tmp_path / "adapter", quantized)
+    config, weights, beside = read_adapted(quantized, folder)
+    inputs = layer_inputs(quantized, folder, config, beside, progress=False)
+    assert inputs.keys() == beside.keys()
+    for i in range(config.text.num_hidden_layers):
+        name = f"language_model.model.layers.{i}.mlp"
+        x, wanted = inputs[f"{name}.up_proj"], inputs[f"{name}.down_proj"]
+        assert len(x) == len(wanted) > MOST_ROWS / 4
+        gate, up = (
+            x @ beside[f"{name}.{part}"].added_to(dequantized(f"{name}.{part}", weights, config)).T
+            for part in ("gate_proj", "up_proj")
+        )
+        found = gate * mx.sigmoid(gate) * up
+        assert mx.abs(found - wanted).max() < 1e-4 * mx.abs(wanted).max()
 
 
 def test_agreement_is_a_cosine():

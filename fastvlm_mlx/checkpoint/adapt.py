@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
@@ -145,10 +145,9 @@ def apply(
     adapter = encoder_layers.fitted(adapter, config.vision, is_folded=is_folded(base))
     if UNTIED in adapter.about and f"{LM_HEAD}weight" not in base:
         raise CheckpointError(
-            f"{adapters.SETTINGS} has embed_tokens among its modules_to_save without "
-            "ensure_weight_tying, so that the output layer was trained apart, and that of this base "
-            "is the table of embeddings (tied); merge the adapter with peft (merge_and_unload) and "
-            "convert the result."
+            f"{adapters.SETTINGS} has embed_tokens in modules_to_save without ensure_weight_tying, "
+            "so that the output layer did not change with it, and in this base both are one table "
+            "(tied); merge the adapter with peft (merge_and_unload) and convert the result."
         )
     for name, tensor in adapter.whole.items():
         layer = name.removesuffix(".weight")
@@ -259,6 +258,14 @@ def attach(
 def dequantized(layer: str, weights: Weights, config: FastVLMConfig) -> mx.array:
     """The weight of a quantized layer in float32, [outputs, inputs]."""
     settings = dict(quantized_linears(weights, config))[layer]
-    packed, scales = (weights[f"{layer}.{key}"] for key in ("weight", "scales"))
-    biases = weights.get(f"{layer}.biases")
-    return mx.dequantize(packed, scales, biases, **settings).astype(mx.float32)
+    keys = ("weight", "scales", "biases")
+    return unpacked(
+        [weights[f"{layer}.{key}"] for key in keys if f"{layer}.{key}" in weights], settings
+    )
+
+
+def unpacked(tensors: Sequence[mx.array], settings: LayerSettings) -> mx.array:
+    """As `dequantized`, of a layer's tensors; at half precision it would be rounded once more than
+    in a quantized product."""
+    exact = [t.astype(mx.float32) if mx.issubdtype(t.dtype, mx.floating) else t for t in tensors]
+    return mx.dequantize(*exact, **settings).astype(mx.float32)
