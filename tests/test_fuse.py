@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 import warnings
 from itertools import pairwise
 from pathlib import Path
@@ -426,6 +427,28 @@ def test_what_is_not_finite_is_not_written(base, tmp_path):
     with pytest.raises(fv.CheckpointError, match=r"q_proj\.lora_B\.weight holds NaN"):
         write(model, tmp_path / "adapter", base)
     assert not (tmp_path / "adapter").exists()
+
+
+@pytest.mark.parametrize("writer", ["save_safetensors", "_add"])
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_full_disk_leaves_what_was_there(base, tmp_path, monkeypatch, writer, exists):
+    model, target = trained(base, decoder="lora", projector="full"), tmp_path / "out" / "adapter"
+    if exists:
+        write(trained(base, seed=1, projector="full"), target, base)
+    before = {path.name: path.read_bytes() for path in target.glob("*")}
+
+    def fail(file, *_, **__):
+        if writer == "_add":
+            raise OSError(28, "No space left on device")
+        Path(file).write_bytes(b"half of it")
+        raise RuntimeError("[write] Unable to write 300094 bytes to file.")  # as MLX says it
+
+    module = mx if writer == "save_safetensors" else sys.modules[write_adapter.__module__]
+    monkeypatch.setattr(module, writer, fail)
+    with pytest.raises(OSError, match=r"can't be written: .*(Unable to write|No space left)"):
+        write(model, target, base, overwrite=True)
+    assert {path.name: path.read_bytes() for path in target.glob("*")} == before
+    assert [path.name for path in target.parent.glob("*")] == (["adapter"] if exists else [])
 
 
 # The command and the card
