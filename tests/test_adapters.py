@@ -115,6 +115,8 @@ def test_rank_by_pattern(lora, small_folder):
         ({"init_lora_weights": "OLoRA"}, "init_lora_weights=OLoRA"),
         ({"peft_type": "IA3"}, "peft_type must be LORA, found 'IA3'"),
         ({"modules_to_save": ["mm_projector"]}, "does not hold mm_projector"),
+        ({"modules_to_save": "mm_projector"}, "must be a list of texts, found 'mm_projector'"),
+        ({"modules_to_save": 5}, "must be a list of texts, found 5"),
         ({"alpha_pattern": {"(": 1}}, "alpha_pattern must be an object"),
         ({"alpha_pattern": ["k_proj"]}, "alpha_pattern must be an object"),
         ({"rank_pattern": 5}, "rank_pattern must be an object"),

@@ -231,10 +231,10 @@ def check_settings(settings: dict[str, Any], names: list[str]) -> None:
             f"{SETTINGS} asks for {brief(', '.join(asked))}, which is not supported; "
             "merge the adapter with peft (merge_and_unload) and convert the result."
         )
-    for module in settings.get("modules_to_save") or ():
+    for module in _saved_modules(settings):
         if not any(_is_in(name, module) for name in names):
             raise CheckpointError(
-                f"The adapter does not hold {brief(str(module))}, which is one of the "
+                f"The adapter does not hold {brief(module)}, which is one of the "
                 f"modules_to_save of {SETTINGS}."
             )
 
@@ -267,8 +267,16 @@ def _is_saved_whole(name: str, settings: dict[str, Any]) -> bool:
     """Whether an adapter holds a tensor as it is, since training changed all of it."""
     if settings.get("bias", "none") != "none" and name.endswith(".bias"):
         return "lora_" not in name
-    modules = settings.get("modules_to_save") or ()
-    return any(_is_in(name, module) for module in modules) and "lora_" not in name
+    return any(_is_in(name, each) for each in _saved_modules(settings)) and "lora_" not in name
+
+
+def _saved_modules(settings: dict[str, Any]) -> list[str]:
+    found = settings.get("modules_to_save") or []
+    if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+        raise CheckpointError(
+            f"{SETTINGS}: modules_to_save must be a list of texts, found {shown(found)}."
+        )
+    return found
 
 
 def _is_in(name: str, module: str) -> bool:
