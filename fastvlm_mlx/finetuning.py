@@ -14,7 +14,7 @@ import mlx.core as mx
 
 from . import ops
 from .checkpoint.files import write_json
-from .checkpoint.load import load_for_training, load_processor, resolve_dtype
+from .checkpoint.load import load_for_training, load_processor, processor_folder, resolve_dtype
 from .checkpoint.record import DATA, LOG, OPTIONS, PLOT
 from .checks import is_litter, shown
 from .config import load_config
@@ -104,7 +104,8 @@ def finetune(
     out = Path(out).expanduser()
     check_out(out)
     folder = resolve(model, revision=revision)
-    processor = load_processor(folder)
+    beside = processor_folder(folder)
+    processor, config = load_processor(beside), load_config(beside)
     reading: dict[str, Any] = {
         "images": images,
         "columns": columns,
@@ -112,7 +113,6 @@ def finetune(
         "split": split,
     }
     reading |= {} if question is None else {"question": question}
-    config = load_config(folder)
     sets = read_sets(_source(data), processor, config, settings, **reading)
     ranks = Ranks()
     run = describe(settings, folder, sets, ranks.size)
@@ -174,7 +174,8 @@ def check(
     settings = TrainOptions.of(options)
     check_dtype(settings.dtype)
     folder = resolve(model, revision=revision)
-    processor, config = load_processor(folder), load_config(folder)
+    beside = processor_folder(folder)
+    processor, config = load_processor(beside), load_config(beside)
     reading: dict[str, Any] = {
         "images": images,
         "columns": columns,

@@ -14,7 +14,7 @@ from checkpoints import logits_of, one_sentence
 from hub_server import TOKEN
 from mlx.utils import tree_flatten
 from sources import LAYOUTS, full_nano, with_tokenizer
-from training import trained
+from training import trained, write_rows
 
 import fastvlm_mlx as fv
 from fastvlm_mlx.checkpoint.adapt import dequantized
@@ -362,6 +362,21 @@ def test_an_adapter_on_an_adapter(adapter, base, tmp_path):
     for each in (adapter, second):
         with pytest.raises(fv.CheckpointError, match="already"):
             fv.load_model(both.folder, adapter=each)
+
+
+def test_an_adapter_is_trained_on_as_a_model_is(run, base, quantized, tmp_path):
+    """Its tokenizer is its base's; that of a quantized model is fused first."""
+    write_rows(tmp_path / "rows.json", 4, 3)
+    first = write(trained(base, decoder="lora"), tmp_path / "first", base)
+    command = ["train", "--data", tmp_path / "rows.json", "--steps", 1, "-q", "--model"]
+    options = ["--batch-size", 1, "--projector", "frozen", "--max-length", 2000]
+    done = run(*command, first, "--out", tmp_path / "run", *options)
+    assert done.code == 0, done.err
+    loaded = fv.load_model(tmp_path / "run" / "adapter")
+    assert not is_near(loaded, fv.load_model(base)) and is_near(loaded, fv.load_model(first), 0.1)
+    packed = write(trained(quantized, decoder="lora"), tmp_path / "packed", quantized)
+    done = run(*command, packed, "--out", tmp_path / "other", *options)
+    assert done.code == 2 and "fastvlm fuse" in done.err and "Traceback" not in done.err
 
 
 def test_half_a_model_is_no_adapter(adapter, base, tmp_path):

@@ -232,7 +232,8 @@ def _load_model(
     config, weights, beside = read_adapted(folder, trained, prepared)
     if beside and for_training:
         raise CheckpointError(
-            f"{folder} is an adapter of a quantized model; load its base, and then the adapter."
+            f"{folder} is an adapter of a quantized model: write both as one (`fastvlm fuse`), and "
+            "train that."
         )
     model = FastVLM(config)
     if for_training:
