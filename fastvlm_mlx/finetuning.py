@@ -104,8 +104,7 @@ def finetune(
     out = Path(out).expanduser()
     check_out(out)
     folder = resolve(model, revision=revision)
-    beside = processor_folder(folder)
-    processor, config = load_processor(beside), load_config(beside)
+    processor, config = load_processor(folder), load_config(processor_folder(folder))
     reading: dict[str, Any] = {
         "images": images,
         "columns": columns,
@@ -174,8 +173,7 @@ def check(
     settings = TrainOptions.of(options)
     check_dtype(settings.dtype)
     folder = resolve(model, revision=revision)
-    beside = processor_folder(folder)
-    processor, config = load_processor(beside), load_config(beside)
+    processor, config = load_processor(folder), load_config(processor_folder(folder))
     reading: dict[str, Any] = {
         "images": images,
         "columns": columns,

@@ -208,7 +208,7 @@ def layer_inputs(
 ) -> dict[str, mx.array]:
     """What layers are given when the unfused model reads sample images, [rows, inputs] by layer."""
     model = load_model(folder, adapter=adapter)
-    processor = load_processor(processor_folder(folder))
+    processor = load_processor(folder)
     modules = dict(model.named_modules())
     paths = {layer: memory_name(layer, config, modules)[0] for layer in beside}
     recorders = {path: Recorder(modules[path]) for path in paths.values()}

@@ -21,7 +21,7 @@ from fastvlm_mlx.checkpoint.adapt import dequantized
 from fastvlm_mlx.checkpoint.files import read_file, read_tensors
 from fastvlm_mlx.checkpoint.layouts import adapters
 from fastvlm_mlx.checkpoint.layouts.adapters import Adapter
-from fastvlm_mlx.checkpoint.load import load_for_training
+from fastvlm_mlx.checkpoint.load import load_for_training, load_processor
 from fastvlm_mlx.checkpoint.names import quantized_linears
 from fastvlm_mlx.checkpoint.read import read_adapted, read_checkpoint
 from fastvlm_mlx.checkpoint.record import MOST_LINES, read_record, read_run
@@ -375,6 +375,7 @@ def test_an_adapter_is_trained_on_as_a_model_is(run, base, quantized, tmp_path):
     loaded = fv.load_model(tmp_path / "run" / "adapter")
     assert not is_near(loaded, fv.load_model(base)) and is_near(loaded, fv.load_model(first), 0.1)
     packed = write(trained(quantized, decoder="lora"), tmp_path / "packed", quantized)
+    assert load_processor(first).tokenizer.eos_token_ids  # for reports, calibration, benchmarks
     done = run(*command, packed, "--out", tmp_path / "other", *options)
     assert done.code == 2 and "fastvlm fuse" in done.err and "Traceback" not in done.err
 

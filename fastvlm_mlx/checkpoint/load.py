@@ -57,7 +57,7 @@ def load(
         ValueError: as for `load_model`.
     """
     folder = resolve(source, revision=revision)
-    processor = load_processor(processor_folder(folder))
+    processor = load_processor(folder)
     trained = None if adapter is None else resolve(adapter)
     return load_model(folder, dtype=dtype, quantize=quantize, adapter=trained), processor
 
@@ -72,13 +72,14 @@ def processor_folder(folder: Path) -> Path:
 
 
 def load_processor(folder: str | Path) -> Processor:
-    """Read the tokenizer and the image settings of a folder; errors as `load`.
+    """Read the tokenizer and the image settings of a folder, or of an adapter's base; errors as
+    `load`.
 
     Every id that a prompt can hold must have a row in the embedding table, since MLX reads whatever
     lies beyond it: a tokenizer or an end token of another model is a `CheckpointError`. The place
     of a visual token, `image_token_index`, is no row and may be any id but that of a piece of text.
     """
-    folder = Path(folder)
+    folder = processor_folder(Path(folder))
     config = load_config(folder)
     generation = folder / "generation_config.json"
     eos = read_json(generation).get("eos_token_id") if generation.is_file() else None

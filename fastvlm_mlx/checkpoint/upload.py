@@ -11,7 +11,7 @@ from ..hub.resolve import BUNDLED, HUB_ID, answer_of
 from ..model.fastvlm import FastVLM
 from .card import license_of, license_text
 from .layouts import adapters
-from .load import load_processor, processor_folder, quantize_like
+from .load import load_processor, quantize_like
 from .read import read_adapted
 
 # Hidden files (`.cache`, `.DS_Store`) and unfinished downloads.
@@ -159,7 +159,7 @@ def check_folder(folder: str | Path) -> None:
     folder = Path(folder).expanduser()
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no model folder {folder}.")
-    load_processor(processor_folder(folder))
+    load_processor(folder)
     config, tensors, _ = read_adapted(folder)
     quantize_like(FastVLM(config), tensors)
 
