@@ -267,5 +267,8 @@ def dequantized(layer: str, weights: Weights, config: FastVLMConfig) -> mx.array
 def unpacked(tensors: Sequence[mx.array], settings: LayerSettings) -> mx.array:
     """As `dequantized`, of a layer's tensors; at half precision it would be rounded once more than
     in a quantized product."""
-    exact = [t.astype(mx.float32) if mx.issubdtype(t.dtype, mx.floating) else t for t in tensors]
-    return mx.dequantize(*exact, **settings).astype(mx.float32)
+    packed, scales, *biases = (
+        t.astype(mx.float32) if mx.issubdtype(t.dtype, mx.floating) else t for t in tensors
+    )
+    weight = mx.dequantize(packed, scales, biases[0] if biases else None, **settings)
+    return weight.astype(mx.float32)
