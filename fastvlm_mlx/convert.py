@@ -183,7 +183,7 @@ def prepare(
     if config.quantization and layout not in QUANTIZED:
         raise ValueError(
             f"{folder} is quantized, and the {layout} layout holds no quantized weights, which are "
-            "not expanded again; convert a full-precision source."
+            "not expanded again; convert a full-precision source, or fuse with dequantize."
         )
     return Checkpoint(folder, config, weights, encoder, chosen)
 

@@ -119,7 +119,7 @@ def finetune(
     out = Path(out).expanduser()
     check_out(out)
     folder = resolve(model, revision=revision)
-    processor = load_processor(folder)
+    processor, config = load_processor(folder), load_config(processor_folder(folder))
     reading: dict[str, Any] = {
         "images": images,
         "columns": columns,
@@ -127,7 +127,6 @@ def finetune(
         "split": split,
     }
     reading |= {} if question is None else {"question": question}
-    config = load_config(folder)
     sets = read_sets(_source(data), processor, config, settings, **reading)
     ranks = Ranks()
     run = describe(settings, folder, sets, ranks.size)
@@ -193,7 +192,7 @@ def check(
     check_dtype(settings.dtype)
     check_reporter(settings.report_to)
     folder = resolve(model, revision=revision)
-    processor, config = load_processor(folder), load_config(folder)
+    processor, config = load_processor(folder), load_config(processor_folder(folder))
     reading: dict[str, Any] = {
         "images": images,
         "columns": columns,

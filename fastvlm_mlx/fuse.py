@@ -12,10 +12,10 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from .checkpoint import fold
-from .checkpoint.adapt import dequantized
+from .checkpoint.adapt import dequantized, unpacked
 from .checkpoint.card import license_of, model_card
 from .checkpoint.files import Weights
-from .checkpoint.layouts.adapters import LowRank, base_of, is_adapter
+from .checkpoint.layouts.adapters import LowRank, base_of, is_adapter, no_adapter
 from .checkpoint.layouts.mlx_vlm import ENCODER, HEAD, VISION_TOWER, dtype_of, is_folded
 from .checkpoint.load import load_model, load_processor, processor_folder
 from .checkpoint.names import memory_name, quantized_linears
@@ -122,12 +122,12 @@ def fuse(
     layers: tuple[FusedLayer, ...] = ()
     if dequantize:
         config, weights = expanded(config, weights, beside)
+    elif config.quantization and layout != "mlx":
+        raise ValueError(
+            f"{folder} is quantized, and its weights go only into the mlx layout: add dequantize "
+            f"for {layout}."
+        )
     elif beside:
-        if layout != "mlx":
-            raise ValueError(
-                f"{folder} is quantized, and its weights go only into the mlx layout: add "
-                f"dequantize for {layout}."
-            )
         inputs = layer_inputs(folder, trained, config, beside, progress=progress)
         config, weights, layers = packed_anew(config, weights, beside, inputs, progress=progress)
     checkpoint = prepare(
@@ -147,7 +147,7 @@ def fuse(
         (temporary / "README.md").write_text(card, encoding="utf-8")
         write_record(record, temporary)
         write(checkpoint, temporary, layout, precision, shown=progress)
-    same = _same_tokens(folder, trained, target) if layers else None
+    same = same_tokens(folder, trained, target) if layers else None
     return Fused(target, layers, same)
 
 
@@ -155,7 +155,7 @@ def base_named_by(adapter: str | os.PathLike[str]) -> tuple[str, str | None]:
     """The base that an adapter names, and its revision; errors as `fuse`."""
     folder = resolve(adapter)
     if not is_adapter(folder):
-        raise ValueError(f"{folder} is no adapter; name the base and then the adapter.")
+        raise no_adapter(folder)
     return base_of(folder)
 
 
@@ -208,7 +208,7 @@ def layer_inputs(
 ) -> dict[str, mx.array]:
     """What layers are given when the unfused model reads sample images, [rows, inputs] by layer."""
     model = load_model(folder, adapter=adapter)
-    processor = load_processor(processor_folder(folder))
+    processor = load_processor(folder)
     modules = dict(model.named_modules())
     paths = {layer: memory_name(layer, config, modules)[0] for layer in beside}
     recorders = {path: Recorder(modules[path]) for path in paths.values()}
@@ -263,8 +263,7 @@ def _packed(
     dtype, agreements, wanted = dtype_of(weights), [], x @ weight.T
     for chosen in _wider(settings):
         tensors = mx.quantize(weight.astype(dtype), **chosen)
-        got = x @ mx.dequantize(*tensors, **chosen).astype(mx.float32).T
-        agreements.append(agreement(got, wanted))
+        agreements.append(agreement(x @ unpacked(tensors, chosen).T, wanted))
         if agreements[-1] >= AGREEMENT:
             return (
                 chosen,
@@ -289,7 +288,7 @@ def agreement(found: mx.array, wanted: mx.array) -> float:
     return float(mx.sum(found * wanted) / mx.maximum(lengths, 1e-12))
 
 
-def _same_tokens(folder: Path, adapter: Path, fused: Path) -> float:
+def same_tokens(folder: Path, adapter: Path, fused: Path) -> float:
     """How much of the unfused model's answers the fused one gives, token by token."""
     processor = load_processor(fused)
 

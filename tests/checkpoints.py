@@ -34,7 +34,7 @@ def rewrite(folder: Path, tensors: dict[str, mx.array], **fields) -> Path:
 
 def logits_of(model: FastVLM) -> mx.array:
     """Logits of one prompt with one image."""
-    ids = [5, 9, 11, *[-200] * PLACES, 17, 23, 42, 7]
+    ids = [5, 9, 11, *[model.config.image_token_index] * PLACES, 17, 23, 42, 7]
     pixels = mx.random.uniform(shape=(1, 128, 128, 3), key=mx.random.key(0))
     return model(mx.array([ids]), pixel_values=pixels).astype(mx.float32)
 

@@ -128,14 +128,28 @@ def merge_with_peft(folder: Path, inputs: Arrays) -> Arrays:
 
 def train_with_peft(folder: Path, inputs: Arrays) -> Arrays:
     """As `merge_with_peft`, with an adapter drawn at random, which PEFT writes."""
+    merged = draw_with_peft(holder_of(folder), folder, inputs)
+    return {name: tensor.detach().float() for name, tensor in merged.state_dict().items()}
+
+
+def train_transformers_with_peft(folder: Path, inputs: Arrays) -> Arrays:
+    """As `run_peft`, with an adapter drawn at random, which PEFT writes."""
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    return outputs_of(draw_with_peft(model, folder, inputs).eval(), inputs)
+
+
+def draw_with_peft(model: Any, folder: Path, inputs: Arrays) -> Any:
+    """A model merged with a random adapter, which is written."""
     import json
 
     import torch
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(0)
-    config = LoraConfig(**json.loads(str(inputs["settings"])))
-    model = get_peft_model(holder_of(folder), config)
+    model = get_peft_model(model, LoraConfig(**json.loads(str(inputs["settings"]))))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -145,8 +159,7 @@ def train_with_peft(folder: Path, inputs: Arrays) -> Arrays:
     settings = json.loads((adapter / "adapter_config.json").read_text())
     settings["base_model_name_or_path"] = str(folder)
     (adapter / "adapter_config.json").write_text(json.dumps(settings))
-    merged = model.merge_and_unload()
-    return {name: tensor.detach().float() for name, tensor in merged.state_dict().items()}
+    return model.merge_and_unload()
 
 
 def holder_of(folder: Path) -> Any:
@@ -207,6 +220,7 @@ LIBRARIES = {
     "peft": run_peft,
     "peft-merge": merge_with_peft,
     "peft-train": train_with_peft,
+    "peft-train-transformers": train_transformers_with_peft,
 }
 
 

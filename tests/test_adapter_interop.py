@@ -79,6 +79,8 @@ SETTINGS: list[dict[str, Any]] = [
     },
     {"r": 4, "lora_alpha": 16, "use_dora": True, "rank_pattern": {"o_proj": 3}},
     {"r": 4, "lora_alpha": 16, "modules_to_save": ["mm_projector"]},
+    {"r": 4, "target_modules": "all-linear", "exclude_modules": ["embed_tokens"]},
+    {"r": 4, "target_modules": r".*\.[01]\.self_attn\.[qk]_proj", "use_dora": True},
 ]
 
 
@@ -86,7 +88,7 @@ SETTINGS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_what_peft_writes(small_folder: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    given = json.dumps(settings | {"target_modules": targets})
+    given = json.dumps({"target_modules": targets} | settings)
     adapter = tmp_path / "adapter"
     theirs = run_peer(
         TRANSFORMERS, "peft-train", small_folder, tmp_path, adapter=str(adapter), settings=given
@@ -104,14 +106,23 @@ def test_what_peft_writes(small_folder: Path, tmp_path: Path, settings: dict[str
     assert len(same_tensors(weights, theirs)) > 100
 
 
-@needs_transformers
-def test_peft_on_the_model_of_transformers(tmp_path: Path) -> None:
+@pytest.fixture
+def of_transformers(tmp_path: Path) -> Path:
+    """The bundled model in float, as transformers has it."""
     plain = full_nano(tmp_path / "nano")
-    base = fv.convert(
-        plain, tmp_path / "base", layout="transformers", dtype="float32", progress=False
-    )
-    model = trained(base, decoder="dora", projector="full")
-    folder = write(model, tmp_path / "adapter", base)
+    target = tmp_path / "base"
+    return fv.convert(plain, target, layout="transformers", dtype="float32", progress=False)
+
+
+@needs_transformers
+@pytest.mark.parametrize(
+    "modes", [{"decoder": "dora", "projector": "full"}, {"vision": "lora"}], ids=str
+)
+def test_peft_on_the_model_of_transformers(
+    of_transformers: Path, tmp_path: Path, modes: dict[str, str]
+) -> None:
+    base = of_transformers
+    folder = write(trained(base, **modes), tmp_path / "adapter", base)
     pixel_values, ids = random_inputs(256, 250)
     fused = fv.fuse(base, folder, tmp_path / "fused", progress=False).folder
     token = json.loads((base / "config.json").read_text())["image_token_index"]
@@ -126,3 +137,38 @@ def test_peft_on_the_model_of_transformers(tmp_path: Path) -> None:
         tokens=TOKENS,
     )
     check(run_ours(fused, pixel_values, ids), theirs)
+
+
+@needs_transformers
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": "all-linear"},  # those of the encoder, too
+        {"target_modules": r".*(mlp\.fc[12]|token_mixer\.proj|linear_1)", "use_dora": True},
+        {"target_modules": ["q_proj"], "modules_to_save": ["multi_modal_projector", "norm"]},
+        {
+            "target_modules": ["q_proj"],
+            "modules_to_save": ["embed_tokens"],
+            "ensure_weight_tying": True,
+        },
+    ],
+    ids=str,
+)
+def test_what_peft_writes_for_the_model_of_transformers(
+    of_transformers: Path, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    pixel_values, ids = random_inputs(256, 250)
+    token = json.loads((of_transformers / "config.json").read_text())["image_token_index"]
+    adapter = tmp_path / "adapter"
+    theirs = run_peer(
+        TRANSFORMERS,
+        "peft-train-transformers",
+        of_transformers,
+        tmp_path,
+        adapter=str(adapter),
+        settings=json.dumps({"r": 4, "lora_alpha": 8} | settings),
+        pixel_values=pixel_values,
+        input_ids=[token if i < 0 else i for i in ids],
+        tokens=TOKENS,
+    )
+    check(run_ours(adapter, pixel_values, ids), theirs)

@@ -115,6 +115,8 @@ def test_rank_by_pattern(lora, small_folder):
         ({"init_lora_weights": "OLoRA"}, "init_lora_weights=OLoRA"),
         ({"peft_type": "IA3"}, "peft_type must be LORA, found 'IA3'"),
         ({"modules_to_save": ["mm_projector"]}, "does not hold mm_projector"),
+        ({"modules_to_save": "mm_projector"}, "must be a list of texts, found 'mm_projector'"),
+        ({"modules_to_save": 5}, "must be a list of texts, found 5"),
         ({"alpha_pattern": {"(": 1}}, "alpha_pattern must be an object"),
         ({"alpha_pattern": ["k_proj"]}, "alpha_pattern must be an object"),
         ({"rank_pattern": 5}, "rank_pattern must be an object"),
@@ -157,6 +159,46 @@ def test_modules_that_were_trained_whole(lora, small_folder, wrapper):
     write_settings(folder, **settings)  # which does not say that the projector was trained
     with pytest.raises(CheckpointError, match=r"mm_projector\.0.* no LoRA matrix"):
         load_model(folder)
+
+
+def test_modules_are_named_by_their_ends(lora, small_folder):
+    """As peft matches them: `norm` means every `input_layernorm`, too."""
+    folder, matrices = lora
+    names = [f"layers.{i}.{part}_layernorm" for i in (0, 1) for part in ("input", "post_attention")]
+    scales = {f"base_model.model.model.{name}.weight": mx.full((64,), 2.0) for name in names}
+    mx.save_safetensors(str(folder / "adapter_model.safetensors"), matrices | scales)
+    settings = {"base_model_name_or_path": str(small_folder), "modules_to_save": ["norm"]}
+    write_settings(folder, **settings)
+    _, found = read_checkpoint(folder)
+    for name in names:
+        assert mx.array_equal(found[f"language_model.model.{name}.weight"], mx.full((64,), 2.0))
+
+
+def test_the_table_of_a_tied_model_is_trained_with_its_output_layer_or_refused(lora, small_folder):
+    """PEFT trains a copy of the table, and the output layer keeps the base's unless it is told."""
+    folder, matrices = lora
+    table = {"base_model.model.model.embed_tokens.weight": mx.random.normal((320, 64))}
+    mx.save_safetensors(str(folder / "adapter_model.safetensors"), matrices | table)
+    settings = {"base_model_name_or_path": str(small_folder), "modules_to_save": ["embed_tokens"]}
+    write_settings(folder, **settings)
+    with pytest.raises(CheckpointError, match=r"without ensure_weight_tying.*\(tied\)") as error:
+        load_model(folder)
+    one_sentence(error)
+    write_settings(folder, **settings, ensure_weight_tying=True)
+    model = load_model(folder)
+    assert model.config.text.tie_word_embeddings
+    (wanted,) = table.values()
+    assert mx.array_equal(model.language_model.embed_tokens.weight, wanted)
+
+
+@pytest.mark.parametrize("name", ["lora_embedding_A", "lora_A.weight"])
+def test_lora_of_the_embeddings(lora, name):
+    folder, matrices = lora
+    table = {f"base_model.model.model.embed_tokens.{end}": mx.zeros((4, 64)) for end in ("a", name)}
+    mx.save_safetensors(str(folder / "adapter_model.safetensors"), matrices | table)
+    with pytest.raises(CheckpointError, match=r"has LoRA of the embeddings .*merge") as error:
+        load_model(folder)
+    one_sentence(error)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 import warnings
 from itertools import pairwise
 from pathlib import Path
@@ -14,19 +15,29 @@ from hub_server import TOKEN
 from mlx.utils import tree_flatten
 from models import DEPTH
 from sources import LAYOUTS, full_nano, with_tokenizer
-from training import trained
+from training import trained, write_rows
 
 import fastvlm_mlx as fv
+from fastvlm_mlx.checkpoint.adapt import dequantized
 from fastvlm_mlx.checkpoint.files import read_file, read_tensors
 from fastvlm_mlx.checkpoint.layouts import adapters
 from fastvlm_mlx.checkpoint.layouts.adapters import Adapter
-from fastvlm_mlx.checkpoint.load import load_for_training
+from fastvlm_mlx.checkpoint.load import load_for_training, load_processor
 from fastvlm_mlx.checkpoint.names import quantized_linears
 from fastvlm_mlx.checkpoint.read import read_adapted, read_checkpoint
 from fastvlm_mlx.checkpoint.record import MOST_LINES, read_record, read_run
-from fastvlm_mlx.checkpoint.upload import upload
+from fastvlm_mlx.checkpoint.upload import base_problem, license_problem, upload
 from fastvlm_mlx.checkpoint.write_adapter import shortened, write_adapter, write_torch
-from fastvlm_mlx.fuse import Fused, FusedLayer, agreement, expanded, packed_anew
+from fastvlm_mlx.fuse import (
+    MOST_ROWS,
+    Fused,
+    FusedLayer,
+    agreement,
+    expanded,
+    layer_inputs,
+    packed_anew,
+    same_tokens,
+)
 from fastvlm_mlx.hub.resolve import NANO, resolve
 from fastvlm_mlx.train.adapters import apply_adapter, write
 
@@ -82,6 +93,19 @@ def test_every_mode_is_loaded_and_fused(base, small, tmp_path, modes):
     assert is_near(fv.load_model(done.folder), model)
 
 
+@pytest.mark.parametrize("modes", [{"vision": "lora", "decoder": "lora"}, *MIXED[1:]], ids=str)
+def test_adapters_in_the_names_of_transformers(data, tmp_path, modes):
+    """Those of its model, the encoder's too."""
+    base = data / "transformers-small"
+    model = trained(base, **modes)
+    model.eval()
+    folder = write(model, tmp_path / "adapter", base)
+    names = [name for file in folder.glob("*.safetensors") for name in read_file(file)]
+    assert any("model.vision_tower.timm_model.stages.4.blocks." in name for name in names)
+    assert not any("mm_projector" in name or "network" in name for name in names)
+    assert is_near(fv.load_model(base, adapter=folder), model)
+
+
 def test_nothing_trained_is_no_adapter(base, tmp_path):
     with pytest.raises(ValueError, match="Nothing of the model is trained") as error:
         write(trained(base), tmp_path / "adapter", base)
@@ -104,6 +128,13 @@ def test_adapters_stay_beside_quantized_weights(quantized, tmp_path, modes):
     assert packed and all(mx.array_equal(weights[name], own[name]) for name in packed)
     with pytest.raises(fv.CheckpointError, match="fastvlm fuse"):
         fv.convert(folder, tmp_path / "converted", progress=False)
+    done = fv.fuse(quantized, folder, tmp_path / "fused", progress=False)
+    assert {layer.name for layer in done.layers} == beside.keys() and not done.wider
+    assert all(layer.agreement > 0.999 for layer in done.layers)
+    fused = fv.load_model(done.folder, dtype="float32")
+    found, wanted = logits_of(fused), logits_of(model)
+    assert fused.config.quantization
+    assert mx.abs(found - wanted).max() < 0.1 * mx.abs(wanted).max()
 
 
 def test_a_base_that_is_quantized_on_loading_is_quantized_first(base, adapter):
@@ -218,6 +249,7 @@ def test_a_quantized_base_is_packed_anew_and_measured(tmp_path):
     assert len(done.layers) == 7 * DEPTH and not done.wider
     assert all(layer.agreement > 0.999 for layer in done.layers)  # 8 bits lose little
     assert done.same_tokens is not None and done.same_tokens > 0.9
+    assert same_tokens(NANO, folder, NANO) < 1  # without the adapter
     (_, before), (config, after) = read_checkpoint(NANO), read_checkpoint(done.folder)
     assert config.quantization and before.keys() == after.keys()
     changed = {layer.name for layer in done.layers}
@@ -276,6 +308,24 @@ def test_layers_that_lose_too_much_get_more_bits(base, tmp_path):
         assert abs(cosine - layer.agreement) < 1e-4
 
 
+def test_layers_are_measured_on_what_the_unfused_model_gives_them(quantized, tmp_path):
+    """What goes into `down_proj` is what the layers before it make of their inputs."""
+    folder = write(trained(quantized, decoder="lora"), tmp_path / "adapter", quantized)
+    config, weights, beside = read_adapted(quantized, folder)
+    inputs = layer_inputs(quantized, folder, config, beside, progress=False)
+    assert inputs.keys() == beside.keys()
+    for i in range(config.text.num_hidden_layers):
+        name = f"language_model.model.layers.{i}.mlp"
+        x, wanted = inputs[f"{name}.up_proj"], inputs[f"{name}.down_proj"]
+        assert len(x) == len(wanted) > MOST_ROWS / 4
+        gate, up = (
+            x @ beside[f"{name}.{part}"].added_to(dequantized(f"{name}.{part}", weights, config)).T
+            for part in ("gate_proj", "up_proj")
+        )
+        found = gate * mx.sigmoid(gate) * up
+        assert mx.abs(found - wanted).max() < 1e-4 * mx.abs(wanted).max()
+
+
 def test_agreement_is_a_cosine():
     x = mx.array([[3.0, 4.0]])
     assert agreement(x, x) == pytest.approx(1)
@@ -313,6 +363,22 @@ def test_an_adapter_on_an_adapter(adapter, base, tmp_path):
     for each in (adapter, second):
         with pytest.raises(fv.CheckpointError, match="already"):
             fv.load_model(both.folder, adapter=each)
+
+
+def test_an_adapter_is_trained_on_as_a_model_is(run, base, quantized, tmp_path):
+    """Its tokenizer is its base's; that of a quantized model is fused first."""
+    write_rows(tmp_path / "rows.json", 4, 3)
+    first = write(trained(base, decoder="lora"), tmp_path / "first", base)
+    command = ["train", "--data", tmp_path / "rows.json", "--steps", 1, "-q", "--model"]
+    options = ["--batch-size", 1, "--projector", "frozen", "--max-length", 2000]
+    done = run(*command, first, "--out", tmp_path / "run", *options)
+    assert done.code == 0, done.err
+    loaded = fv.load_model(tmp_path / "run" / "adapter")
+    assert not is_near(loaded, fv.load_model(base)) and is_near(loaded, fv.load_model(first), 0.1)
+    packed = write(trained(quantized, decoder="lora"), tmp_path / "packed", quantized)
+    assert load_processor(first).tokenizer.eos_token_ids  # for reports, calibration, benchmarks
+    done = run(*command, packed, "--out", tmp_path / "other", *options)
+    assert done.code == 2 and "fastvlm fuse" in done.err and "Traceback" not in done.err
 
 
 def test_half_a_model_is_no_adapter(adapter, base, tmp_path):
@@ -378,6 +444,28 @@ def test_what_is_not_finite_is_not_written(base, tmp_path):
     with pytest.raises(fv.CheckpointError, match=r"q_proj\.lora_B\.weight holds NaN"):
         write(model, tmp_path / "adapter", base)
     assert not (tmp_path / "adapter").exists()
+
+
+@pytest.mark.parametrize("writer", ["save_safetensors", "_add"])
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_full_disk_leaves_what_was_there(base, tmp_path, monkeypatch, writer, exists):
+    model, target = trained(base, decoder="lora", projector="full"), tmp_path / "out" / "adapter"
+    if exists:
+        write(trained(base, seed=1, projector="full"), target, base)
+    before = {path.name: path.read_bytes() for path in target.glob("*")}
+
+    def fail(file, *_, **__):
+        if writer == "_add":
+            raise OSError(28, "No space left on device")
+        Path(file).write_bytes(b"half of it")
+        raise RuntimeError("[write] Unable to write 300094 bytes to file.")  # as MLX says it
+
+    module = mx if writer == "save_safetensors" else sys.modules[write_adapter.__module__]
+    monkeypatch.setattr(module, writer, fail)
+    with pytest.raises(OSError, match=r"can't be written: .*(Unable to write|No space left)"):
+        write(model, target, base, overwrite=True)
+    assert {path.name: path.read_bytes() for path in target.glob("*")} == before
+    assert [path.name for path in target.parent.glob("*")] == (["adapter"] if exists else [])
 
 
 # The command and the card
@@ -451,8 +539,10 @@ def run_folder(base, tmp_path) -> Path:
     """A run's folder with an adapter, as `fastvlm train` leaves it."""
     folder = tmp_path / "run"
     folder.mkdir()
-    (folder / "options.json").write_text(json.dumps({"decoder": "lora", "rank": 4, "stage": None}))
-    (folder / "data.json").write_text(json.dumps({"rows": 500, "source": "clocks|a.jsonl"}))
+    options = {"model": str(base), "decoder": "lora", "rank": 4, "stage": None}
+    (folder / "options.json").write_text(json.dumps(options))
+    data = {"data": "/home/me/clocks|a.jsonl", "rows": 500}
+    (folder / "data.json").write_text(json.dumps(data))
     lines = [{"step": i, "loss": 2.0 / i} for i in range(1, 5)]
     lines += [{"step": 2, "validation_loss": 0.75}, {"step": 4, "validation_loss": 1.5}]
     log = "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 5, "lo'
@@ -473,8 +563,8 @@ def test_cards_say_how_it_was_trained(run_folder, base, tmp_path):
             for said in (
                 "## Training",
                 "| rank | 4 |",
+                r"| data | clocks\|a.jsonl |",
                 "| rows | 500 |",
-                r"| source | clocks\|a.jsonl |",
                 "The loss was 2.000 at first and 0.500 after 4 steps.",
                 "The validation loss was lowest, 0.750, after step 2.",
                 "![Loss by step](loss.png)",
@@ -485,10 +575,52 @@ def test_cards_say_how_it_was_trained(run_folder, base, tmp_path):
         assert "stage" not in card and "nothing was trained" not in card
         assert ("fine-tuned with" in card) == (folder != run_folder / "adapter")
         assert (folder / "loss.png").read_bytes() == b"a picture"
+        for file in ("README.md", "training.json"):  # which leave this machine
+            text = (folder / file).read_text()
+            assert "/home/me" not in text and str(tmp_path) not in text
     found = read_record(fused)
     assert found is not None and found.options["rank"] == 4 and len(found.lines) == 6
     # A second time, over what it wrote
     fv.fuse(base, run_folder / "adapter", fused, overwrite=True, progress=False)
+
+
+def test_a_run_is_no_adapter_and_has_one(run, run_folder, base, tmp_path):
+    for command in (
+        ["fuse", base, run_folder, "--to", tmp_path / "fused"],
+        ["fuse", run_folder, "--to", tmp_path / "fused"],
+        ["generate", "--prompt", "Hi", "--model", base, "--adapter", run_folder],
+    ):
+        done = run(*command)
+        assert done.code == 2 and "Traceback" not in done.err
+        assert "is no adapter: it has neither adapter_model.safetensors nor" in done.err
+        assert f"the one in it is {run_folder / 'adapter'}." in done.err.replace("\n", "")
+
+
+def test_an_adapter_is_uploaded_with_its_curves(run, server, run_folder, base, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    done = run("upload", run_folder / "adapter", "--repo", "user/clocks")
+    assert done.code == 0 and done.out == f"{server.url}/user/clocks\n"
+    assert f"names its base by a folder of this machine, {base}" in done.err.replace("\n", "")
+    files = server.files["user/clocks"]
+    assert files["loss.png"] == b"a picture" and b"![Loss by step](loss.png)" in files["README.md"]
+    assert base_problem(base) is None
+
+
+def test_the_licence_of_an_adapter_is_its_bases(base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "README.md").write_text("---\nlicense: gpl-3.0\n---\n")  # of something else
+    folder = write(trained(NANO, projector="lora"), tmp_path / "nano")
+    assert "license: mit" in (folder / "README.md").read_text()
+    assert base_problem(folder) is None and license_problem(folder) is None
+    folder = write(trained(base, projector="lora"), tmp_path / "adapter", base)
+    assert "license:" not in (folder / "README.md").read_text()
+    hub = fv.convert(base, tmp_path / "hub", progress=False)
+    (hub / "README.md").write_text("---\nlicense: mit\nbase_model: user/clocks\n---\n")
+    fused = fv.fuse(hub, folder, tmp_path / "fused", progress=False).folder
+    for each in (fused, fv.convert(fused, tmp_path / "again", layout="llava", progress=False)):
+        card = (each / "README.md").read_text()
+        assert "license: mit" in card
+        assert "base_model: user/clocks\nbase_model_relation: finetune" in card
 
 
 def test_long_logs_are_thinned(tmp_path):

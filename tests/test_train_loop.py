@@ -482,7 +482,9 @@ def test_patterns_match_whole_paths_and_are_listed() -> None:
     assert trained.adapted[0] in trained.lines()[1]
 
 
-@pytest.mark.parametrize("pattern", ["q_proj", "*.q_prj", "mm_projector.layers.0", "*.norm"])
+@pytest.mark.parametrize(
+    "pattern", ["q_proj", "*.q_prj", "mm_projector.layers.0", "*.norm", "*.embed_tokens"]
+)
 def test_a_pattern_that_matches_nothing_is_an_error(pattern: str) -> None:
     with pytest.raises(ValueError, match="layers: "):
         prepare(small_model(), TrainOptions(layers=("*.o_proj", pattern)))

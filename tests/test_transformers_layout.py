@@ -46,6 +46,18 @@ def test_names_and_axes_there_and_back(folder):
         assert mx.array_equal(back[name], tensors[name]), name
 
 
+def test_each_name_is_translated_without_the_others(folder):
+    """As an adapter's are, which holds a few layers."""
+    tensors = read_tensors(folder)
+    together = transformers.to_mlx(tensors)
+    assert {name for key in tensors for name in transformers.to_mlx({key: mx.zeros(1)})} == set(
+        together
+    )
+    assert any(name.startswith("vision_tower.vision_model.network.10.") for name in together)
+    for name in together:
+        assert transformers.from_mlx({name: mx.zeros(1)}).keys() <= tensors.keys()
+
+
 TIMM_BRANCHES = (
     (r"\.rbr_conv\.", ".conv_kxk."),
     (r"\.rbr_scale\.", ".conv_scale."),

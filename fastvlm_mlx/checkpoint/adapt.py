@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
@@ -17,7 +17,7 @@ from ..model.fastvlm import FastVLM
 from . import encoder_layers
 from .files import Weights, read_file
 from .layouts import adapters
-from .layouts.adapters import FOLDED, Adapter, LowRank
+from .layouts.adapters import FOLDED, UNTIED, Adapter, LowRank
 from .layouts.mlx_vlm import DECODER, LM_HEAD, PROJECTOR, is_folded
 from .names import memory_name, quantized_linears
 from .quantize import LayerSettings
@@ -43,8 +43,7 @@ def read_adapter(folder: Path) -> Adapter:
     read = {file.name: read_file(file) for file in files}
     adapter = adapters.parse(read, read_json(settings) if settings.is_file() else {})
     _check_projector(folder, adapter)
-    about = adapters.read_about(folder)
-    return Adapter(adapter.low_rank, adapter.whole, about)
+    return replace(adapter, about=adapter.about | adapters.read_about(folder))
 
 
 def _check_projector(folder: Path, adapter: Adapter) -> None:
@@ -144,6 +143,12 @@ def apply(
     weights = dict(base)
     packed = dict(quantized_linears(weights, config))
     adapter = encoder_layers.fitted(adapter, config.vision, is_folded=is_folded(base))
+    if UNTIED in adapter.about and f"{LM_HEAD}weight" not in base:
+        raise CheckpointError(
+            f"{adapters.SETTINGS} has embed_tokens in modules_to_save without ensure_weight_tying, "
+            "so that the output layer did not change with it, and in this base both are one table "
+            "(tied); merge the adapter with peft (merge_and_unload) and convert the result."
+        )
     for name, tensor in adapter.whole.items():
         layer = name.removesuffix(".weight")
         shape = _shape(weights, layer, packed) if layer in packed else _shape_of(weights, name)
@@ -253,6 +258,17 @@ def attach(
 def dequantized(layer: str, weights: Weights, config: FastVLMConfig) -> mx.array:
     """The weight of a quantized layer in float32, [outputs, inputs]."""
     settings = dict(quantized_linears(weights, config))[layer]
-    packed, scales = (weights[f"{layer}.{key}"] for key in ("weight", "scales"))
-    biases = weights.get(f"{layer}.biases")
-    return mx.dequantize(packed, scales, biases, **settings).astype(mx.float32)
+    keys = ("weight", "scales", "biases")
+    return unpacked(
+        [weights[f"{layer}.{key}"] for key in keys if f"{layer}.{key}" in weights], settings
+    )
+
+
+def unpacked(tensors: Sequence[mx.array], settings: LayerSettings) -> mx.array:
+    """As `dequantized`, of a layer's tensors; at half precision it would be rounded once more than
+    in a quantized product."""
+    packed, scales, *biases = (
+        t.astype(mx.float32) if mx.issubdtype(t.dtype, mx.floating) else t for t in tensors
+    )
+    weight = mx.dequantize(packed, scales, biases[0] if biases else None, **settings)
+    return weight.astype(mx.float32)

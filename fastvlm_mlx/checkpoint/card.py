@@ -115,7 +115,12 @@ OTHERS = "PEFT loads it, too, and LLaVA's own loader."
 
 
 def adapter_card(
-    name: str, base: str, record: Record | None = None, *, has_lora: bool = True
+    name: str,
+    base: str,
+    record: Record | None = None,
+    *,
+    has_lora: bool = True,
+    license: Mapping[str, str] | None = None,
 ) -> str:
     """The README.md of an adapter's folder.
 
@@ -124,11 +129,12 @@ def adapter_card(
         base: the folder or Hub id of the model that it is for.
         record: of its training.
         has_lora: whether it is PEFT's.
+        license: of the base, as `license_of` gives it.
     """
     from huggingface_hub.utils import yaml_dump
 
+    license = license or {}
     base_model, origin = _origin(base)
-    license = license_of(Path(base), base) if base_model is None else license_of(Path(), base)
     metadata = {
         "library_name": "peft" if has_lora else "mlx",
         "pipeline_tag": "image-text-to-text",
@@ -152,7 +158,10 @@ def _origin(source: str | os.PathLike[str]) -> tuple[str | None, str]:
     """(`base_model` of the metadata, if the source is on the Hub; the source in Markdown)."""
     path, name = Path(source).expanduser(), os.fspath(source)
     if path.exists():
-        return None, f"`{path.resolve().name}`"
+        stated = read_metadata(path).get("base_model")  # of what was converted or fused before
+        if not isinstance(stated, str) or not HUB_ID.fullmatch(stated):
+            return None, f"`{path.resolve().name}`"
+        name = stated
     if registry.knows(name):
         entry = registry.find(name)
         return entry.name if entry.on_hub else None, f"[{entry.name}]({entry.url})"

@@ -79,7 +79,7 @@ def _found(
     adapter: str | os.PathLike[str] | None,
 ) -> tuple[Path, Processor, Path | None]:
     folder = resolve(source, revision=revision)
-    processor = load_processor(processor_folder(folder))
+    processor = load_processor(folder)
     return folder, processor, None if adapter is None else resolve(adapter)
 
 
@@ -93,13 +93,14 @@ def processor_folder(folder: Path) -> Path:
 
 
 def load_processor(folder: str | Path) -> Processor:
-    """Read the tokenizer and the image settings of a folder; errors as `load`.
+    """Read the tokenizer and the image settings of a folder, or of an adapter's base; errors as
+    `load`.
 
     Every id that a prompt can hold must have a row in the embedding table, since MLX reads whatever
     lies beyond it: a tokenizer or an end token of another model is a `CheckpointError`. The place
     of a visual token, `image_token_index`, is no row and may be any id but that of a piece of text.
     """
-    folder = Path(folder)
+    folder = processor_folder(Path(folder))
     config = load_config(folder)
     generation = folder / "generation_config.json"
     eos = read_json(generation).get("eos_token_id") if generation.is_file() else None
@@ -253,7 +254,8 @@ def _load_model(
     config, weights, beside = read_adapted(folder, trained, prepared)
     if beside and for_training:
         raise CheckpointError(
-            f"{folder} is an adapter of a quantized model; load its base, and then the adapter."
+            f"{folder} is an adapter of a quantized model: write both as one (`fastvlm fuse`), and "
+            "train that."
         )
     model = FastVLM(config)
     if for_training:

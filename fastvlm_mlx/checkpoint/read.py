@@ -63,10 +63,7 @@ def read_adapted(
         base, adapter = resolve(name, revision=revision), folder
         config = load_config(folder) if (folder / "config.json").is_file() else None
     if adapter is not None and not adapters.is_adapter(adapter):
-        raise CheckpointError(
-            f"{adapter} is no adapter: it has neither {adapters.ADAPTER[0]} nor "
-            f"{adapters.TRAINED[0]}."
-        )
+        raise adapters.no_adapter(adapter)
     own, weights, layout = _read_base(base, adapter)
     config = own if config is None else replace(config, quantization=own.quantization)
     config = trust_tensors(config, weights)

@@ -16,6 +16,7 @@ OPTIONS, LOG, PLOT, DATA = "options.json", "log.jsonl", "loss.png", "data.json" 
 TRAINING = "training.json"  # of an adapter or a model: what the run's files say
 LOSS, VALIDATION = "loss", "validation_loss"  # of the log's lines
 KEPT = ("step", LOSS, VALIDATION)
+PLACES = ("model", "data")  # options that may be paths
 MOST_LINES = 1000
 
 
@@ -46,7 +47,18 @@ def read_run(folder: Path) -> Record | None:
     chosen = [line for i, line in enumerate(lines) if i % every == 0 or VALIDATION in line]
     if lines and chosen[-1] is not lines[-1]:
         chosen.append(lines[-1])
-    return Record(_object(folder / OPTIONS), _object(folder / DATA), chosen, _plot(folder))
+    options, data = (_public(_object(folder / name)) for name in (OPTIONS, DATA))
+    return Record(options, data, chosen, _plot(folder))
+
+
+def _public(values: dict[str, Any]) -> dict[str, Any]:
+    """Without where files are on this machine, which is no one else's concern: their names."""
+    return {name: _named(value) if name in PLACES else value for name, value in values.items()}
+
+
+def _named(value: Any) -> Any:
+    is_path = isinstance(value, str) and (value.startswith(("~", ".")) or Path(value).is_absolute())
+    return Path(value).name if is_path else value
 
 
 def read_record(folder: Path) -> Record | None:

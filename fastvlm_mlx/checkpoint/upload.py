@@ -7,10 +7,11 @@ from pathlib import Path
 
 from ..checks import reason
 from ..hub import registry
-from ..hub.resolve import HUB_ID, answer_of
+from ..hub.resolve import BUNDLED, HUB_ID, answer_of
 from ..model.fastvlm import FastVLM
 from .card import license_of, license_text
-from .load import load_processor, processor_folder, quantize_like
+from .layouts import adapters
+from .load import load_processor, quantize_like
 from .read import read_adapted
 
 # Hidden files (`.cache`, `.DS_Store`) and unfinished downloads.
@@ -27,7 +28,8 @@ def upload(
     """Upload a model folder, its README.md as the model card, to a repository on the Hub.
 
     The repository is created if there is none. An upload that was interrupted goes on when this is
-    called again. A folder that does not state its licence causes a `UserWarning`.
+    called again. A folder that does not state its licence, and an adapter whose base is a folder,
+    cause a `UserWarning`.
 
     Args:
         folder: a model folder that loads.
@@ -50,8 +52,9 @@ def upload(
     folder = Path(folder).expanduser()
     check_repo_name(repo)
     check_folder(folder)
-    if problem := license_problem(folder):
-        warnings.warn(problem, stacklevel=2)
+    for problem in (license_problem(folder), base_problem(folder)):
+        if problem is not None:
+            warnings.warn(problem, stacklevel=2)
     _check_login()
     try:
         api = HfApi()
@@ -156,7 +159,7 @@ def check_folder(folder: str | Path) -> None:
     folder = Path(folder).expanduser()
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no model folder {folder}.")
-    load_processor(processor_folder(folder))
+    load_processor(folder)
     config, tensors, _ = read_adapted(folder)
     quantize_like(FastVLM(config), tensors)
 
@@ -176,3 +179,16 @@ def license_problem(folder: str | Path) -> str | None:
             f"save {registry.LICENSE['license_link']} as LICENSE in it."
         )
     return None
+
+
+def base_problem(folder: str | Path) -> str | None:
+    """A sentence about the base of an adapter that others can't have, or None."""
+    folder = Path(folder).expanduser()
+    base = adapters.base_of(folder)[0] if adapters.is_adapter(folder) else BUNDLED
+    if base == BUNDLED or not Path(base).expanduser().is_dir():
+        return None
+    file = adapters.SETTINGS if (folder / adapters.SETTINGS).is_file() else "config.json"
+    return (
+        f"{folder} names its base by a folder of this machine, {base}, which no one else has: put "
+        f"its Hub id into {file}, or upload what `fastvlm fuse` makes of both."
+    )

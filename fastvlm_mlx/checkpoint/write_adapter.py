@@ -36,6 +36,7 @@ def write_adapter(
     config: FastVLMConfig,
     *,
     layout: str = "llava",
+    license: Mapping[str, str] | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Write an adapter's folder, which appears only when it is whole.
@@ -50,18 +51,16 @@ def write_adapter(
         base: a folder or Hub id, which the folder names.
         weights, config: of the base, in the mlx-vlm layout.
         layout: whose names the modules get, "llava" or "transformers": the base's in PyTorch.
+        license: of the base, as `card.license_of` gives it.
         overwrite: replace a folder with an adapter or a model.
 
     Raises:
         CheckpointError: a tensor holds NaN or infinity.
         FileExistsError, OSError: as `target.check_target`, or a file can't be written.
-        ValueError: the layout is unknown, or has no names for the encoder's parts.
+        ValueError: the layout is unknown.
     """
     if layout not in NAMES:
         raise ValueError(f"layout must be one of {', '.join(NAMES)}, found {layout!r}.")
-    encoder = [n for n in (*adapter.low_rank, *adapter.whole) if n.startswith(VISION_TOWER)]
-    if layout == "transformers" and encoder:
-        raise ValueError(f"{encoder[0]} was trained: write the adapter in the names of llava.")
     about = marks_of(weights, config) | adapter.about | {"base": base, "format": "pt"}
     in_peft, beside = _divided(adapter)
     is_projector = not adapter.low_rank and all(map(_is_projectors, adapter.whole))
@@ -84,7 +83,9 @@ def write_adapter(
             write_torch(folder / f"{stem}.bin", llava.from_mlx(beside))
         record = read_run(target.parent)
         write_record(record, folder)
-        card = adapter_card(target.name, base, record, has_lora=bool(adapter.low_rank))
+        card = adapter_card(
+            target.name, base, record, has_lora=bool(adapter.low_rank), license=license
+        )
         (folder / "README.md").write_text(card, encoding="utf-8")
     return target
 

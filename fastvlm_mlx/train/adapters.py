@@ -13,6 +13,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from ..checkpoint import encoder_layers, fold, write_adapter
 from ..checkpoint.adapt import apply, check_base, read_adapter
+from ..checkpoint.card import license_of
 from ..checkpoint.files import Weights
 from ..checkpoint.layouts.adapters import FOLDED, PLAIN, Adapter, LowRank
 from ..checkpoint.layouts.mlx_vlm import ENCODER, VISION_TOWER, is_folded
@@ -56,8 +57,16 @@ def write(
     if layout is None:
         layout = "transformers" if is_of_transformers(folder) else "llava"
     target, name = Path(target).expanduser(), name_of(base, folder)
+    license = license_of(folder, "" if base is None else base)
     return write_adapter.write_adapter(
-        adapter, target, name, weights, config, layout=layout, overwrite=overwrite
+        adapter,
+        target,
+        name,
+        weights,
+        config,
+        layout=layout,
+        license=license,
+        overwrite=overwrite,
     )
 
 

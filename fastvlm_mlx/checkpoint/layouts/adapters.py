@@ -20,6 +20,7 @@ from ...checks import brief, is_number, reason, shown
 from ...config import CheckpointError, read_json
 from ..files import Weights
 from . import llava, transformers
+from .mlx_vlm import DECODER
 
 SETTINGS = "adapter_config.json"
 ADAPTER = ("adapter_model.safetensors", "adapter_model.bin")
@@ -27,8 +28,9 @@ WHOLE, PROJECTOR = "non_lora_trainables", "mm_projector"
 TRAINED = tuple(f"{name}.{end}" for name in (WHOLE, PROJECTOR) for end in ("safetensors", "bin"))
 BLOCK = 2**20  # bytes read at once
 MAGNITUDE = "lora_magnitude_vector"
-# In `Adapter.about`: whether the base's encoder was folded, and the layers with LoRA beside DoRA
-FOLDED, PLAIN = "folded", "plain"
+# In `Adapter.about`: whether the base's encoder was folded, the layers with LoRA beside DoRA, and
+# whether the table of embeddings was trained while the output layer kept the base's
+FOLDED, PLAIN, UNTIED = "folded", "plain", "untied"
 # Settings of peft with which a layer is more than its base and a scaled B A.
 UNSUPPORTED = (
     "fan_in_fan_out",
@@ -101,6 +103,15 @@ def is_adapter(folder: Path) -> bool:
     return not whole and any((folder / name).is_file() for name in (*ADAPTER, *TRAINED))
 
 
+def no_adapter(folder: Path) -> CheckpointError:
+    """What to raise for a folder that is not one: with its place in that of a training run."""
+    inside = next((f for f in sorted(folder.glob("*/")) if is_adapter(f)), None)
+    hint = "" if inside is None else f"; the one in it is {inside}"
+    return CheckpointError(
+        f"{folder} is no adapter: it has neither {ADAPTER[0]} nor {TRAINED[0]}{hint}."
+    )
+
+
 def base_of(folder: Path) -> tuple[str, str | None]:
     """The base model that the folder names, and its revision if it is on the Hub and has one.
 
@@ -168,7 +179,13 @@ def parse(files: dict[str, Weights], settings: dict[str, Any]) -> Adapter:
     if not any(name in files for name in ADAPTER):
         return Adapter({}, whole)
     check_settings(settings, [key for tensors in files.values() for key in tensors])
+    if table := next((name for name in adapted if "embed_tokens.lora_" in name), None):
+        raise CheckpointError(
+            f"The adapter has LoRA of the embeddings ({brief(table)}), which is not supported; "
+            "merge it with peft (merge_and_unload) and convert the result."
+        )
     low_rank: dict[str, LowRank] = {}
+    saved: Weights = {}
     for name, tensor in adapted.items():
         if "lora_B" in name and name.replace("lora_B", "lora_A") in adapted:
             continue  # read with its other half
@@ -179,11 +196,13 @@ def parse(files: dict[str, Weights], settings: dict[str, Any]) -> Adapter:
             low_rank[layer] = found
         elif _is_saved_whole(name, settings):
             plain = plain_name(re.sub(r"\.modules_to_save(\.default)?\.|\.base_layer\.", ".", name))
-            whole |= layout_of([plain]).to_mlx({plain: tensor})
+            saved |= layout_of([plain]).to_mlx({plain: tensor})
         else:
             raise CheckpointError(f"The adapter holds {brief(name)}, which is no LoRA matrix.")
     _check_magnitudes(adapted, settings)
-    return Adapter(low_rank, whole)
+    # peft trains a copy of the table, and an output layer that is tied stays the base's, unless:
+    apart = f"{DECODER}embed_tokens.weight" in saved and not settings.get("ensure_weight_tying")
+    return Adapter(low_rank, whole | saved, {UNTIED: "true"} if apart else {})
 
 
 def plain_name(name: str) -> str:
@@ -212,10 +231,10 @@ def check_settings(settings: dict[str, Any], names: list[str]) -> None:
             f"{SETTINGS} asks for {brief(', '.join(asked))}, which is not supported; "
             "merge the adapter with peft (merge_and_unload) and convert the result."
         )
-    for module in settings.get("modules_to_save") or ():
-        if not any(f".{module}." in f".{name}" for name in names):
+    for module in _saved_modules(settings):
+        if not any(_is_in(name, module) for name in names):
             raise CheckpointError(
-                f"The adapter does not hold {brief(str(module))}, which is one of the "
+                f"The adapter does not hold {brief(module)}, which is one of the "
                 f"modules_to_save of {SETTINGS}."
             )
 
@@ -248,8 +267,22 @@ def _is_saved_whole(name: str, settings: dict[str, Any]) -> bool:
     """Whether an adapter holds a tensor as it is, since training changed all of it."""
     if settings.get("bias", "none") != "none" and name.endswith(".bias"):
         return "lora_" not in name
-    modules = settings.get("modules_to_save") or ()
-    return any(f".{module}." in f".{name}" for module in modules) and "lora_" not in name
+    return any(_is_in(name, each) for each in _saved_modules(settings)) and "lora_" not in name
+
+
+def _saved_modules(settings: dict[str, Any]) -> list[str]:
+    found = settings.get("modules_to_save") or []
+    if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+        raise CheckpointError(
+            f"{SETTINGS}: modules_to_save must be a list of texts, found {shown(found)}."
+        )
+    return found
+
+
+def _is_in(name: str, module: str) -> bool:
+    """Whether a tensor is in one of the modules that an entry of modules_to_save means: as in peft,
+    all whose names end so, such as each `input_layernorm` for `norm`."""
+    return f"{module}." in name
 
 
 def _pair(name: str, tensors: Weights, settings: dict[str, Any]) -> tuple[str, LowRank]:

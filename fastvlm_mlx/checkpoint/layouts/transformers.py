@@ -29,6 +29,17 @@ MODULES = (
     ("se.fc1.", "se.reduce."),
     ("se.fc2.", "se.expand."),
 )
+# timm's place of each part of the original's flat network: in a stage of the released encoder, the
+# only one that transformers has, downsampling comes first, then the embedding of positions.
+STAGES = (
+    "stages.0.blocks",
+    *("stages.1.downsample", "stages.1.blocks"),
+    *("stages.2.downsample", "stages.2.blocks"),
+    *("stages.3.downsample", "stages.3.pos_emb", "stages.3.blocks"),
+    *("stages.4.downsample", "stages.4.pos_emb", "stages.4.blocks"),
+)
+PLACES = {f"network.{i}": stage for i, stage in enumerate(STAGES)}
+NETWORK = {stage: place for place, stage in PLACES.items()}
 PREFIXES = (
     ("model.multi_modal_projector.linear_1.", "mm_projector.0."),
     ("model.multi_modal_projector.linear_2.", "mm_projector.2."),
@@ -44,12 +55,8 @@ def matches(names: set[str]) -> bool:
 
 def to_mlx(weights: Weights) -> Weights:
     """Names and axes of the mlx-vlm layout."""
-    stages = {m.group() for name in weights if (m := re.search(r"stages\.\d+\.\w+", name))}
-    order = ("downsample", "pos_emb", "blocks")
-    ordered = sorted(stages, key=lambda part: (_number(part), order.index(part.split(".")[2])))
-    places = {part: f"network.{i}" for i, part in enumerate(ordered)}
     return {
-        _to_mlx_name(name, places): channels_last(name, tensor)
+        _to_mlx_name(name): channels_last(name, tensor)
         for name, tensor in weights.items()
         if not UNUSED.match(name)
     }
@@ -57,12 +64,11 @@ def to_mlx(weights: Weights) -> Weights:
 
 def from_mlx(weights: Weights) -> Weights:
     """The inverse of `to_mlx` without parallel branches and the head, which timm does not have."""
-    places = _stages(weights)
     source: Weights = {}
     for name, tensor in weights.items():
         if name == mlx_vlm.HEAD:
             continue
-        target = _from_mlx_name(name, places)
+        target = _from_mlx_name(name)
         source[target] = channels_first(name, tensor)
         if name.endswith("running_mean"):
             counter = target.replace("running_mean", "num_batches_tracked")
@@ -133,15 +139,11 @@ def config_json(config: FastVLMConfig, dtype: str, image_token_index: int) -> di
     }
 
 
-def _number(part: str) -> int:
-    return int(part.split(".")[1])
-
-
-def _to_mlx_name(name: str, places: dict[str, str]) -> str:
+def _to_mlx_name(name: str) -> str:
     if name.startswith(ENCODER):
         name = name.removeprefix(ENCODER)
         if part := re.match(r"stages\.\d+\.\w+", name):
-            name = places[part.group()] + name[part.end() :]
+            name = NETWORK.get(part.group(), part.group()) + name[part.end() :]
         for timm, original in MODULES:
             name = name.replace(timm, original)
         return mlx_vlm.ENCODER + name.replace(".gamma", "")
@@ -151,11 +153,11 @@ def _to_mlx_name(name: str, places: dict[str, str]) -> str:
     return name
 
 
-def _from_mlx_name(name: str, places: dict[str, str]) -> str:
+def _from_mlx_name(name: str) -> str:
     if name.startswith(mlx_vlm.ENCODER):
         name = name.removeprefix(mlx_vlm.ENCODER)
         if part := re.match(r"network\.\d+", name):
-            name = places[part.group()] + name[part.end() :]
+            name = PLACES.get(part.group(), part.group()) + name[part.end() :]
         for timm, original in MODULES:
             name = name.replace(original, timm)
         return ENCODER + re.sub(r"(layer_scale\w*)$", r"\1.gamma", name)
@@ -163,21 +165,3 @@ def _from_mlx_name(name: str, places: dict[str, str]) -> str:
         if name.startswith(original):
             return transformers + name.removeprefix(original)
     return name
-
-
-def _stages(weights: Weights) -> dict[str, str]:
-    """timm's place of each part of the original's flat network; stages begin with downsampling."""
-    parts = {}
-    part_of = re.compile(rf"{re.escape(mlx_vlm.ENCODER)}(network\.\d+)\.(proj|reparam_conv)?")
-    for name in weights:
-        if m := part_of.match(name):
-            kind = {"proj": "downsample", "reparam_conv": "pos_emb"}.get(m.group(2), "blocks")
-            parts[m.group(1)] = kind
-    order = ("downsample", "pos_emb", "blocks")
-    stage, last, places = 0, -1, {}
-    for part in sorted(parts, key=_number):
-        rank = order.index(parts[part])
-        stage += rank <= last
-        last = rank
-        places[part] = f"stages.{stage}.{parts[part]}"
-    return places
