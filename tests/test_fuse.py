@@ -36,7 +36,6 @@ from fastvlm_mlx.fuse import (
     expanded,
     layer_inputs,
     packed_anew,
-    same_tokens,
 )
 from fastvlm_mlx.hub.resolve import NANO, resolve
 from fastvlm_mlx.train.adapters import apply_adapter, write
@@ -249,7 +248,11 @@ def test_a_quantized_base_is_packed_anew_and_measured(tmp_path):
     assert len(done.layers) == 7 * DEPTH and not done.wider
     assert all(layer.agreement > 0.999 for layer in done.layers)  # 8 bits lose little
     assert done.same_tokens is not None and done.same_tokens > 0.9
-    assert same_tokens(NANO, folder, NANO) < 1  # without the adapter
+    ids = mx.array([[1, 2, 3]])
+    base, adapted, fused = (
+        found(ids) for found in (fv.load()[0], fv.load(adapter=folder)[0], fv.load(done.folder)[0])
+    )
+    assert mx.abs(fused - adapted).max() < 0.1 * mx.abs(base - adapted).max()
     (_, before), (config, after) = read_checkpoint(NANO), read_checkpoint(done.folder)
     assert config.quantization and before.keys() == after.keys()
     changed = {layer.name for layer in done.layers}
