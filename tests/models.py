@@ -13,7 +13,8 @@ from fastvlm_mlx.hub.resolve import NANO
 Nano = tuple[fv.FastVLM, fv.Processor]
 """The bundled model and its processor, as the fixture `nano` gives them."""
 
-DEPTH = load_config(NANO).text.num_hidden_layers  # of the bundled model
+CONFIG = load_config(NANO).text
+DEPTH, VOCAB_SIZE = CONFIG.num_hidden_layers, CONFIG.vocab_size  # of the bundled model
 PENGUINS = NANO / "images" / "penguins.png"
 PANDA = NANO / "images" / "panda.png"
 VISION = {"layers": [1] * 5, "embed_dims": [8, 8, 16, 16, 32], "head_dim": 8, "image_size": 64}

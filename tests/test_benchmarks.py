@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from models import DEPTH
+from models import DEPTH, VOCAB_SIZE
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -480,7 +480,7 @@ def test_no_file_hides_a_library() -> None:
 
 def test_folder_for_transformers(nano_folders: Path) -> None:
     config = json.loads((nano_folders / "transformers/config.json").read_text())
-    assert config["model_type"] == "fast_vlm" and config["image_token_index"] == 767
+    assert config["model_type"] == "fast_vlm" and config["image_token_index"] == VOCAB_SIZE - 1
     assert (nano_folders / "transformers/model.safetensors").is_file()
 
 

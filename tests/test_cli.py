@@ -24,7 +24,7 @@ import mlx.core as mx
 import pytest
 import typer
 from command import Result, Run
-from models import interrupt
+from models import DEPTH, interrupt
 from PIL import Image
 
 import fastvlm_mlx as fv
@@ -829,7 +829,7 @@ def test_options_of_the_chat(run: Run) -> None:
     assert result.out.replace("> ", "").startswith("The image\n")
 
 
-@pytest.mark.parametrize("call", [0, 2, 9])
+@pytest.mark.parametrize("call", [0, 2, 2 * DEPTH + 1])
 def test_ctrl_c_stops_an_answer(call: int, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether it comes while the prompt is read or later, the chat and its images go on."""
     interrupt(Block, "__call__", call, monkeypatch)
@@ -837,7 +837,7 @@ def test_ctrl_c_stops_an_answer(call: int, run: Run, monkeypatch: pytest.MonkeyP
     result = run("chat", "--image", PENGUINS, stdin=stdin)
     first, second, *_ = result.out.replace("> ", "").split("\n")
     assert result.code == 0
-    assert first.endswith("[stopped]") and first.startswith("The" if call > 7 else " [")
+    assert first.endswith("[stopped]") and first.startswith("The" if call > DEPTH else " [")
     assert second == "There are 6 penguins."
 
 

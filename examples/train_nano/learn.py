@@ -59,14 +59,13 @@ class PrefixCache:
         self.rows, self.keeps = rows, keeps
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        found = keys, values
         if self.kept is not None:
             before = (each[self.rows] for each in self.kept)
-            pairs = zip(before, found, strict=True)
-            found = tuple(mx.concatenate([a, b], axis=2) for a, b in pairs)
+            pairs = zip(before, (keys, values), strict=True)
+            keys, values = (mx.concatenate([a, b], axis=2) for a, b in pairs)
         if self.keeps:
-            self.kept = found
-        return found
+            self.kept = keys, values
+        return keys, values
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Any:
         rows = mx.arange(self.offset, self.offset + N)[:, None]
