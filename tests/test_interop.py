@@ -34,7 +34,7 @@ from training import learn, trained
 
 import fastvlm_mlx as fv
 from fastvlm_mlx.checkpoint.load import load_processor
-from fastvlm_mlx.convert import WRITTEN, convert
+from fastvlm_mlx.convert import APPLE, WRITTEN, convert
 from fastvlm_mlx.hub.resolve import NANO
 from fastvlm_mlx.train.adapters import write
 
@@ -43,6 +43,7 @@ MLX_VLM = os.environ.get("FASTVLM_PEER_PYTHON", "")
 TRANSFORMERS = os.environ.get("FASTVLM_TRANSFORMERS_PYTHON", "")
 IMAGE = -200
 TOKENS = 12
+HALF = 0.05  # what float16 may change between two logits of these models
 TEXT = "<|im_start|>user\n<image>What is this?<|im_end|>\n<|im_start|>assistant\n"
 
 pytestmark = [pytest.mark.interop, pytest.mark.slow]
@@ -97,18 +98,21 @@ def run_transformers(
 
 
 def run_ours(folder: Path, pixel_values: np.ndarray, input_ids: list[int]) -> Arrays:
-    """Features, logits of every place of the prompt, and greedy tokens."""
+    """Features, logits of every place of the prompt, greedy tokens, and how far each leads."""
     model = fv.load_model(folder, dtype="float32")
     pixels, cache = mx.array(pixel_values), model.make_kv_cache()
     places = [model.config.image_token_index if i == IMAGE else i for i in input_ids]
     logits = model(mx.array([places]), cache, pixel_values=pixels)
-    whole, tokens = logits[0], []
+    whole, tokens, leads = logits[0], [], []
     for _ in range(TOKENS):
         token = mx.argmax(logits[:, -1], axis=-1)
+        second, first = mx.topk(logits[0, -1], 2).tolist()
+        leads.append(abs(first - second))
         tokens.append(token.item())
         logits = model(token[None], cache)
     features = model.vision_tower(pixels)[0]
-    return {"features": np.array(features), "logits": np.array(whole), "tokens": tokens}
+    found = {"features": np.array(features), "logits": np.array(whole)}
+    return found | {"tokens": tokens, "leads": leads}
 
 
 def random_inputs(image_size: int, vocab_size: int, length: int = 16) -> tuple[Any, list[int]]:
@@ -323,7 +327,11 @@ def test_a_fused_adapter_gives_the_same_tokens_everywhere(
     for layout, folder in folders.items():
         options = {"layout": layout, "dequantize": quantize is not None, "progress": False}
         fv.fuse(base, adapter, folder, **options)
-        assert run_ours(folder, pixel_values, ids)["tokens"] == unfused["tokens"], layout
+        # The Apple export is float16, which decides where two tokens are as good.
+        close = [i for i, lead in enumerate(unfused["leads"]) if lead < HALF]
+        alike = min(close, default=TOKENS) if layout == APPLE else TOKENS
+        tokens = run_ours(folder, pixel_values, ids)["tokens"]
+        assert alike > 2 and tokens[:alike] == unfused["tokens"][:alike], layout
     check_with_mlx_vlm(folders["mlx"], tmp_path, image_size=256)
     image_size = 64 * int(len(unfused["features"]) ** 0.5)
     assert image_size == 256
