@@ -189,7 +189,7 @@ def parse(files: dict[str, Weights], settings: dict[str, Any]) -> Adapter:
     for name, tensor in adapted.items():
         if "lora_B" in name and name.replace("lora_B", "lora_A") in adapted:
             continue  # read with its other half
-        if MAGNITUDE in name:
+        if MAGNITUDE in name or _is_tied_copy(name, settings):
             continue
         if "lora_A" in name:
             layer, found = _pair(name, adapted, settings)
@@ -268,6 +268,12 @@ def _is_saved_whole(name: str, settings: dict[str, Any]) -> bool:
     if settings.get("bias", "none") != "none" and name.endswith(".bias"):
         return "lora_" not in name
     return any(_is_in(name, each) for each in _saved_modules(settings)) and "lora_" not in name
+
+
+def _is_tied_copy(name: str, settings: dict[str, Any]) -> bool:
+    """Whether a tensor is the table of embeddings once more, as peft saves a tied output layer."""
+    is_asked = any(_is_in("lm_head.weight", each) for each in _saved_modules(settings))
+    return bool(settings.get("ensure_weight_tying")) and "lm_head." in name and not is_asked
 
 
 def _saved_modules(settings: dict[str, Any]) -> list[str]:
