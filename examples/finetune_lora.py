@@ -90,10 +90,13 @@ def sheet(file: str) -> Image.Image:
 
 def thing(number: int, side: int, turned: float) -> Image.Image:
     """A cut-out with transparency."""
+    from PIL.Image import Resampling
+
+    cubic = Resampling.BICUBIC
     line, column = divmod(number, THINGS_OF_A_LINE)
     left, top = THING * column, THING * line
     cut = sheet("things.webp").crop((left, top, left + THING, top + THING))
-    return cut.rotate(turned, resample=3, expand=True).resize((side, side), resample=3)
+    return cut.rotate(turned, cubic, expand=True).resize((side, side), cubic)
 
 
 def scattered(rng: Random, number: int, image: Image.Image, which: int) -> None:
@@ -145,6 +148,7 @@ def draw_several(rng: Random) -> tuple[Image.Image, Row]:
 def draw_note(rng: Random) -> tuple[Image.Image, Row]:
     """Two to six letters or digits, to be read."""
     from PIL import Image, ImageOps
+    from PIL.Image import Resampling
 
     (wide, high), font = LETTER, rng.randrange(FONTS)
     letters = rng.choices(
@@ -158,9 +162,9 @@ def draw_note(rng: Random) -> tuple[Image.Image, Row]:
         start, _, end, _ = cut.getbbox() or (0, 0, wide, high)
         note.paste(cut.crop((start, 0, end, high)), (left, 0))
         left += end - start + 3
-    note = note.crop(note.getbbox()).rotate(rng.uniform(-7, 7), resample=3, expand=True)
+    note = note.crop(note.getbbox()).rotate(rng.uniform(-7, 7), Resampling.BICUBIC, expand=True)
     share = min(rng.uniform(0.9, 1.8), (SIZE - 8) / note.width)
-    note = note.resize((round(share * note.width), round(share * note.height)), resample=1)
+    note = note.resize((round(share * note.width), round(share * note.height)), Resampling.LANCZOS)
     image = Image.new("RGB", (SIZE, SIZE), color(rng, 190, 255))
     place = rng.randint(0, SIZE - note.width), rng.randint(0, SIZE - note.height)
     image.paste(color(rng, 0, 100), place, note)

@@ -26,8 +26,8 @@ from . import tokenizer
 SMALL = 0.02  # deviation of new weights
 # Blocks of the encoder's stages and layers of the decoder: of the model from nothing, and of the
 # grown one, which has two attention blocks and two layers more.
-FRESH = {"vision_config": {"layers": [1, 2, 4, 1, 1]}, "num_hidden_layers": 4}
-GROWN = {"vision_config": {"layers": [1, 2, 4, 2, 2]}, "num_hidden_layers": 6}
+FRESH: dict[str, Any] = {"vision_config": {"layers": [1, 2, 4, 1, 1]}, "num_hidden_layers": 4}
+GROWN: dict[str, Any] = {"vision_config": {"layers": [1, 2, 4, 2, 2]}, "num_hidden_layers": 6}
 ENDS = ("fc2.weight", "mixer.proj.weight")  # of a block of the encoder
 
 
