@@ -1,6 +1,8 @@
-"""Teach the bundled model to read clocks: LoRA from 500 pictures, a few minutes on two cores.
+"""Teach the bundled model to read traffic lights: LoRA from 500 pictures, a few minutes on a CPU.
 
-    python examples/finetune_lora.py clocks            # --quick tries it out
+    python examples/finetune_lora.py lights
+
+On Linux without a GPU, MLX's own products are slow; with OpenBLAS preloaded it takes four minutes.
 
 A model that is trained on one task only forgets the others. So half of each batch is of what it can
 do already, with the answers that it gave before training ("replay"): no old training data is
@@ -11,8 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
-import re
 import string
 import sys
 import time
@@ -37,7 +37,9 @@ SIZE = 256
 MOST_NOISE = 7.0  # standard deviation
 RIDGE = 0.01
 IMAGES = Path(__file__).parent / "images"
-CLOCKS = ["What time is it?", "What does the clock show?"]
+QUESTIONS = ["What does the traffic light show?", "Which light is on?"]
+LAMPS = {"red": (225, 40, 35), "yellow": (245, 200, 40), "green": (40, 190, 90)}
+LIGHTS = ["red", "red and yellow", "yellow", "green"]
 # What the sheet of cut-outs shows, line by line; nano counts the first 20.
 THINGS = (IMAGES / "things.txt").read_text(encoding="utf-8").splitlines()
 COUNTED = 20
@@ -57,28 +59,24 @@ def color(rng: Random, low: int, high: int) -> Color:
     return tuple(rng.randint(low, high) for _ in "rgb")
 
 
-def draw_clock(rng: Random) -> tuple[Image.Image, Row]:
-    """A clock face that fills the picture."""
+def draw_lights(rng: Random) -> tuple[Image.Image, Row]:
+    """A traffic light somewhere in the picture."""
     from PIL import Image, ImageDraw
 
-    hour, minute = rng.randrange(12), rng.choice((0, 30))
-    wide, ink = 2 * SIZE, color(rng, 0, 60)
-    image = Image.new("RGB", (wide, wide), color(rng, 100, 255))
-    draw, radius, middle = ImageDraw.Draw(image), 0.42 * wide, wide / 2
-
-    def line(turn: float, start: float, end: float, width: float) -> None:
-        across, up = math.sin(2 * math.pi * turn) * radius, math.cos(2 * math.pi * turn) * radius
-        ends = [(middle + r * across, middle - r * up) for r in (start, end)]
-        draw.line(ends, fill=ink, width=round(width * radius))
-
-    box = (middle - radius, middle - radius, middle + radius, middle + radius)
-    draw.ellipse(box, fill=color(rng, 235, 255), outline=ink, width=round(0.06 * radius))
-    for mark in range(12):
-        line(mark / 12, 0.82, 0.9, 0.04)
-    line((hour + minute / 60) / 12, 0.0, rng.uniform(0.45, 0.55), rng.uniform(0.14, 0.18))
-    line(minute / 60, 0.0, rng.uniform(0.74, 0.8), rng.uniform(0.06, 0.09))
-    said = {"question": rng.choice(CLOCKS), "answer": f'The clock says "{hour or 12}:{minute:02}".'}
-    return image.reduce(2), said
+    state = rng.choice(list(LIGHTS))
+    image = Image.new("RGB", (SIZE, SIZE), color(rng, 90, 255))
+    draw, radius = ImageDraw.Draw(image), rng.uniform(18, 34)
+    height, width = 7.2 * radius, 2.8 * radius
+    left = rng.uniform(4, SIZE - width - 4)
+    top = rng.uniform(2, SIZE - height - 2)
+    draw.rounded_rectangle((left, top, left + width, top + height), radius / 2, color(rng, 15, 60))
+    for n, (name, lit) in enumerate(LAMPS.items()):
+        x, y = left + width / 2, top + (1.3 + 2.3 * n) * radius
+        dark = color(rng, 25, 70)
+        fill = tuple(c + rng.randint(-15, 15) for c in lit) if name in state else dark
+        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=fill)
+    said = {"question": rng.choice(QUESTIONS), "answer": f"The light is {state}."}
+    return image, said
 
 
 @cache
@@ -174,14 +172,12 @@ def draw_note(rng: Random) -> tuple[Image.Image, Row]:
 
 
 DRAWN: dict[str, Callable[[Random], tuple[Image.Image, Row]]] = {
-    "clocks": draw_clock,
+    "lights": draw_lights,
     "names": draw_thing,
     "counts": draw_several,
     "notes": draw_note,
 }
-KNOWN = [task for task in DRAWN if task != "clocks"]
-WHOLE = {"examples": 500, "replay": 150, "test": 200, "steps": 800, "rate": 3e-3}
-QUICK = {"examples": 120, "replay": 40, "test": 24, "steps": 100, "rate": 3e-3}
+KNOWN = [task for task in DRAWN if task != "lights"]
 
 
 def draw_rows(folder: Path, task: str, number: int, seed: int) -> list[Row]:
@@ -195,7 +191,7 @@ def draw_rows(folder: Path, task: str, number: int, seed: int) -> list[Row]:
         noise = np.random.default_rng(rng.randrange(2**32)).normal(size=(SIZE, SIZE, 3))
         noisy = np.asarray(image) + rng.uniform(0, MOST_NOISE) * noise
         path = (folder / f"{task}-{seed}-{n:03}.png").resolve()
-        Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(path)
+        Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(path, compress_level=1)
         rows.append({"image": str(path), **said, "task": task})
     return rows
 
@@ -215,8 +211,8 @@ def accuracies(rows: Sequence[Row], said: Sequence[str]) -> dict[str, float]:
 
 def probe(
     model: fv.FastVLM, processor: fv.Processor, rows: Sequence[Row], test: Sequence[Row]
-) -> list[float]:
-    """How much of hour and minute is in the frozen features: accuracies of a linear probe.
+) -> float:
+    """How much of the answers is in the frozen features: the accuracy of a linear probe.
 
     What no probe finds, a decoder will hardly learn from a few hundred examples.
     """
@@ -232,14 +228,11 @@ def probe(
     mean, deviation = kept.mean(axis=0), kept.std(axis=0) + 1e-3
     kept, new = (kept - mean) / deviation, (new - mean) / deviation
     weights = np.linalg.inv(kept @ kept.T + RIDGE * kept.shape[1] * np.eye(len(kept)))
-    found = []
-    for part in (0, 1):  # hour and minute
-        labels, wanted = ([re.findall(r"\d+", r["answer"])[part] for r in x] for x in (rows, test))
-        names = np.array(sorted(set(labels)))
-        one_hot = (np.array(labels)[:, None] == names).astype(np.float64)
-        said = names[(new @ kept.T @ weights @ one_hot).argmax(axis=1)]
-        found.append(float((said == np.array(wanted)).mean()))
-    return found
+    labels, wanted = (np.array([row["answer"] for row in each]) for each in (rows, test))
+    names = np.unique(labels)
+    one_hot = (labels[:, None] == names).astype(np.float64)
+    said = names[(new @ kept.T @ weights @ one_hot).argmax(axis=1)]
+    return float((said == wanted).mean())
 
 
 def write_rows(file: Path, rows: Sequence[Row]) -> None:
@@ -268,15 +261,15 @@ def report(rows: Sequence[Row], before: Sequence[str], after: Sequence[str]) -> 
 
 def main(args: argparse.Namespace) -> None:
     started, pictures = time.perf_counter(), args.out / "pictures"
-    clocks = draw_rows(pictures, "clocks", args.examples, seed=1)
+    lights = draw_rows(pictures, "lights", args.examples, seed=1)
     known = [row for task in KNOWN for row in draw_rows(pictures, task, args.replay, seed=1)]
     test = [row for task in DRAWN for row in draw_rows(pictures, task, args.test, seed=2)]
     model, processor = fv.load(args.model)
-    hours, minutes = probe(model, processor, clocks, test[: args.test])
-    print(f"linear probe of the frozen features: {hours:.1%} of hours, {minutes:.1%} of minutes")
+    found = probe(model, processor, lights, test[: args.test])
+    print(f"linear probe of the frozen features: {found:.1%} of the lights", flush=True)
     before = answers(model, processor, test + known)
     own = [row | {"answer": said} for row, said in zip(known, before[len(test) :], strict=True)]
-    write_rows(args.out / "rows.jsonl", clocks + own)
+    write_rows(args.out / "rows.jsonl", lights + own)
     done = fv.finetune(
         args.model,
         args.out / "rows.jsonl",
@@ -298,22 +291,21 @@ def main(args: argparse.Namespace) -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Teach the bundled model to read clocks.")
+    parser = argparse.ArgumentParser(description="Teach the bundled model to read traffic lights.")
     parser.add_argument("out", type=Path, help="folder of pictures, rows and the adapter")
     parser.add_argument("--model", help="folder or Hub id; the bundled model by default")
-    parser.add_argument("--quick", action="store_true", help="fewer pictures and steps, to try it")
-    parser.add_argument("--examples", type=int, help="clocks to learn from")
-    parser.add_argument("--replay", type=int, help="pictures of each task that it knows")
-    parser.add_argument("--test", type=int, help="pictures of each task to be measured on")
-    parser.add_argument("--steps", type=int)
+    parser.add_argument("--examples", type=int, default=500, help="lights to learn from")
+    parser.add_argument(
+        "--replay", type=int, default=150, help="pictures of each task that it knows"
+    )
+    parser.add_argument(
+        "--test", type=int, default=100, help="pictures of each task to be measured on"
+    )
+    parser.add_argument("--steps", type=int, default=360)
     parser.add_argument("--batch", type=int, default=16, help="rows of a step")
-    parser.add_argument("--rate", type=float, help="the highest learning rate")
+    parser.add_argument("--rate", type=float, default=1e-3, help="the highest learning rate")
     parser.add_argument("--rank", type=int, default=16, help="of the LoRA matrices")
-    args = parser.parse_args()
-    for name, value in (QUICK if args.quick else WHOLE).items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    return args
+    return parser.parse_args()
 
 
 if __name__ == "__main__":
