@@ -517,11 +517,15 @@ def test_lmms_eval_runs_a_local_task(tmp_path, nano):
     (package / "METADATA").write_text("Metadata-Version: 2.1\nName: fastvlm-mlx\nVersion: 0\n")
     (package / "entry_points.txt").write_text(entry_points())
     root = Path(fv.__file__).parents[1]
-    environment = os.environ | {"PYTHONPATH": f"{root}:{package.parent}"}
+    environment = os.environ | {"PYTHONPATH": f"{package.parent}:{root}"}
     command = "-m lmms_eval --model fastvlm_mlx --model_args dtype=float32 --tasks fastvlm_local"
     command += f" --include_path {task} --batch_size 2 --output_path {tmp_path / 'out'}"
     done = subprocess.run(
-        [sys.executable, *command.split()], capture_output=True, text=True, env=environment
+        [sys.executable, *command.split()],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=tmp_path,  # not where older metadata of this package may stand
     )
     assert done.returncode == 0, done.stderr[-2000:]
     (results,) = (tmp_path / "out").rglob("*results.json")
