@@ -222,7 +222,7 @@ def test_who_leaves_while_an_image_is_read_takes_no_place(
     read = type(media).open
 
     def slowly(self: Any, source: str, name: str) -> Any:
-        time.sleep(0.6)
+        time.sleep(1.2)
         return read(self, source, name)
 
     monkeypatch.setattr(type(media), "open", slowly)
@@ -230,7 +230,7 @@ def test_who_leaves_while_an_image_is_read_takes_no_place(
     image = URI if path in (CHAT, RESPONSES) else BASE64
     for stream in (True, False):
         before = len(puppet.cancelled)
-        with pytest.raises(httpx.ReadTimeout), httpx.Client(timeout=0.2) as client:
+        with pytest.raises(httpx.ReadTimeout), httpx.Client(timeout=0.5) as client:
             client.post(played.url + path, json=asked(path, image=image, stream=stream))
         wait_until(lambda before=before: len(puppet.cancelled) > before, 5)
     assert len(puppet.tickets) == len(puppet.requests) == 2
