@@ -233,7 +233,7 @@ def test_who_leaves_while_an_image_is_read_takes_no_place(
         with pytest.raises(httpx.ReadTimeout), httpx.Client(timeout=0.5) as client:
             client.post(played.url + path, json=asked(path, image=image, stream=stream))
         wait_until(lambda before=before: len(puppet.cancelled) > before, 5)
-    assert len(puppet.tickets) == len(puppet.requests) == 2
+    wait_until(lambda: len(puppet.tickets) == len(puppet.requests) == 2, 5)
 
 
 def test_a_slow_grammar_keeps_nobody_waiting(
