@@ -63,7 +63,7 @@ def draw_lights(rng: Random) -> tuple[Image.Image, Row]:
     """A traffic light somewhere in the picture."""
     from PIL import Image, ImageDraw
 
-    state = rng.choice(list(LIGHTS))
+    state = rng.choice(LIGHTS)
     image = Image.new("RGB", (SIZE, SIZE), color(rng, 90, 255))
     draw, radius = ImageDraw.Draw(image), rng.uniform(18, 34)
     height, width = 7.2 * radius, 2.8 * radius

@@ -113,20 +113,12 @@ def finetune(
         NotFinite, Nothing: a loss is no number, or stays 0.
         Stopped: a KeyboardInterrupt, after the step in progress was saved.
     """
-    settings = TrainOptions.of(options)
-    check_dtype(settings.dtype)
-    check_reporter(settings.report_to)
+    settings = _settings(options)
     out = Path(out).expanduser()
     check_out(out)
     folder = resolve(model, revision=revision)
     processor, config = load_processor(folder), load_config(processor_folder(folder))
-    reading: dict[str, Any] = {
-        "images": images,
-        "columns": columns,
-        "subset": subset,
-        "split": split,
-    }
-    reading |= {} if question is None else {"question": question}
+    reading = _reading(images, columns, question, subset, split)
     sets = read_sets(_source(data), processor, config, settings, **reading)
     ranks = Ranks()
     run = describe(settings, folder, sets, ranks.size)
@@ -188,18 +180,10 @@ def check(
 
     Args and errors are those of `finetune`; bad rows are listed and raise nothing.
     """
-    settings = TrainOptions.of(options)
-    check_dtype(settings.dtype)
-    check_reporter(settings.report_to)
+    settings = _settings(options)
     folder = resolve(model, revision=revision)
     processor, config = load_processor(folder), load_config(processor_folder(folder))
-    reading: dict[str, Any] = {
-        "images": images,
-        "columns": columns,
-        "subset": subset,
-        "split": split,
-    }
-    reading |= {} if question is None else {"question": question}
+    reading = _reading(images, columns, question, subset, split)
     seeing = {
         "image_size": settings.image_size,
         "max_length": settings.max_length,
@@ -252,6 +236,25 @@ def pack_length(options: TrainOptions, processor: Processor) -> int | None:
 def keeps_features(options: TrainOptions) -> bool:
     """Whether the encoder's features are kept: it is frozen, and images stay as they are."""
     return options.cache_features and frozen(options, "vision") and not options.augment
+
+
+def _settings(options: Mapping[str, Any]) -> TrainOptions:
+    settings = TrainOptions.of(options)
+    check_dtype(settings.dtype)
+    check_reporter(settings.report_to)
+    return settings
+
+
+def _reading(
+    images: str | os.PathLike[str] | None,
+    columns: Mapping[str, str] | None,
+    question: str | None,
+    subset: str | None,
+    split: str | None,
+) -> dict[str, Any]:
+    """The arguments of `find_rows`, which has the default question."""
+    found = {"images": images, "columns": columns, "subset": subset, "split": split}
+    return found if question is None else found | {"question": question}
 
 
 def _source(data: str | os.PathLike[str]) -> str | Path:

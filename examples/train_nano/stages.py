@@ -90,8 +90,7 @@ TALKS = (
     *(Settings(2_000, 320, seed=440 + i, mix=TALKED) for i in range(1)),
     *(Settings(2_000, 384, seed=460 + i, mix=TALKED) for i in range(1)),
 )
-# As the last stage began, emoji were asked for in numbers only where they were not: "There are no
-# cats." Now that they are as often where they are, today's tasks get a little more.
+# For a short stage at the end, with today's tasks more often still.
 COUNTED = {"emoji": 24, "counting": 24, "handwriting": 22, "kinds": 5, "places": 5, "shapes": 5}
 COUNTED |= {"print": 5, "charts": 4, "pairs": 6}
 COUNTS = (
